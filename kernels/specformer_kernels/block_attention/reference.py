@@ -1,0 +1,201 @@
+"""Attention with a block mask in plain PyTorch: the oracle of the kernel and the path on CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# A row's allowed columns are the bits of one int64 word.
+MAX_BLOCK_LEN = 64
+
+
+def check_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    block_start_loc: Tensor,
+    block_mask: Tensor,
+    max_block_len: int,
+) -> None:
+    """Raise ValueError, naming the argument, where shapes or dtypes break the contract."""
+    if query.dim() != 3:
+        raise ValueError(
+            f"query: expected [rows, num_heads, head_size], found shape {list(query.shape)}"
+        )
+    num_rows, num_heads, head_size = query.shape
+    if key.dim() != 3 or key.shape[0] != num_rows or key.shape[2] != head_size:
+        raise ValueError(
+            f"key: expected [{num_rows}, num_kv_heads, {head_size}], found {list(key.shape)}"
+        )
+    num_kv_heads = key.shape[1]
+    if value.shape != key.shape:
+        raise ValueError(
+            f"value: expected key's shape {list(key.shape)}, found {list(value.shape)}"
+        )
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"query: num_heads must be a multiple of key's {num_kv_heads} heads, found {num_heads}"
+        )
+    if kv_cache.dim() != 4 or kv_cache.shape[1] != num_kv_heads:
+        raise ValueError(
+            f"kv_cache: expected [num_blocks, {num_kv_heads}, block_size, {2 * head_size}], "
+            f"found {list(kv_cache.shape)}"
+        )
+    if kv_cache.shape[3] != 2 * head_size:
+        raise ValueError(
+            f"kv_cache: expected last dimension {2 * head_size} (K and V fused), "
+            f"found {kv_cache.shape[3]}"
+        )
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("kv_cache", kv_cache)):
+        if tensor.dtype != query.dtype:
+            raise ValueError(f"{name}: expected query's dtype {query.dtype}, found {tensor.dtype}")
+        if tensor.numel() and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name}: expected a contiguous last dimension, found stride {tensor.stride(-1)}"
+            )
+    if block_table.dim() != 2:
+        raise ValueError(
+            f"block_table: expected [requests, max_blocks], found {list(block_table.shape)}"
+        )
+    num_requests = block_table.shape[0]
+    for name, tensor, length in (
+        ("context_lens", context_lens, num_requests),
+        ("block_start_loc", block_start_loc, num_requests + 1),
+        ("block_mask", block_mask, num_rows),
+    ):
+        if tensor.dim() != 1 or tensor.shape[0] != length:
+            raise ValueError(f"{name}: expected shape [{length}], found {list(tensor.shape)}")
+    if block_mask.dtype != torch.int64:
+        raise ValueError(f"block_mask: expected torch.int64 words, found {block_mask.dtype}")
+    if not 1 <= max_block_len <= MAX_BLOCK_LEN:
+        raise ValueError(f"max_block_len: expected 1 to {MAX_BLOCK_LEN}, found {max_block_len}")
+
+
+def block_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    block_start_loc: Tensor,
+    block_mask: Tensor,
+    scale: float,
+    max_block_len: int,
+) -> Tensor:
+    """Attend each row to its request's cached context and to the allowed rows of its own block.
+
+    Shapes and dtypes as in `specformer_kernels.block_attention.block_attention`. Computes in
+    float32, or in float64 for float64 inputs. Reads `context_lens` on the host.
+    """
+    check_arguments(
+        query,
+        key,
+        value,
+        kv_cache,
+        block_table,
+        context_lens,
+        block_start_loc,
+        block_mask,
+        max_block_len,
+    )
+    num_rows, num_requests = query.shape[0], block_table.shape[0]
+    if num_rows == 0:
+        return torch.zeros_like(query)
+
+    shape = (num_requests, max_block_len)
+    columns = torch.arange(max_block_len, device=query.device)
+    # No request exceeds max_block_len, so a total at the bound means that all are that long.
+    if num_rows == num_requests * max_block_len:
+        allowed = _unpack_words(block_mask.view(shape), columns)
+        query, key, value = (rows.unflatten(0, shape) for rows in (query, key, value))
+        out = _attend(
+            query, key, value, allowed, kv_cache, block_table, context_lens.tolist(), scale
+        )
+        return out.flatten(0, 1)
+
+    row_index = block_start_loc[:-1, None] + columns  # [requests, max_block_len]
+    is_row = row_index < block_start_loc[1:, None]
+    row_index = row_index.clamp(max=num_rows - 1).long()
+    allowed = _unpack_words(block_mask[row_index], columns) & is_row[:, None, :]
+    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    query, key, value = (rows[row_index] for rows in (query, key, value))
+    padded = _attend(
+        query, key, value, allowed, kv_cache, block_table, context_lens.tolist(), scale
+    )
+    out[row_index[is_row]] = padded[is_row]
+    return out
+
+
+def _unpack_words(words: Tensor, columns: Tensor) -> Tensor:
+    """Bit masks [requests, rows] -> bool [requests, rows, columns]."""
+    return ((words[:, :, None] >> columns) & 1).bool()
+
+
+def _gather_context(
+    kv_cache: Tensor, block_table: Tensor, context_lens: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Cached K and V of every request, [num_kv_heads, requests, longest context, head_size]."""
+    num_kv_heads, block_size, fused_size = kv_cache.shape[1:]
+    longest = max(context_lens)
+    num_blocks = -(-longest // block_size)
+    # A shorter request's row of the table is undefined past its own blocks.
+    block_ids = block_table[:, :num_blocks].clamp(0, kv_cache.shape[0] - 1).flatten()
+    pages = kv_cache.transpose(0, 1).index_select(1, block_ids)
+    tokens = pages.view(num_kv_heads, len(context_lens), num_blocks * block_size, fused_size)
+    key, value = tokens[:, :, :longest].chunk(2, dim=-1)
+    return key, value
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    context_lens: list[int],
+    scale: float,
+) -> Tensor:
+    """Blocks padded to one length: query [requests, rows, num_heads, head_size] -> same shape.
+
+    `allowed` [requests, rows, rows] says which column of the block each row sees.
+    """
+    num_requests, num_rows, num_heads, head_size = query.shape
+    num_kv_heads = key.shape[2]
+    compute_dtype = torch.promote_types(query.dtype, torch.float32)
+
+    # Heads that share a KV head become rows of one matrix, [.., group * rows, head_size].
+    grouped = query.unflatten(2, (num_kv_heads, -1)).permute(2, 0, 3, 1, 4)
+    b_query = (grouped.to(compute_dtype) * scale).reshape(num_kv_heads, num_requests, -1, head_size)
+    b_key = key.permute(2, 0, 3, 1).to(compute_dtype)
+    b_value = value.permute(2, 0, 1, 3).to(compute_dtype)
+    by_head = (num_kv_heads, num_requests, -1, num_rows, num_rows)
+    scores = (b_query @ b_key).view(by_head)
+    scores = scores.masked_fill(~allowed[:, None], float("-inf")).flatten(2, 3)
+
+    longest = max(context_lens)
+    if longest:
+        context_key, context_value = _gather_context(kv_cache, block_table, context_lens)
+        context_scores = b_query @ context_key.to(compute_dtype).transpose(-1, -2)
+        context_value = context_value.to(compute_dtype)
+        if min(context_lens) < longest:
+            lens = torch.tensor(context_lens, device=query.device)
+            hidden = torch.arange(longest, device=query.device) >= lens[:, None]
+            context_scores = context_scores.masked_fill(hidden[:, None], float("-inf"))
+            # A weight of 0 does not silence NaN left in a page that nobody owns.
+            context_value = context_value.masked_fill(hidden[..., None], 0.0)
+        scores = torch.cat((context_scores, scores), dim=-1)
+
+    weights = scores.softmax(dim=-1)
+    if min(context_lens) == 0:
+        sees_nothing = (scores == float("-inf")).all(dim=-1, keepdim=True)
+        weights = weights.masked_fill(sees_nothing, 0.0)
+    out = weights[..., longest:] @ b_value
+    if longest:
+        out = out + weights[..., :longest] @ context_value
+    out = out.view(num_kv_heads, num_requests, -1, num_rows, head_size).permute(1, 3, 0, 2, 4)
+    return out.reshape(num_requests, num_rows, num_heads, head_size).to(query.dtype)

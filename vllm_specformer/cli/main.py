@@ -1,0 +1,42 @@
+"""The command `specformer`: a table of subcommands, each in a module of its own.
+
+A module offers `add_arguments(parser)` and `run(options) -> exit code`. Only the module of the
+subcommand in use is imported, so `specformer doctor` never waits for what training needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from vllm_specformer import __version__
+
+# Subcommand -> (module, one line of help).
+COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("vllm_specformer.cli.doctor", "check whether SpecFormer can run in this vLLM"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit code; argparse exits by itself on a wrong usage."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(
+        prog="specformer", description="SpecFormer speculative decoding for vLLM."
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-specformer {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name == chosen:
+            command = import_module(module)
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    options = parser.parse_args(arguments)
+    return int(options.run(options))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

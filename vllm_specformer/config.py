@@ -1,0 +1,307 @@
+"""Configuration of a SpecFormer head: every field described, validated and stored once.
+
+On disk a head is a checkpoint in the *speculators* format, which vLLM reads natively: the shape of
+the head's layer under `transformer_layer_config`, the target under
+`speculators_config.verifier`, and our own fields at the top level. In memory it is a flat
+`SpecFormerConfig`. `HeadFields` is the single definition of the fields; unknown or missing ones are
+refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from transformers import PreTrainedConfig
+
+ARCHITECTURE = "SpecFormerDraftModel"
+SPECULATORS_TYPE = "specformer"
+FORMAT_VERSION = "1"
+MAX_SLOTS = 64
+MIN_TARGET_LAYERS = 4
+
+# Written by Transformers or the speculators format itself; they carry no choice of ours.
+_BOOKKEEPING = {
+    "architectures",
+    "dtype",
+    "format_version",
+    "model_type",
+    "speculators_config",
+    "speculators_model_type",
+    "transformer_layer_config",
+    "transformers_version",
+    "_name_or_path",
+}
+_LAYER_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "rms_norm_eps",
+    "rope_theta",
+    "max_position_embeddings",
+)
+
+
+class HeadConfigError(ValueError):
+    """A head's configuration is unusable; the message names field, value and remedy."""
+
+
+class HeadFields(BaseModel):
+    """All choices that define a head. `H` is the hidden size, `K` the number of draft slots."""
+
+    model_config = ConfigDict(extra="forbid", strict=False, frozen=True)
+
+    vocab_size: int = Field(gt=0, description="Target vocabulary; logits come from its lm_head.")
+    hidden_size: int = Field(gt=0, description="Target hidden size H.")
+    num_attention_heads: int = Field(gt=0, description="Query heads of both attentions.")
+    num_key_value_heads: int = Field(gt=0, description="K/V heads; divides the query heads.")
+    head_dim: int = Field(gt=0, multiple_of=2, description="Size of one attention head.")
+    intermediate_size: int = Field(gt=0, description="Width of the SwiGLU of the slots.")
+    rms_norm_eps: float = Field(gt=0, description="Epsilon of every RMSNorm of the head.")
+    rope_theta: float = Field(gt=0, description="Base of the rotary embedding.")
+    max_position_embeddings: int = Field(
+        gt=0, description="Positions the rotary embedding covers; at least the target's."
+    )
+    num_draft_slots: int = Field(
+        ge=1, le=MAX_SLOTS, description="K, the tokens drafted in one pass; serving may use fewer."
+    )
+    aux_hidden_state_layer_ids: tuple[int, ...] = Field(
+        min_length=1,
+        description="Hooked states in vLLM's numbering: 0 is the embedding output, i the state "
+        "after layer i, the last id the state after the last layer BEFORE the final norm.",
+    )
+    use_bonus_embedding: bool = Field(
+        description="Condition the slots on the sampled (bonus) token's embedding."
+    )
+    slot_mask: Literal["slots", "mixed"] = Field(
+        description="What a slot attends to: the other slots only (the paper), or the whole "
+        "context as well, in one softmax."
+    )
+    markov_rank: int = Field(
+        ge=0,
+        description="Rank of the term that adds U[previous token] V to a slot's logits; 0: none. "
+        "It makes sampling sequential over the slots (the head still runs once).",
+    )
+    target_architecture: str = Field(min_length=1, description="Target's architecture name.")
+    target_num_layers: int = Field(
+        ge=MIN_TARGET_LAYERS, description="Decoder layers of the target the head was trained for."
+    )
+    target_name_or_path: str = Field(
+        min_length=1, description="Where `vllm serve HEAD` finds the target."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> HeadFields:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} must divide "
+                f"num_attention_heads={self.num_attention_heads}"
+            )
+        ids = self.aux_hidden_state_layer_ids
+        if list(ids) != sorted(set(ids)):
+            raise ValueError(
+                f"aux_hidden_state_layer_ids={list(ids)} must be strictly increasing: vLLM sorts "
+                "and de-duplicates hooks, so any other order would reach the head permuted"
+            )
+        if ids[0] < 0 or ids[-1] > self.target_num_layers:
+            raise ValueError(
+                f"aux_hidden_state_layer_ids={list(ids)} must lie in 0..{self.target_num_layers} "
+                "(the target's number of layers)"
+            )
+        return self
+
+
+def paper_hooks(num_layers: int) -> tuple[int, ...]:
+    """Hooks of the paper: embedding output, middle layer, last but one, last (`HS[0, L/2, L-1, L]`).
+
+    Raises:
+        HeadConfigError: for fewer than four layers, where hooks would coincide.
+    """
+    if num_layers < MIN_TARGET_LAYERS:
+        raise HeadConfigError(
+            f"num_hidden_layers={num_layers}: the target needs at least {MIN_TARGET_LAYERS} layers, "
+            "because the hooks 0, L/2, L-1 and L of a shallower one coincide; choose a deeper target"
+        )
+    return (0, num_layers // 2, num_layers - 1, num_layers)
+
+
+def _explain(error: ValidationError, where: str) -> HeadConfigError:
+    lines = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "missing":
+            lines.append(f"field {field!r} is missing; add it or train the head again")
+        elif item["type"] == "extra_forbidden":
+            lines.append(
+                f"field {field!r} with value {item['input']!r} is unknown; remove it or install "
+                "the vllm-specformer release that wrote this head"
+            )
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            value = f"field {field!r} with value {item['input']!r}: " if item["loc"] else ""
+            lines.append(value + message)
+    return HeadConfigError(f"SpecFormer head config{where}: " + "; ".join(lines))
+
+
+class SpecFormerConfig(PreTrainedConfig):
+    """Hugging Face face of `HeadFields`; every field is an attribute of the same name.
+
+    Raises:
+        HeadConfigError: when a field is missing, unknown or out of range.
+    """
+
+    model_type = SPECULATORS_TYPE
+    has_no_defaults_at_init = True
+
+    def __init__(self, **fields: Any) -> None:
+        known = {k: v for k, v in fields.items() if k in HeadFields.model_fields}
+        rest = {k: v for k, v in fields.items() if k not in known}
+        internal = {k: rest.pop(k) for k in list(rest) if k in _BOOKKEEPING or k.startswith("_")}
+        try:
+            head = HeadFields(**known, **rest)
+        except ValidationError as error:
+            raise _explain(error, str(internal.get("_source", ""))) from None
+        for name, value in head.model_dump().items():
+            setattr(self, name, list(value) if isinstance(value, tuple) else value)
+        super().__init__(architectures=[ARCHITECTURE], dtype=internal.get("dtype"))
+
+    @classmethod
+    def preset(
+        cls, name: str, target: PreTrainedConfig, target_path: str, **changes: Any
+    ) -> SpecFormerConfig:
+        """A head for `target`: `"paper"` as published, `"default"` with what we measured to help.
+
+        Args:
+            name: `"paper"` (slots see each other only and not the bonus token) or `"default"`
+                (bonus-token embedding, slots also see the context).
+            target: Hugging Face configuration of the target.
+            target_path: model name or path under which the target is served.
+            changes: any field of `HeadFields` to override.
+
+        Raises:
+            HeadConfigError: unknown preset, unsuitable target, bad field.
+        """
+        choices = {
+            "paper": {"use_bonus_embedding": False, "slot_mask": "slots", "markov_rank": 0},
+            "default": {"use_bonus_embedding": True, "slot_mask": "mixed", "markov_rank": 0},
+        }
+        if name not in choices:
+            raise HeadConfigError(f"preset={name!r} is unknown; choose one of {sorted(choices)}")
+        text = target.get_text_config()
+        heads = text.num_attention_heads
+        fields = {
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+            "intermediate_size": text.intermediate_size,
+            "rms_norm_eps": text.rms_norm_eps,
+            "rope_theta": (getattr(text, "rope_parameters", None) or {}).get("rope_theta", 10_000.0),
+            "max_position_embeddings": text.max_position_embeddings,
+            "num_draft_slots": 8,
+            "aux_hidden_state_layer_ids": paper_hooks(text.num_hidden_layers),
+            "target_architecture": (target.architectures or [type(target).__name__])[0],
+            "target_num_layers": text.num_hidden_layers,
+            "target_name_or_path": target_path,
+        }
+        return cls(**(fields | choices[name] | changes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The speculators-format dictionary that is written as `config.json`."""
+        own = {name: getattr(self, name) for name in HeadFields.model_fields}
+        layer = {name: own.pop(name) for name in _LAYER_FIELDS}
+        target = own.pop("target_name_or_path")
+        dtype = str(self.dtype).removeprefix("torch.") if self.dtype is not None else None
+        return {
+            "architectures": [ARCHITECTURE],
+            "format_version": FORMAT_VERSION,
+            "dtype": dtype,
+            "speculators_model_type": SPECULATORS_TYPE,
+            "speculators_config": {
+                "algorithm": SPECULATORS_TYPE,
+                "default_proposal_method": "greedy",
+                "proposal_methods": [
+                    {"proposal_type": "greedy", "speculative_tokens": self.num_draft_slots}
+                ],
+                "verifier": {
+                    "name_or_path": target,
+                    "architectures": [self.target_architecture],
+                },
+            },
+            "transformer_layer_config": layer,
+            **own,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Same as `to_dict`: a head states every choice, it relies on no default."""
+        return self.to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build from a speculators-format (or flat) dictionary.
+
+        Raises:
+            HeadConfigError: when the dictionary is not a SpecFormer head or a field is bad.
+        """
+        unused = kwargs.pop("return_unused_kwargs", False)
+        source = kwargs.pop("_source", "")
+        config = cls(_source=source, **flat_fields(config_dict, source))
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        if dtype is not None and dtype != "auto":
+            config.dtype = dtype
+        return (config, kwargs) if unused else config
+
+
+def flat_fields(config: dict[str, Any], source: str = "") -> dict[str, Any]:
+    """Flatten a speculators-format dictionary into the fields of `HeadFields`.
+
+    Raises:
+        HeadConfigError: when it describes another kind of speculator or lacks a section.
+    """
+    kind = config.get("speculators_model_type")
+    if kind != SPECULATORS_TYPE:
+        raise HeadConfigError(
+            f"SpecFormer head config{source}: field 'speculators_model_type' is {kind!r}, expected "
+            f"{SPECULATORS_TYPE!r}; the speculative config's 'model' must name a SpecFormer head, "
+            "not a target or another kind of speculator"
+        )
+    layer = config.get("transformer_layer_config")
+    if not isinstance(layer, dict):
+        raise HeadConfigError(
+            f"SpecFormer head config{source}: field 'transformer_layer_config' is missing; "
+            "the file is incomplete, train or download the head again"
+        )
+    own = {k: v for k, v in config.items() if k not in _BOOKKEEPING}
+    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
+    if "name_or_path" in verifier:
+        own["target_name_or_path"] = verifier["name_or_path"]
+    # Written by vLLM's own converter into the layer section; see engine/patches.py.
+    return own | {k: v for k, v in layer.items() if k in _LAYER_FIELDS or k not in own}
+
+
+def read_config(directory: Path) -> SpecFormerConfig:
+    """Read and validate `config.json` of a head directory.
+
+    Raises:
+        HeadConfigError: no such file, not JSON, or a bad field; the message names the file.
+    """
+    path = directory / "config.json"
+    source = f" {path}"
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise HeadConfigError(
+            f"SpecFormer head {directory}: config.json is missing; 'model' must name a directory "
+            "that holds a trained head"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise HeadConfigError(
+            f"SpecFormer head config{source}: not valid JSON ({error}); copy or train the head again"
+        ) from None
+    return SpecFormerConfig.from_dict(content, _source=source)

@@ -1,0 +1,175 @@
+"""The head's place in vLLM's paged KV cache: one attention layer with a backend of its own.
+
+The layer joins the KV-cache group of the target's full-attention layers, so it shares their block
+table and slot mapping and vLLM allocates, caches, preempts and frees its pages with theirs. Only
+this layer reads or writes the contents, so it is free to use the logical layout
+`[blocks, kv_heads, block_size, 2 * head_size]` whatever the target's backend packs into its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from specformer_kernels.block_attention import block_attention
+from specformer_kernels.kv_store import kv_store
+from torch import Tensor, nn
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+
+
+@dataclass
+class DraftAttentionMetadata:
+    """The common metadata as vLLM built it; the kernels need nothing more."""
+
+    common: CommonAttentionMetadata
+
+
+class DraftMetadataBuilder(AttentionMetadataBuilder[DraftAttentionMetadata]):
+    """Hands the common metadata on: no per-step work, so any batch fits a CUDA graph."""
+
+    _cudagraph_support = AttentionCGSupport.ALWAYS
+
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> DraftAttentionMetadata:
+        return DraftAttentionMetadata(common_attn_metadata)
+
+
+class DraftAttentionImpl:
+    """vLLM asks every backend for an implementation class; ours lives in `DraftAttention`."""
+
+
+class DraftAttentionBackend(AttentionBackend):
+    forward_includes_kv_cache_update = False
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return "SPECFORMER"
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        return DraftAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[DraftMetadataBuilder]:
+        return DraftMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return tuple(KVCacheLayout)
+
+
+class DraftAttention(nn.Module, AttentionLayerBase):
+    """Pages of the head's context K/V, and attention over them.
+
+    vLLM finds the layer through `static_forward_context`, asks for its cache spec, and binds
+    `kv_cache` before the first step.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        num_kv_heads: int,
+        head_size: int,
+        scale: float,
+        max_requests: int,
+        block_widths: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        config = get_current_vllm_config()
+        self.layer_name = prefix
+        self.num_kv_heads, self.head_size, self.scale = num_kv_heads, head_size, scale
+        self.dtype = config.model_config.dtype
+        self.kv_cache = torch.tensor([])
+        self.impl = DraftAttentionImpl()
+        context = config.compilation_config.static_forward_context
+        if prefix in context:
+            raise ValueError(f"attention layer name {prefix!r} is taken by the target")
+        context[prefix] = self
+        # Constants of every block width in use, made once so that CUDA graphs see stable addresses.
+        for rows in set(block_widths):
+            starts = torch.arange(max_requests + 1, dtype=torch.int32) * rows
+            word = -1 if rows == 64 else (1 << rows) - 1
+            self.register_buffer(f"_starts{rows}", starts, persistent=False)
+            mask = torch.full((max_requests * rows,), word, dtype=torch.int64)
+            self.register_buffer(f"_mask{rows}", mask, persistent=False)
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return DraftAttentionBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
+        return FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=self.dtype,
+        )
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether vLLM has given the layer its pages (not during memory profiling)."""
+        return self.kv_cache.numel() > 0
+
+    def store(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        """Write context rows [T, kv_heads, D] to their slots [T]; -1 skips a row."""
+        if self.is_bound:
+            kv_store(key, value, self.kv_cache, slot_mapping)
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        block_table: Tensor,
+        context_lens: Tensor,
+    ) -> Tensor:
+        """Every row sees its request's context and all `n` rows of its request's block.
+
+        Args:
+            query: [R, n, heads, D] for R requests.
+            key, value: [R, n, kv_heads, D].
+            block_table: int32 [R, blocks].
+            context_lens: integer [R]; 0 shows none of the context.
+
+        Returns:
+            [R, n, heads, D]
+        """
+        requests, rows = query.shape[:2]
+        if not self.is_bound:
+            return torch.zeros_like(query)
+        out = block_attention(
+            query.flatten(0, 1),
+            key.flatten(0, 1),
+            value.flatten(0, 1),
+            self.kv_cache,
+            block_table,
+            context_lens,
+            self.get_buffer(f"_starts{rows}")[: requests + 1],
+            self.get_buffer(f"_mask{rows}")[: requests * rows],
+            self.scale,
+            rows,
+        )
+        return out.view_as(query)

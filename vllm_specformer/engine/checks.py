@@ -1,0 +1,141 @@
+"""Refuse what cannot work, before any weights are loaded, with one line that says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from vllm_specformer.config import (
+    MIN_TARGET_LAYERS,
+    SPECULATORS_TYPE,
+    HeadConfigError,
+    SpecFormerConfig,
+    read_config,
+)
+from vllm_specformer.weights import check_weights
+
+
+class SpeculativeConfigError(ValueError):
+    """The speculative config, head and target do not go together."""
+
+
+def is_specformer(speculative: dict[str, Any]) -> bool:
+    """Whether a user's speculative config asks for SpecFormer: by method, or by naming a head."""
+    method = speculative.get("method")
+    if method is not None or not speculative.get("model"):
+        return method == SPECULATORS_TYPE
+    directory = Path(str(speculative["model"]))
+    if not (directory / "config.json").is_file():
+        return False
+    content, _ = PreTrainedConfig.get_config_dict(str(directory))
+    return content.get("speculators_model_type") == SPECULATORS_TYPE
+
+
+def checked(
+    speculative: dict[str, Any], target_model_config: Any, parallel_config: Any
+) -> dict[str, Any]:
+    """Validate a SpecFormer speculative config and return it as vLLM must see it.
+
+    vLLM's `method` is a closed list; its "dflash" stands for what we are: a drafter that proposes
+    all tokens in one pass from the target's auxiliary hidden states. The draft architecture then
+    tells our head apart.
+
+    Raises:
+        SpeculativeConfigError, HeadConfigError, HeadWeightError: see their messages.
+    """
+    head = _read_head(speculative)
+    tokens = _checked_tokens(speculative.get("num_speculative_tokens"), head.num_draft_slots)
+    _check_target(head, target_model_config)
+    stages = getattr(parallel_config, "pipeline_parallel_size", 1)
+    if stages > 1:
+        raise SpeculativeConfigError(
+            f"pipeline_parallel_size={stages}: SpecFormer does not support pipeline parallelism; "
+            "use tensor parallelism, or serve without speculation"
+        )
+    directory = Path(str(speculative["model"]))
+    if directory.is_dir():
+        check_weights(directory, head)
+    return speculative | {"method": "dflash", "num_speculative_tokens": tokens}
+
+
+def _read_head(speculative: dict[str, Any]) -> SpecFormerConfig:
+    model = speculative.get("model")
+    if not model:
+        raise SpeculativeConfigError(
+            "speculative config: field 'model' is missing; set it to the directory or repository "
+            "of a trained SpecFormer head"
+        )
+    if Path(str(model)).exists():
+        return read_config(Path(str(model)))
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(
+            str(model), revision=speculative.get("revision")
+        )
+    except OSError as error:
+        raise SpeculativeConfigError(
+            f"speculative config: 'model' is {model!r}, which is neither a directory nor a "
+            f"repository that can be read ({str(error).splitlines()[0]})"
+        ) from None
+    return SpecFormerConfig.from_dict(content, _source=f" {model}")
+
+
+def _checked_tokens(tokens: Any, slots: int) -> int:
+    if tokens is None:
+        return slots
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= slots:
+        raise SpeculativeConfigError(
+            f"speculative config: num_speculative_tokens={tokens!r} must be a whole number from 1 "
+            f"to {slots}, the draft slots this head has"
+        )
+    return tokens
+
+
+def _check_target(head: SpecFormerConfig, model_config: Any) -> None:
+    text = model_config.hf_text_config
+    layers = text.num_hidden_layers
+    if layers < MIN_TARGET_LAYERS:
+        raise SpeculativeConfigError(
+            f"target {model_config.model}: num_hidden_layers={layers}, SpecFormer needs at least "
+            f"{MIN_TARGET_LAYERS} (its hooks coincide below that); serve it without speculation"
+        )
+    found = {
+        "architecture": (model_config.hf_config.architectures or [None])[0],
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": layers,
+        "vocab_size": text.vocab_size,
+    }
+    trained = {
+        "architecture": head.target_architecture,
+        "hidden_size": head.hidden_size,
+        "num_hidden_layers": head.target_num_layers,
+        "vocab_size": head.vocab_size,
+    }
+    wrong = [f"{k} is {found[k]}, the head's is {trained[k]}" for k in found if found[k] != trained[k]]
+    if wrong:
+        raise HeadConfigError(
+            f"the head was trained for another target than {model_config.model}: "
+            f"{'; '.join(wrong)}; use the head of this target, or train one for it"
+        )
+
+
+def check_target_class(model_config: Any) -> None:
+    """Refuse a target whose vLLM class cannot hand out hidden states.
+
+    Called in the worker when the proposer is built, before the target's weights are loaded: only
+    there may the model's class be imported without touching the device too early.
+
+    Raises:
+        SpeculativeConfigError: the class lacks vLLM's `SupportsEagle3` interface.
+    """
+    from vllm.model_executor.model_loader.utils import get_model_cls
+    from vllm.model_executor.models.interfaces import supports_eagle3
+
+    target = get_model_cls(model_config)
+    if not supports_eagle3(target):
+        raise SpeculativeConfigError(
+            f"target class {target.__name__} cannot return auxiliary hidden states (it lacks "
+            "vLLM's SupportsEagle3 interface), which SpecFormer drafts from; serve this model "
+            "without speculation"
+        )

@@ -1,0 +1,147 @@
+"""The head as a vLLM model: `SpecFormerHead` over the paged cache, sharing the target's ends.
+
+Registered as architecture `SpecFormerDraftModel`. It owns the head's weights only; embedding, final
+norm and logits come from the loaded target by reference. Under tensor parallelism every rank runs
+the whole head (one layer; its weights are about one decoder layer's), and the target's own
+vocabulary-parallel `compute_logits` does the large GEMM sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+
+from vllm_specformer.config import SpecFormerConfig
+from vllm_specformer.engine.attention import DraftAttention
+from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.weights import HeadWeightError
+
+
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """The layer under a LoRA wrapper: the head drafts without adapters (lossless all the same)."""
+    return getattr(layer, "base_layer", layer)
+
+
+class SpecFormerDraftModel(nn.Module):
+    """One draft pass: context states -> K tokens per request."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        speculative = vllm_config.speculative_config
+        self.config: SpecFormerConfig = head_config(speculative.draft_model_config.hf_config)
+        # RoPE must cover what is served, whatever length the head was trained at.
+        served = vllm_config.model_config.max_model_len
+        self.config.max_position_embeddings = max(self.config.max_position_embeddings, served)
+        self.head = SpecFormerHead(self.config)
+        self.num_slots = self.config.num_draft_slots
+        layers = vllm_config.model_config.get_total_num_hidden_layers()
+        self.attn = DraftAttention(
+            prefix=f"model.layers.{layers}.self_attn.attn",
+            num_kv_heads=self.config.num_key_value_heads,
+            head_size=self.config.head_dim,
+            scale=self.head.scale,
+            max_requests=vllm_config.scheduler_config.max_num_seqs,
+            block_widths=(1, self.num_slots),
+        )
+        self._target: dict[str, Callable[[Tensor], Tensor]] = {}
+
+    def bind_target(self, target: nn.Module) -> None:
+        """Share the target's embedding, final norm and logits, by reference and unregistered.
+
+        Raises:
+            ValueError: the target's class has no `embed_tokens` and `norm` where decoders keep them.
+        """
+        language = target.get_language_model() if hasattr(target, "get_language_model") else target
+        decoder = getattr(language, "model", language)
+        missing = [n for n in ("embed_tokens", "norm") if not hasattr(decoder, n)]
+        if missing:
+            raise ValueError(
+                f"target {type(target).__name__} has no {', '.join(missing)} in its decoder; "
+                "SpecFormer cannot share them, serve this target without speculation"
+            )
+        self._target = {
+            "embed": unwrapped(decoder.embed_tokens),
+            "norm": decoder.norm,
+            "logits": language.compute_logits,
+        }
+        self.head.rotary(self.head.fc.weight.device)
+
+    def combine_hidden_states(self, hooked_states: Sequence[Tensor]) -> Tensor:
+        """G hooked states [T, H] -> context states [T, H]."""
+        return self.head.combine(hooked_states)
+
+    def store_context(self, context: Tensor, positions: Tensor, slot_mapping: Tensor) -> None:
+        """Write the K/V of context states [T, H] at `positions` [T] to `slot_mapping` [T]."""
+        key, value = self.head.context_key_value(context, positions)
+        self.attn.store(key, value, slot_mapping)
+
+    def forward(
+        self,
+        anchors: Tensor,
+        positions: Tensor,
+        bonus_tokens: Tensor,
+        block_table: Tensor,
+    ) -> Tensor:
+        """The draft pass.
+
+        Args:
+            anchors: context states [R, H] of each request's last accepted token.
+            positions: int64 [R], their positions; the K/V up to them are in the cache.
+            bonus_tokens: integer [R], the tokens the target has just sampled.
+            block_table: int32 [R, blocks].
+
+        Returns:
+            Slot states [R, K, H] after the target's final norm.
+        """
+        head = self.head
+        key, value = head.context_key_value(anchors, positions)
+        query = head.anchor_query(anchors, positions)
+        # The anchor sees the tokens before it in the cache and itself as a block of one row.
+        attended = self.attn.attend(
+            query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), block_table, positions
+        )
+        bonus = self._target["embed"](bonus_tokens) if self.config.use_bonus_embedding else None
+        slots = head.expand(anchors, attended.squeeze(1), bonus)
+        query, key, value = head.slot_query_key_value(slots, positions)
+        visible = positions + 1 if head.mixed else torch.zeros_like(positions)
+        attended = self.attn.attend(query, key, value, block_table, visible)
+        slots = head.finish(slots, attended)
+        return self._target["norm"](slots.flatten(0, 1)).view_as(slots)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Slot states [N, H] -> the target's logits [N, V]."""
+        return self._target["logits"](hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Copy the checkpoint into the head.
+
+        Raises:
+            HeadWeightError: a tensor is unknown, missing, misshapen or not finite.
+        """
+        parameters = dict(self.head.named_parameters())
+        loaded = set()
+        for name, tensor in weights:
+            if name not in parameters:
+                raise HeadWeightError(f"head weight {name!r} is unknown to this configuration")
+            if tensor.shape != parameters[name].shape:
+                raise HeadWeightError(
+                    f"head weight {name!r} has shape {list(tensor.shape)}, the configuration "
+                    f"expects {list(parameters[name].shape)}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise HeadWeightError(f"head weight {name!r} holds NaN or infinite values")
+            parameters[name].data.copy_(tensor)
+            loaded.add(f"head.{name}")
+        absent = sorted(set(parameters) - {n.removeprefix("head.") for n in loaded})
+        if absent:
+            raise HeadWeightError(f"head weights are missing: {', '.join(absent)}")
+        return loaded
+
+
+def head_config(hf_config: Any) -> SpecFormerConfig:
+    """The head's own configuration out of the one vLLM derived from it (see `patches`)."""
+    return SpecFormerConfig(**hf_config.specformer)

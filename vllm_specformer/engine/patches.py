@@ -1,0 +1,200 @@
+"""The ledger: everything the plugin changes in vLLM, why, and what keeps it from misfiring.
+
+Importing this module imports nothing of vLLM. `apply_all` runs in every process vLLM loads plugins
+in, possibly more than once, and changes nothing the second time.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from vllm_specformer.config import ARCHITECTURE, SPECULATORS_TYPE, flat_fields
+
+_MARK = "_specformer_patched"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change: where, why, what guards it, and the function that makes it."""
+
+    target: str
+    reason: str
+    guard: str
+    apply: Callable[[], None] = field(repr=False, compare=False)
+
+
+def _register_model() -> None:
+    from vllm import ModelRegistry
+
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(
+            ARCHITECTURE, "vllm_specformer.engine.model:SpecFormerDraftModel"
+        )
+
+
+def _to_vllm_config(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
+    """Speculators format -> the draft model's Hugging Face configuration, as vLLM's converters do.
+
+    `pre_trained_config` starts as the head's layer section and is completed in place.
+    """
+    fields = flat_fields(config_dict)
+    pre_trained_config.update(
+        architectures=[ARCHITECTURE],
+        num_hidden_layers=1,
+        is_causal=True,  # keeps vLLM from asking for a non-causal backend for our one layer
+        mask_token_id=0,  # required of parallel drafters; our slots are not made from a token
+        eagle_aux_hidden_state_layer_ids=list(fields["aux_hidden_state_layer_ids"]),
+        specformer=fields,
+    )
+
+
+def _register_format() -> None:
+    from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
+
+    SUPPORTED_SPECULATORS_TYPES.setdefault(SPECULATORS_TYPE, _to_vllm_config)
+
+
+def _accept_method() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_speculative_config
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def create_speculative_config(
+        self: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        from vllm_specformer.engine.checks import checked, is_specformer
+
+        # The --spec-* flags are another spelling of the same dictionary; merge before judging.
+        given = dict(self.speculative_config or {})
+        given = {key.replace("-", "_"): value for key, value in given.items()}
+        flags = {
+            "method": getattr(self, "spec_method", None),
+            "model": getattr(self, "spec_model", None),
+            "num_speculative_tokens": getattr(self, "spec_tokens", None),
+        }
+        merged = {k: v for k, v in flags.items() if v is not None and k not in given} | given
+        clash = any(v is not None and k in given for k, v in flags.items())
+        if not clash and is_specformer(merged):
+            self.speculative_config = checked(merged, target_model_config, target_parallel_config)
+            self.spec_method = self.spec_model = self.spec_tokens = None
+        return original(self, target_model_config, target_parallel_config)
+
+    setattr(create_speculative_config, _MARK, True)
+    EngineArgs.create_speculative_config = create_speculative_config
+
+
+def _drafts_with_us(vllm_config: Any) -> bool:
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    return ARCHITECTURE in (getattr(getattr(draft, "hf_config", None), "architectures", None) or [])
+
+
+def _construct_ours(base: type, ours: str) -> None:
+    """Let `base(vllm_config, ...)` build the subclass `ours` ("module:Class") for our heads."""
+    if _MARK in base.__dict__:
+        return
+
+    def __new__(cls: type, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        if cls is base and _drafts_with_us(vllm_config):
+            module, name = ours.split(":")
+            cls = getattr(import_module(module), name)
+        return object.__new__(cls)
+
+    base.__new__ = staticmethod(__new__)  # type: ignore[method-assign,assignment]
+    setattr(base, _MARK, True)
+
+
+_RUNNER_CLASSES = {
+    "vllm.v1.spec_decode.dflash": (
+        "DFlashProposer",
+        "vllm_specformer.engine.proposer_v1:SpecFormerProposer",
+    ),
+    "vllm.v1.worker.gpu.spec_decode.dflash.speculator": (
+        "DFlashSpeculator",
+        "vllm_specformer.engine.speculator_v2:SpecFormerSpeculator",
+    ),
+}
+
+
+class _PostImportHook(importlib.abc.MetaPathFinder):
+    """Patches the runner modules when vLLM imports them, so loading the plugin imports neither."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in _RUNNER_CLASSES:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _patch_runner_module(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _patch_runner_module(module: ModuleType) -> None:
+    name, ours = _RUNNER_CLASSES[module.__name__]
+    _construct_ours(getattr(module, name), ours)
+
+
+def _install_dispatch() -> None:
+    if not any(isinstance(finder, _PostImportHook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PostImportHook())
+    for name in _RUNNER_CLASSES:
+        if name in sys.modules:
+            _patch_runner_module(sys.modules[name])
+
+
+LEDGER: tuple[Patch, ...] = (
+    Patch(
+        target="vllm.ModelRegistry.register_model",
+        reason="adds the architecture SpecFormerDraftModel (official plugin interface)",
+        guard="only if the architecture is not registered yet",
+        apply=_register_model,
+    ),
+    Patch(
+        target="vllm.transformers_utils.configs.speculators.algos.SUPPORTED_SPECULATORS_TYPES",
+        reason="adds the converter of head configurations in speculators format, so that "
+        "`vllm serve HEAD` works",
+        guard="only if 'specformer' has no converter yet; adds a key, replaces none",
+        apply=_register_format,
+    ),
+    Patch(
+        target="vllm.engine.arg_utils.EngineArgs.create_speculative_config",
+        reason="vLLM's `method` is a closed list: validates a SpecFormer config and passes it on "
+        "as 'dflash', vLLM's word for one-pass drafting from hidden states",
+        guard="acts only on method 'specformer' or a SpecFormer head; wrapped once (marker)",
+        apply=_accept_method,
+    ),
+    Patch(
+        target="vllm.v1.spec_decode.dflash.DFlashProposer.__new__ and "
+        "vllm.v1.worker.gpu.spec_decode.dflash.speculator.DFlashSpeculator.__new__",
+        reason="vLLM has no hook that hands a custom proposer the hidden states: builds our "
+        "subclass instead (V1 and V2 runner)",
+        guard="acts only when the draft architecture is SpecFormerDraftModel; installed by a "
+        "post-import hook, once (marker)",
+        apply=_install_dispatch,
+    ),
+)
+
+
+def apply_all() -> None:
+    """Make every change of the ledger; safe to call again."""
+    for patch in LEDGER:
+        patch.apply()

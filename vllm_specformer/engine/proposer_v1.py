@@ -1,0 +1,145 @@
+"""The SpecFormer proposer on vLLM's V1 model runner (native on CPU).
+
+It is a `DFlashProposer` because V1's runner recognises proposers by class; of DFlash it keeps the
+set-up only. A step is: combine the hooked states, store their K/V at the target's own slots, run
+one draft pass from each request's last accepted token, sample.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.spec_decode.dflash import DFlashProposer
+
+from vllm_specformer.engine.checks import check_target_class
+from vllm_specformer.engine.monitor import AcceptanceMonitor
+
+
+class SpecFormerProposer(DFlashProposer):
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
+        check_target_class(vllm_config.model_config)
+        super().__init__(vllm_config, device, runner)
+        self.runner = runner
+        self.monitor = AcceptanceMonitor(device)
+        self._num_drafted = 0
+
+    def _maybe_share_embeddings(self, target_language_model: nn.Module) -> None:
+        self.model.bind_target(target_language_model)
+        # The runner would skip the draft step of the WHOLE batch when one request comes near the
+        # draft's maximum length, which leaves holes in the others' context K/V. We never write past
+        # the target's own positions, so that length does not exist for us.
+        self.runner.effective_drafter_max_model_len = 1 << 30
+
+    def _maybe_share_lm_head(self, target_language_model: nn.Module) -> None:
+        """Already shared by `bind_target`."""
+
+    @torch.inference_mode()
+    def dummy_run(
+        self,
+        num_tokens: int,
+        use_cudagraphs: bool = True,
+        is_graph_capturing: bool = False,
+        slot_mappings: dict[str, Tensor] | None = None,
+    ) -> None:
+        """One draft step of the largest size, so that memory profiling counts it."""
+        requests = min(num_tokens, self.max_batch_size)
+        hooks = len(self.model.config.aux_hidden_state_layer_ids)
+        states = torch.zeros(
+            num_tokens, hooks * self.hidden_size, dtype=self.dtype, device=self.device
+        )
+        positions = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+        context = self.model.combine_hidden_states(self._hooks(states))
+        self.model.store_context(context, positions, torch.full_like(positions, -1))
+        if not self.model.attn.is_bound:
+            table = torch.zeros(requests, 1, dtype=torch.int32, device=self.device)
+            slots = self.model(context[:requests], positions[:requests], positions[:requests], table)
+            self.model.compute_logits(slots.flatten(0, 1))
+
+    def prepare_inputs_padded(
+        self, common_attn_metadata: CommonAttentionMetadata, spec_decode_metadata: Any, *args: Any
+    ) -> Any:
+        self._num_drafted = sum(spec_decode_metadata.num_draft_tokens)
+        return super().prepare_inputs_padded(common_attn_metadata, spec_decode_metadata, *args)
+
+    def _hooks(self, states: Tensor) -> tuple[Tensor, ...]:
+        """The runner's concatenation [T, G*H] as G views [T, H]."""
+        return states.unflatten(-1, (-1, self.hidden_size)).unbind(-2)
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: Tensor,
+        target_positions: Tensor,
+        target_hidden_states: Tensor,
+        next_token_ids: Tensor,
+        token_indices_to_sample: Tensor | None,
+        common_attn_metadata: CommonAttentionMetadata,
+        sampling_metadata: Any,
+        mm_embed_inputs: Any = None,
+        num_rejected_tokens_gpu: Tensor | None = None,
+        slot_mappings: Any = None,
+    ) -> Tensor:
+        """Store the step's context K/V and draft.
+
+        Args (shapes; the rest as vLLM's base class):
+            num_speculative_tokens: tokens wanted, 0..K; 0 still stores K/V.
+            target_positions: [T]; target_hidden_states: [T, G*H]; next_token_ids: [R].
+            token_indices_to_sample: [R] rows of the last accepted tokens, or None after a step
+                without drafts, where they are each request's last row.
+
+        Returns:
+            int64 [R, num_speculative_tokens]
+        """
+        self.num_speculative_tokens = num_speculative_tokens
+        self._last_draft_probs = None
+        common = common_attn_metadata
+        requests = common.batch_size()
+        tokens = target_hidden_states.shape[0]
+        if num_rejected_tokens_gpu is not None:
+            self.monitor.observe(self._num_drafted, num_rejected_tokens_gpu)
+
+        context = self.model.combine_hidden_states(self._hooks(target_hidden_states))
+        self.model.store_context(context, target_positions, common.slot_mapping[:tokens])
+        if num_speculative_tokens == 0:
+            return torch.empty(requests, 0, dtype=torch.int64, device=self.device)
+
+        last = token_indices_to_sample
+        if last is None:
+            last = common.query_start_loc[1 : requests + 1] - 1
+        slots = self.model(
+            context[last], target_positions[last], next_token_ids, common.block_table_tensor[:requests]
+        )
+        return self._sample(slots[:, :num_speculative_tokens], next_token_ids, sampling_metadata)
+
+    def _sample(self, slots: Tensor, bonus_tokens: Tensor, sampling_metadata: Any) -> Tensor:
+        """Draft tokens [R, n] from slot states [R, n, H]; keeps their distribution if asked to."""
+        logits = self.model.compute_logits(slots.flatten(0, 1))
+        if self.model.config.markov_rank:
+            tokens, probs = self._sample_in_order(
+                logits.unflatten(0, slots.shape[:2]), bonus_tokens, sampling_metadata
+            )
+        else:
+            tokens, probs = self._sample_from_logits(logits, sampling_metadata)
+            tokens = tokens.view(slots.shape[:2])
+        if probs is not None:
+            self._last_draft_probs = probs.view(*slots.shape[:2], -1).contiguous()
+        return tokens
+
+    def _sample_in_order(
+        self, logits: Tensor, bonus_tokens: Tensor, sampling_metadata: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Slot by slot, each biased by the token chosen before it; logits [R, n, V]."""
+        previous, tokens, probs = bonus_tokens, [], []
+        for slot in logits.unbind(1):
+            previous, slot_probs = self._sample_from_logits(
+                slot + self.model.head.markov_logits(previous), sampling_metadata
+            )
+            tokens.append(previous)
+            probs.append(slot_probs)
+        stacked = None if probs[0] is None else torch.stack(probs, dim=1)
+        return torch.stack(tokens, dim=1), stacked

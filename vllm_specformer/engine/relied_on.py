@@ -1,0 +1,223 @@
+"""Everything inside vLLM that this package relies on, each with its user and its reason.
+
+A callable lists the parameters we pass (or accept, where we override it) under exactly these
+names; vLLM may have further ones only if they have defaults. Parameters that one supported version
+lacks are not listed, since nothing of ours may need them: `sample_draft` gained `num_steps` in
+0.33, `dispatch_cg_and_sync_dp` gained `allow_skip_drafts`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CLASS = ("class",)
+VALUE = ("value",)
+ATTRIBUTE = ("attribute",)
+FUNCTION = ("function",)
+IMPORT = ("import", "class")
+
+
+@dataclass(frozen=True)
+class Reliance:
+    """One symbol ("module:Qualified.name"), which of our modules needs it, and what for.
+
+    `overridden` marks methods our subclasses replace: vLLM calls them by position, so the order of
+    the parameters counts too.
+    """
+
+    symbol: str
+    needed_by: str
+    reason: str
+    kinds: tuple[str, ...] = FUNCTION
+    parameters: tuple[str, ...] = ()
+    overridden: bool = False
+    bases: tuple[str, ...] = ()
+    contains: tuple[str, ...] = ()
+
+
+def members(owner: str, needed_by: str, reason: str, names: str) -> tuple[Reliance, ...]:
+    """One entry per attribute of `owner` in the space-separated `names`."""
+    return tuple(Reliance(f"{owner}.{n}", needed_by, reason, ATTRIBUTE) for n in names.split())
+
+
+def call(symbol: str, needed_by: str, reason: str, parameters: str = "") -> Reliance:
+    return Reliance(symbol, needed_by, reason, parameters=tuple(parameters.split()))
+
+
+def override(symbol: str, needed_by: str, reason: str, parameters: str = "") -> Reliance:
+    return Reliance(
+        symbol, needed_by, reason, parameters=tuple(parameters.split()), overridden=True
+    )
+
+
+PLUGIN = "plugin.py"
+PATCHES = "engine/patches.py"
+MODEL = "engine/model.py"
+CHECKS = "engine/checks.py"
+ATTENTION = "engine/attention.py"
+V1 = "engine/proposer_v1.py"
+V2 = "engine/speculator_v2.py"
+
+_SPEC = "vllm.config.speculative"
+_ARGS = "vllm.engine.arg_utils:EngineArgs"
+_BACKEND = "vllm.v1.attention.backend"
+_LAYER = "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase"
+_EAGLE = "vllm.model_executor.models.interfaces"
+
+REGISTRATION: tuple[Reliance, ...] = (
+    Reliance("vllm.model_executor.models.registry:ModelRegistry", PLUGIN, "registry", VALUE),
+    call(
+        "vllm.model_executor.models.registry:_ModelRegistry.register_model",
+        PLUGIN,
+        "makes the draft architecture known",
+        "model_arch model_cls",
+    ),
+    Reliance(
+        "vllm.transformers_utils.configs.speculators.algos:SUPPORTED_SPECULATORS_TYPES",
+        PATCHES,
+        "takes the converter of head checkpoints",
+        VALUE,
+    ),
+    call(
+        f"{_ARGS}.create_speculative_config",
+        PATCHES,
+        'wrapped to turn method "specformer" into "dflash"',
+        "target_model_config target_parallel_config",
+    ),
+    *members(
+        _ARGS,
+        PATCHES,
+        "where the method is written",
+        "speculative_config spec_method spec_model spec_tokens",
+    ),
+    Reliance(
+        f"{_SPEC}:SpeculativeMethod",
+        PATCHES,
+        'the method that "specformer" stands for',
+        VALUE,
+        contains=("dflash",),
+    ),
+    *members(
+        f"{_SPEC}:SpeculativeConfig",
+        V1 + ", " + V2,
+        "read to set up drafting",
+        "method num_speculative_tokens draft_model_config draft_sample_method "
+        "use_local_argmax_reduction parallel_drafting disable_eagle_block_drop",
+    ),
+    call(f"{_SPEC}:SpeculativeConfig.use_dflash", PATCHES, "chooses vLLM's DFlash path"),
+    call(f"{_SPEC}:SpeculativeConfig.use_eagle", PATCHES, "turns auxiliary states on"),
+)
+
+LAYERS: tuple[Reliance, ...] = (
+    Reliance(_LAYER, ATTENTION, "base of the draft layer", CLASS, bases=("ABC",)),
+    override(f"{_LAYER}.get_attn_backend", ATTENTION, "names our backend"),
+    override(f"{_LAYER}.get_kv_cache_spec", ATTENTION, "asks for K/V blocks", "vllm_config"),
+    override(f"{_LAYER}.bind_kv_cache", ATTENTION, "hands over the cache", "kv_cache"),
+    *members(_LAYER, ATTENTION, "set by load_model on draft layers", "is_draft_layer"),
+    Reliance(f"{_BACKEND}:AttentionBackend", ATTENTION, "base of our backend", CLASS),
+    override(f"{_BACKEND}:AttentionBackend.get_name", ATTENTION, "names it"),
+    override(f"{_BACKEND}:AttentionBackend.get_impl_cls", ATTENTION, "abstract"),
+    override(f"{_BACKEND}:AttentionBackend.get_builder_cls", ATTENTION, "abstract"),
+    override(
+        f"{_BACKEND}:AttentionBackend.get_supported_kernel_block_sizes",
+        ATTENTION,
+        "we accept any block size",
+        "kv_cache_spec",
+    ),
+    override(f"{_BACKEND}:AttentionBackend.supported_kv_cache_layouts", ATTENTION, "all of them"),
+    *members(
+        f"{_BACKEND}:AttentionBackend",
+        ATTENTION,
+        "set by our backend",
+        "forward_includes_kv_cache_update supported_dtypes",
+    ),
+    Reliance(f"{_BACKEND}:MultipleOf", ATTENTION, "we accept any block size", CLASS),
+    Reliance(f"{_BACKEND}:AttentionCGSupport", ATTENTION, "we allow graphs", CLASS),
+    Reliance(f"{_BACKEND}:AttentionMetadataBuilder", ATTENTION, "base of our builder", CLASS),
+    *members(
+        f"{_BACKEND}:AttentionMetadataBuilder", ATTENTION, "we allow graphs", "_cudagraph_support"
+    ),
+    override(
+        f"{_BACKEND}:AttentionMetadataBuilder.__init__",
+        ATTENTION,
+        "called by the runners",
+        "kv_cache_spec layer_names vllm_config device",
+    ),
+    override(
+        f"{_BACKEND}:AttentionMetadataBuilder.build",
+        ATTENTION,
+        "hands on the common metadata",
+        "common_prefix_len common_attn_metadata fast_build",
+    ),
+    call(
+        f"{_BACKEND}:AttentionMetadataBuilder.get_cudagraph_support",
+        ATTENTION,
+        "read to decide about graphs",
+        "vllm_config kv_cache_spec",
+    ),
+    *members(
+        f"{_BACKEND}:CommonAttentionMetadata",
+        ATTENTION + ", " + V1,
+        "what the kernels read",
+        "query_start_loc seq_lens num_reqs num_actual_tokens max_seq_len block_table_tensor "
+        "slot_mapping",
+    ),
+    Reliance(
+        "vllm.v1.kv_cache_interface:FullAttentionSpec",
+        ATTENTION,
+        "puts the head in the target's KV group",
+        CLASS,
+        bases=("AttentionSpec",),
+    ),
+    *members(
+        "vllm.v1.kv_cache_interface:AttentionSpec",
+        ATTENTION,
+        "shape of the head's K/V",
+        "num_kv_heads head_size dtype",
+    ),
+    Reliance("vllm.v1.kv_cache_interface:KVCacheLayout", ATTENTION, "all layouts", IMPORT),
+    call("vllm.config.vllm:get_current_vllm_config", ATTENTION, "configs during load"),
+    *members(
+        "vllm.config.compilation:CompilationConfig",
+        ATTENTION,
+        "where layers register",
+        "static_forward_context",
+    ),
+    call(
+        "vllm.forward_context:set_forward_context",
+        V1 + ", " + V2,
+        "hands metadata to the draft layer",
+        "attn_metadata vllm_config num_tokens num_tokens_across_dp cudagraph_runtime_mode "
+        "slot_mapping",
+    ),
+    Reliance(f"{_EAGLE}:EagleModelMixin", MODEL, "order of the hidden states", CLASS),
+    call(
+        f"{_EAGLE}:EagleModelMixin._maybe_add_hidden_state",
+        MODEL,
+        "meaning of a layer id",
+        "aux_hidden_states layer_idx hidden_states residual",
+    ),
+    Reliance(f"{_EAGLE}:SupportsEagle3", MODEL, "what a target must be", CLASS),
+    call(f"{_EAGLE}:SupportsEagle3.set_aux_hidden_state_layers", MODEL, "hooks", "layers"),
+    call(
+        "vllm.model_executor.model_loader:get_model",
+        V1 + ", " + V2,
+        "builds and loads the head",
+        "vllm_config model_config prefix load_config",
+    ),
+    call(
+        "vllm.model_executor.model_loader.utils:get_draft_load_config",
+        V2,
+        "loads the head",
+        "vllm_config",
+    ),
+    call(
+        "vllm.model_executor.model_loader.utils:get_model_cls",
+        CHECKS,
+        "class of the target",
+        "model_config",
+    ),
+    call(f"{_EAGLE}:supports_eagle3", CHECKS, "whether the target can be hooked", "model"),
+    Reliance("vllm.v1.attention.backends.utils:PAD_SLOT_ID", V2, "marks rows to skip", VALUE),
+    call("vllm.compilation.backends:set_model_tag", V1 + ", " + V2, "cache key", "tag"),
+)

@@ -1,0 +1,237 @@
+"""What our V1 proposer and V2 speculator rely on inside vLLM; see `relied_on` for the reading."""
+
+from __future__ import annotations
+
+from vllm_specformer.engine.relied_on import (
+    CLASS,
+    PATCHES,
+    V1,
+    V2,
+    Reliance,
+    call,
+    members,
+    override,
+)
+
+_DFLASH_V1 = "vllm.v1.spec_decode.dflash:DFlashProposer"
+_BASE_V1 = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
+_RUNNER_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_DFLASH_V2 = "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator"
+_DRAFT_V2 = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
+_GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
+_DFLASH_GRAPHS = "vllm.v1.worker.gpu.spec_decode.dflash.cudagraph:DFlashCudaGraphManager"
+_BATCH_V2 = "vllm.v1.worker.gpu.input_batch"
+
+RUNNER_V1: tuple[Reliance, ...] = (
+    Reliance(_DFLASH_V1, PATCHES, "gets our __new__", CLASS, bases=("SpecDecodeBaseProposer",)),
+    override(f"{_DFLASH_V1}.__init__", V1, "called by the runner", "vllm_config device runner"),
+    call(
+        f"{_BASE_V1}.__init__",
+        V1,
+        "sets up buffers and configs",
+        "vllm_config device pass_hidden_states_to_model runner",
+    ),
+    call(f"{_BASE_V1}.load_model", V1, "loads the head", "target_model"),
+    call(f"{_BASE_V1}._get_model", V1, "builds the head"),
+    override(f"{_BASE_V1}._maybe_share_embeddings", V1, "shares", "target_language_model"),
+    override(f"{_BASE_V1}._maybe_share_lm_head", V1, "shares", "target_language_model"),
+    call(
+        f"{_BASE_V1}._sample_from_logits",
+        V1,
+        "draws the drafts and keeps q",
+        "logits sampling_metadata",
+    ),
+    call(
+        f"{_BASE_V1}.initialize_attn_backend",
+        V1,
+        "finds the head's KV group",
+        "kv_cache_config kernel_block_sizes",
+    ),
+    call(
+        f"{_BASE_V1}.build_per_group_and_layer_attn_metadata",
+        V1,
+        "metadata of the draft layer",
+        "common_attn_metadata draft_index",
+    ),
+    override(
+        f"{_BASE_V1}.propose",
+        V1,
+        "the draft step",
+        "num_speculative_tokens target_token_ids target_positions target_hidden_states "
+        "next_token_ids token_indices_to_sample common_attn_metadata sampling_metadata "
+        "mm_embed_inputs num_rejected_tokens_gpu slot_mappings",
+    ),
+    override(
+        f"{_BASE_V1}.dummy_run",
+        V1,
+        "profiling and warm-up",
+        "num_tokens use_cudagraphs is_graph_capturing slot_mappings",
+    ),
+    override(
+        f"{_BASE_V1}.prepare_inputs_padded",
+        V1,
+        "gives the last accepted rows",
+        "common_attn_metadata spec_decode_metadata valid_sampled_tokens_count",
+    ),
+    *members(
+        _BASE_V1,
+        V1,
+        "read or set by our proposer",
+        "vllm_config speculative_config draft_model_config device num_speculative_tokens "
+        "hidden_size dtype max_batch_size max_num_tokens max_model_len kv_cache_gid "
+        "draft_attn_groups model _draft_attn_layer_names _last_draft_probs "
+        "_enable_probabilistic_draft_probs",
+    ),
+    call(
+        f"{_RUNNER_V1}._input_fits_in_drafter",
+        V1,
+        "skips drafting for a whole batch near the maximum length",
+        "common_attn_metadata",
+    ),
+    *members(_RUNNER_V1, V1, "lifts that limit", "effective_drafter_max_model_len"),
+    call(f"{_RUNNER_V1}.update_max_model_len", V1, "resets that limit", "max_model_len"),
+)
+
+RUNNER_V2: tuple[Reliance, ...] = (
+    Reliance(_DFLASH_V2, PATCHES, "gets our __new__", CLASS, bases=("DraftModelSpeculator",)),
+    override(f"{_DFLASH_V2}.__init__", V2, "called by init_speculator", "vllm_config device"),
+    override(
+        f"{_DFLASH_V2}.propose",
+        V2,
+        "the draft step",
+        "input_batch attn_metadata slot_mappings last_hidden_states aux_hidden_states num_sampled "
+        "num_rejected last_sampled next_prefill_tokens temperature seeds dp_sync_state dummy_run "
+        "skip_attn_for_dummy_run mm_inputs is_profile num_speculative_tokens",
+    ),
+    override(
+        f"{_DFLASH_V2}.load_draft_model",
+        V2,
+        "builds the head",
+        "target_model target_attn_layer_names",
+    ),
+    override(
+        f"{_DFLASH_V2}.set_attn",
+        V2,
+        "finds the head's KV group",
+        "model_state kv_cache_config block_tables target_input_buffers target_attn_groups",
+    ),
+    override(f"{_DFLASH_V2}.init_cudagraph_manager", V2, "graph mode", "cudagraph_mode"),
+    override(f"{_DFLASH_V2}.capture", V2, "captures the draft step"),
+    *members(
+        _DFLASH_V2,
+        V2,
+        "read or set by our speculator",
+        "num_query_per_req query_cudagraph_manager hidden_states context_positions sample_pos "
+        "sample_idx_mapping sample_col _speculator_name",
+    ),
+    override(
+        f"{_DFLASH_V2}._generate_draft",
+        V2,
+        "called by the graph manager",
+        "num_reqs num_tokens_padded attn_metadata slot_mappings num_tokens_across_dp "
+        "cudagraph_runtime_mode",
+    ),
+    override(
+        f"{_DFLASH_V2}._prepare_graph_forward",
+        V2,
+        "called by the graph manager",
+        "num_reqs attn_metadata",
+    ),
+    override(
+        f"{_DFLASH_V2}._num_graph_context_tokens",
+        V2,
+        "0.33 calls it in __init__",
+        "num_reqs",
+    ),
+    override(
+        f"{_DRAFT_V2}.compute_draft_logits",
+        V2,
+        "sample_draft is given logits",
+        "hidden_states spec_step_idx",
+    ),
+    call(f"{_DRAFT_V2}.__init__", V2, "sets up buffers", "vllm_config device"),
+    call(f"{_DRAFT_V2}.load_model", V2, "calls load_draft_model", "target_model"),
+    call(
+        f"{_DRAFT_V2}.set_attn",
+        V2,
+        "builds the draft's attention groups",
+        "model_state kv_cache_config block_tables target_input_buffers target_attn_groups",
+    ),
+    call(
+        f"{_DRAFT_V2}.sample_draft",
+        V2,
+        "draws the drafts and keeps q",
+        "hidden_states sample_src_positions idx_mapping temperature seeds draft_step draft_logits "
+        "spec_step_idx",
+    ),
+    call(
+        f"{_DRAFT_V2}._copy_request_inputs",
+        V2,
+        "stable sampling inputs",
+        "num_reqs idx_mapping temperature seeds dummy_run",
+    ),
+    call(
+        f"{_DRAFT_V2}._build_uniform_batch_dp_sync",
+        V2,
+        "agrees on the batch across data-parallel ranks",
+        "target_dp_sync_state num_reqs num_query_per_req",
+    ),
+    *members(
+        _DRAFT_V2,
+        V2,
+        "read by our speculator; max_model_len is read-only from 0.33 on",
+        "vllm_config speculative_config draft_model_config device dtype num_speculative_steps "
+        "max_num_reqs max_num_tokens max_model_len draft_max_seq_len input_buffers idx_mapping "
+        "temperature seeds draft_tokens draft_logits dp_size dp_rank model attn_groups "
+        "attn_cg_support block_tables kv_cache_config draft_attn_layer_names supports_mm_inputs",
+    ),
+    Reliance(_DFLASH_GRAPHS, V2, "replays the draft step", CLASS, bases=("CudaGraphManager",)),
+    call(
+        f"{_DFLASH_GRAPHS}.capture",
+        V2,
+        "captures the draft step",
+        "forward_fn input_buffers block_tables attn_groups kv_cache_config max_model_len causal "
+        "prepare_forward progress_bar_desc",
+    ),
+    call(
+        f"{_GRAPHS}:CudaGraphManager.__init__",
+        V2,
+        "one graph per batch size",
+        "vllm_config device cudagraph_mode decode_query_len",
+    ),
+    call(f"{_GRAPHS}:CudaGraphManager.run_fullgraph", V2, "replays", "desc"),
+    *members(
+        f"{_GRAPHS}:BatchExecutionDescriptor",
+        V2,
+        "what was dispatched",
+        "cg_mode num_tokens num_reqs",
+    ),
+    call(
+        "vllm.v1.worker.gpu.dp_utils:dispatch_cg_and_sync_dp",
+        V2,
+        "picks graph or eager",
+        "cudagraph_manager num_reqs num_tokens uniform_token_count dp_size dp_rank need_eager "
+        "dp_sync_state",
+    ),
+    *members(
+        "vllm.v1.worker.gpu.dp_utils:DPSyncState",
+        V2,
+        "batch agreed across data-parallel ranks",
+        "num_tokens_across_dp num_reqs",
+    ),
+    *members(
+        f"{_BATCH_V2}:InputBatch",
+        V2,
+        "the target's batch",
+        "num_reqs num_tokens num_draft_tokens idx_mapping positions query_start_loc "
+        "seq_lens_cpu_upper_bound",
+    ),
+    *members(f"{_BATCH_V2}:InputBuffers", V2, "draft inputs", "positions query_start_loc"),
+    *members(f"{_BATCH_V2}:InputBuffers", V2, "draft inputs", "seq_lens is_padding"),
+    call(
+        "vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils:get_eagle3_aux_layers_from_config",
+        V2,
+        "which hidden states the target returns",
+        "spec_config",
+    ),
+)

@@ -1,0 +1,287 @@
+"""The SpecFormer speculator on vLLM's V2 model runner (the default on GPUs).
+
+It is a `DFlashSpeculator` only so that `init_speculator` builds it; apart from the set-up every
+method a step goes through is here. The step is split where CUDA graphs need it to be:
+`_stage` copies what varies into buffers whose addresses never change, without waiting for the
+device; `_store_context` and `_generate_draft` read nothing else, so they can be captured.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
+from vllm.v1.worker.gpu.spec_decode.dflash.cudagraph import DFlashCudaGraphManager
+from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+from vllm_specformer.engine.checks import check_target_class
+from vllm_specformer.engine.monitor import AcceptanceMonitor
+
+
+class SpecFormerSpeculator(DFlashSpeculator):
+    _speculator_name = "SpecFormer"
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        check_target_class(vllm_config.model_config)
+        super().__init__(vllm_config, device)
+        # One query row per request: its last accepted token.
+        self.num_query_per_req = 1
+        self.monitor = AcceptanceMonitor(device)
+        requests = self.max_num_reqs
+        self.anchor_rows = torch.zeros(requests, dtype=torch.int64, device=device)
+        self.anchor_positions = torch.zeros(requests, dtype=torch.int64, device=device)
+        self.bonus_tokens = torch.zeros(requests, dtype=torch.int64, device=device)
+        self.context_slots = torch.full(
+            (self.max_num_tokens,), PAD_SLOT_ID, dtype=torch.int64, device=device
+        )
+        self.slot_offsets = torch.arange(self.num_speculative_steps, device=device)
+        self._block_table: Tensor | None = None
+
+    def load_draft_model(
+        self, target_model: nn.Module, target_attn_layer_names: set[str]
+    ) -> nn.Module:
+        from vllm.compilation.backends import set_model_tag
+        from vllm.model_executor.model_loader import get_model
+        from vllm.model_executor.model_loader.utils import get_draft_load_config
+
+        with set_model_tag("specformer_head"):
+            model = get_model(
+                vllm_config=self.vllm_config,
+                model_config=self.draft_model_config,
+                load_config=get_draft_load_config(self.vllm_config),
+            )
+        model.bind_target(target_model)
+        return model
+
+    def set_attn(self, *args: Any, **kwargs: Any) -> None:
+        DraftModelSpeculator.set_attn(self, *args, **kwargs)
+        layer = self.model.attn.layer_name
+        groups = self.kv_cache_config.kv_cache_groups
+        self.group = next(i for i, group in enumerate(groups) if layer in group.layer_names)
+        self._block_table = self.block_tables.input_block_tables[self.group]
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """Full graphs for whole batches, or none: the step has no part worth a piecewise graph."""
+        full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
+        self.query_cudagraph_manager = DFlashCudaGraphManager(
+            self.vllm_config,
+            self.device,
+            CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE,
+            decode_query_len=1,
+        )
+
+    def capture(self) -> None:
+        """Capture the step for every batch size, with all rows inert."""
+        self._pad(0, 0)
+        self.query_cudagraph_manager.capture(
+            self._generate_draft,
+            self.input_buffers,
+            self.block_tables,
+            self.attn_groups,
+            self.kv_cache_config,
+            self.max_model_len,
+            causal=True,
+            prepare_forward=self._prepare_graph_forward,
+            progress_bar_desc="Capturing specformer CUDA graphs",
+        )
+
+    def _prepare_graph_forward(self, num_reqs: int, attn_metadata: Any = None) -> None:
+        self._store_context(0, self._num_graph_context_tokens(num_reqs))
+
+    def _num_graph_context_tokens(self, num_reqs: int) -> int:
+        """Context rows a captured step stores: one full verification per request."""
+        return min(num_reqs * (self.num_speculative_steps + 1), self.max_num_tokens)
+
+    def _store_context(self, start: int, end: int) -> None:
+        self.model.store_context(
+            self.hidden_states[start:end],
+            self.context_positions[start:end],
+            self.context_slots[start:end],
+        )
+
+    def _pad(self, num_reqs: int, num_tokens: int) -> None:
+        """Make every row past the batch inert: no K/V written, no draft logits cached."""
+        steps = self.num_speculative_steps
+        self.context_slots[num_tokens:].fill_(PAD_SLOT_ID)
+        self.anchor_rows[num_reqs:].zero_()
+        self.anchor_positions[num_reqs:].zero_()
+        self.bonus_tokens[num_reqs:].zero_()
+        self.sample_pos[num_reqs * steps :].zero_()
+        self.sample_idx_mapping[num_reqs * steps :].fill_(-1)
+
+    def _stage(
+        self,
+        batch: Any,
+        slot_mappings: dict[str, Tensor] | None,
+        aux_hidden_states: list[Tensor],
+        num_sampled: Tensor,
+        num_rejected: Tensor,
+        last_sampled: Tensor,
+        next_prefill_tokens: Tensor,
+        dummy_run: bool,
+    ) -> None:
+        """Copy the step's inputs into the buffers the captured part reads."""
+        requests, tokens = batch.num_reqs, batch.num_tokens
+        hooks = [state[:tokens] for state in aux_hidden_states]
+        self.hidden_states[:tokens].copy_(self.model.combine_hidden_states(hooks))
+        self.context_positions[:tokens].copy_(batch.positions[:tokens])
+        self._pad(0 if dummy_run else requests, 0 if dummy_run else tokens)
+        if dummy_run:
+            return
+        assert slot_mappings is not None
+        self.context_slots[:tokens].copy_(slot_mappings[self.model.attn.layer_name][:tokens])
+
+        rows = batch.query_start_loc[1 : requests + 1] - 1 - num_rejected[:requests]
+        state = batch.idx_mapping[:requests].long()
+        # A request in the middle of its prompt has sampled nothing: its next token is known.
+        bonus = torch.where(
+            num_sampled[:requests] > 0,
+            last_sampled.flatten()[state],
+            next_prefill_tokens.flatten()[state],
+        )
+        self.anchor_rows[:requests].copy_(rows)
+        positions = batch.positions[self.anchor_rows[:requests]]
+        self.anchor_positions[:requests].copy_(positions)
+        self.bonus_tokens[:requests].copy_(bonus)
+
+        steps = self.num_speculative_steps
+        samples = requests * steps
+        # A draw is keyed by the position before the sampled token; slot i samples t + 2 + i.
+        keys = positions[:, None] + 1 + self.slot_offsets
+        self.sample_pos[:samples].copy_(keys.flatten())
+        self.sample_idx_mapping[:samples].copy_(state.repeat_interleave(steps))
+
+    @torch.inference_mode()
+    def propose(
+        self,
+        input_batch: Any,
+        attn_metadata: dict[str, Any],
+        slot_mappings: dict[str, Tensor],
+        last_hidden_states: Tensor,
+        aux_hidden_states: list[Tensor] | None,
+        num_sampled: Tensor,
+        num_rejected: Tensor,
+        last_sampled: Tensor,
+        next_prefill_tokens: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> Tensor:
+        """Store the step's context K/V and draft; arguments and shapes as vLLM's base class.
+
+        Returns:
+            int64 [R, K]; [R, 0] when no draft is wanted (the K/V are stored all the same).
+        """
+        assert aux_hidden_states, "the target returned no auxiliary hidden states"
+        requests, tokens = input_batch.num_reqs, input_batch.num_tokens
+        if not dummy_run:
+            self.monitor.observe(input_batch.num_draft_tokens, num_rejected[:requests])
+        self._copy_request_inputs(requests, input_batch.idx_mapping, temperature, seeds, dummy_run)
+        self._stage(
+            input_batch,
+            slot_mappings,
+            aux_hidden_states,
+            num_sampled,
+            num_rejected,
+            last_sampled,
+            next_prefill_tokens,
+            dummy_run,
+        )
+        if num_speculative_tokens == 0:
+            self._store_context(0, tokens)
+            return self.draft_tokens[:requests, :0]
+        if dummy_run and skip_attn_for_dummy_run:
+            self._store_context(0, tokens)
+            self._generate_draft(requests, requests)
+            return self.draft_tokens[:requests]
+        self._run(requests, tokens, dp_sync_state, is_profile)
+        return self.draft_tokens[:requests]
+
+    def _run(self, requests: int, tokens: int, dp_sync_state: Any, need_eager: bool) -> None:
+        """Replay the captured step where one fits the batch, else run it eagerly."""
+        sync, num_rows = (
+            self._build_uniform_batch_dp_sync(dp_sync_state, requests, 1)
+            if dp_sync_state is not None
+            else (None, requests)
+        )
+        batch_desc, _ = dispatch_cg_and_sync_dp(
+            self.query_cudagraph_manager,
+            requests,
+            num_rows,
+            uniform_token_count=1,
+            dp_size=self.dp_size,
+            dp_rank=self.dp_rank,
+            need_eager=need_eager,
+            dp_sync_state=sync,
+        )
+        if batch_desc.cg_mode != CUDAGraphMode.FULL:
+            self._store_context(0, tokens)
+            self._generate_draft(requests, requests)
+            return
+        # The graph stores the first rows; what a prefill brings beyond them is stored before it.
+        captured = self._num_graph_context_tokens(batch_desc.num_reqs)
+        if tokens > captured:
+            self._store_context(captured, tokens)
+        self.query_cudagraph_manager.run_fullgraph(batch_desc)
+
+    def _generate_draft(
+        self,
+        num_reqs: int,
+        num_tokens_padded: int,
+        attn_metadata: Any = None,
+        slot_mappings: Any = None,
+        num_tokens_across_dp: Any = None,
+        cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
+    ) -> None:
+        """The draft pass over the buffers; fills `draft_tokens[:num_reqs]`."""
+        bonus = self.bonus_tokens[:num_reqs]
+        table = None if self._block_table is None else self._block_table[:num_reqs]
+        slots = self.model(
+            self.hidden_states[self.anchor_rows[:num_reqs]],
+            self.anchor_positions[:num_reqs],
+            bonus,
+            table,
+        )
+        logits = self.model.compute_logits(slots[:, : self.num_speculative_steps].flatten(0, 1))
+        if self.model.config.markov_rank:
+            self._sample_in_order(logits.unflatten(0, (num_reqs, -1)), bonus)
+        else:
+            rows = slice(0, num_reqs * self.num_speculative_steps)
+            self.draft_tokens[:num_reqs] = self._sample(logits, rows).view(num_reqs, -1)
+
+    def _sample_in_order(self, logits: Tensor, bonus_tokens: Tensor) -> None:
+        """Slot by slot, each biased by the token chosen before it; logits [R, K, V]."""
+        requests, steps = logits.shape[:2]
+        previous = bonus_tokens
+        for slot in range(steps):
+            rows = slice(slot, requests * steps, steps)
+            biased = logits[:, slot] + self.model.head.markov_logits(previous)
+            previous = self._sample(biased, rows)
+            self.draft_tokens[:requests, slot] = previous
+
+    def _sample(self, logits: Tensor, rows: slice) -> Tensor:
+        """Sample from `logits` for the given rows of the flat [R * K] sampling buffers."""
+        return self.sample_draft(
+            logits,
+            self.sample_pos[rows].contiguous(),
+            self.sample_idx_mapping[rows].contiguous(),
+            self.temperature,
+            self.seeds,
+            self.sample_col[rows].contiguous(),
+            self.draft_logits,
+        )
+
+    def compute_draft_logits(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor:
+        """`sample_draft` asks for logits of hidden states; we hand it logits already."""
+        return hidden_states

@@ -1,0 +1,282 @@
+"""The SpecFormer head in plain PyTorch: it trains, it is served, and it is the engine's oracle.
+
+Source: Shi et al., "Scaling LLM Speculative Decoding: Non-Autoregressive Forecasting in
+Large-Batch Scenarios", AAAI 2026 (arXiv 2511.20340), equations 7-10.
+
+The mathematics stands here once, as small methods over arbitrary leading dimensions. `forward`
+strings them together with dense attention for training; the engine strings the same methods
+together with attention over its paged cache. Shapes: `H` hidden size, `K` draft slots, `G` hooked
+states, `D` head size, `T` tokens, `A` anchors. An *anchor* is a context position `t` at which the
+head drafts: token `t+1` is the bonus token the target has just sampled, slot `i` predicts `t+2+i`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from specformer_kernels.grouped_rms_norm import grouped_rms_norm
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vllm_specformer.config import SpecFormerConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension, with a learned scale."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class Projections(nn.Module):
+    """Query, key, value and output projections of one attention, without bias."""
+
+    def __init__(self, config: SpecFormerConfig) -> None:
+        super().__init__()
+        size, head = config.hidden_size, config.head_dim
+        self.head_dim = head
+        self.q_proj = nn.Linear(size, config.num_attention_heads * head, bias=False)
+        self.k_proj = nn.Linear(size, config.num_key_value_heads * head, bias=False)
+        self.v_proj = nn.Linear(size, config.num_key_value_heads * head, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * head, size, bias=False)
+
+    def query(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., query heads, D]"""
+        return self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., H] -> two of [..., K/V heads, D]"""
+        split = (-1, self.head_dim)
+        return self.k_proj(x).unflatten(-1, split), self.v_proj(x).unflatten(-1, split)
+
+    def output(self, attended: Tensor) -> Tensor:
+        """[..., query heads, D] -> [..., H]"""
+        return self.o_proj(attended.flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, size: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(size, inner, bias=False)
+        self.up_proj = nn.Linear(size, inner, bias=False)
+        self.down_proj = nn.Linear(inner, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotary_table(positions: int, head_dim: int, theta: float) -> Tensor:
+    """Cosines and sines of every position, float32 [positions, head_dim]: cos first, then sin."""
+    inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * inverse
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def rotate(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    """Rotary embedding of `x` [..., heads, D] at integer `positions` [...] (half-split pairs)."""
+    cos, sin = table[positions].to(x.dtype).unsqueeze(-2).chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class SpecFormerHead(PreTrainedModel):
+    """Draft head of one target. The target's embedding, final norm and lm_head are not part of it."""
+
+    config_class = SpecFormerConfig
+    main_input_name = "hooked_states"
+    _no_split_modules = ()
+
+    def __init__(self, config: SpecFormerConfig) -> None:
+        super().__init__(config)
+        size, eps = config.hidden_size, config.rms_norm_eps
+        hooks, slots = len(config.aux_hidden_state_layer_ids), config.num_draft_slots
+        self.scale = config.head_dim**-0.5
+        self.hook_norm_weight = nn.Parameter(torch.ones(hooks, size))
+        self.fc = nn.Linear(hooks * size, size, bias=False)
+        self.context_norm = RMSNorm(size, eps)
+        self.context_attn = Projections(config)
+        self.positional_norm = RMSNorm(size, eps)
+        self.positional_proj = nn.Linear(size, slots * size, bias=True)
+        if config.use_bonus_embedding:
+            self.bonus_norm = RMSNorm(size, eps)
+            self.bonus_proj = nn.Linear(size, size, bias=False)
+        self.slot_norm = RMSNorm(size, eps)
+        self.slot_attn = Projections(config)
+        self.ffn_norm = RMSNorm(size, eps)
+        self.ffn = SwiGLU(size, config.intermediate_size)
+        if config.markov_rank:
+            self.markov_embed = nn.Embedding(config.vocab_size, config.markov_rank)
+            self.markov_lm_head = nn.Linear(config.markov_rank, config.vocab_size, bias=False)
+        self._rotary: Tensor | None = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        # The head starts as a blend of the hooks alone; the terms added to it fade in.
+        if self.config.markov_rank and module is getattr(self, "markov_lm_head", None):
+            nn.init.zeros_(module.weight)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the slots attend to the context too."""
+        return self.config.slot_mask == "mixed"
+
+    def rotary(self, device: torch.device) -> Tensor:
+        """The rotary table on `device`, float32 [max_position_embeddings + K, D].
+
+        Slots look up to K positions past the last context token, hence the extra rows.
+        """
+        if self._rotary is None or self._rotary.device != device:
+            config = self.config
+            rows = config.max_position_embeddings + config.num_draft_slots
+            self._rotary = rotary_table(rows, config.head_dim, config.rope_theta).to(device)
+        return self._rotary
+
+    def combine(self, hooked_states: Sequence[Tensor]) -> Tensor:
+        """G hooked states [..., H] -> downsampled context states [..., H] (grouped norm, W_D)."""
+        eps = self.config.rms_norm_eps
+        return self.fc(grouped_rms_norm(hooked_states, self.hook_norm_weight, eps))
+
+    def context_key_value(self, context: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What the paged cache holds: rotated keys and values, each [..., K/V heads, D].
+
+        They depend on the target's states at their own position only (never on the bonus token),
+        which is what makes them exact under prefix caching.
+        """
+        key, value = self.context_attn.key_value(self.context_norm(context))
+        return rotate(key, self.rotary(key.device), positions), value
+
+    def anchor_query(self, anchor: Tensor, positions: Tensor) -> Tensor:
+        """Context states at the anchors [..., H] -> rotated queries [..., query heads, D]."""
+        query = self.context_attn.query(self.context_norm(anchor))
+        return rotate(query, self.rotary(query.device), positions)
+
+    def expand(self, anchor: Tensor, attended: Tensor, bonus_embeds: Tensor | None) -> Tensor:
+        """Finish the context layer and open the slots: [..., H] -> [..., K, H].
+
+        Args:
+            anchor: context states at the anchors, [..., H].
+            attended: their attention output, [..., query heads, D].
+            bonus_embeds: target embedding of the bonus token, [..., H]; ignored by a head that is
+                blind to it.
+        """
+        hidden = anchor + self.context_attn.output(attended)
+        if self.config.use_bonus_embedding:
+            assert bonus_embeds is not None
+            hidden = hidden + self.bonus_proj(self.bonus_norm(bonus_embeds))
+        slots = self.positional_proj(self.positional_norm(hidden))
+        return slots.unflatten(-1, (self.config.num_draft_slots, -1))
+
+    def slot_query_key_value(
+        self, slots: Tensor, anchor_positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots [..., K, H] -> query, key, value [..., K, heads, D].
+
+        Under the mixed mask slot `i` stands at position `t+1+i`, as a decoder that predicts token
+        `t+2+i` would; the paper's slots carry no rotary position.
+        """
+        normed = self.slot_norm(slots)
+        query = self.slot_attn.query(normed)
+        key, value = self.slot_attn.key_value(normed)
+        if self.mixed:
+            offsets = torch.arange(1, slots.shape[-2] + 1, device=slots.device)
+            positions = anchor_positions.unsqueeze(-1) + offsets
+            table = self.rotary(query.device)
+            query, key = rotate(query, table, positions), rotate(key, table, positions)
+        return query, key, value
+
+    def finish(self, slots: Tensor, attended: Tensor) -> Tensor:
+        """Slots and their attention output -> slot states [..., K, H], before the final norm."""
+        slots = slots + self.slot_attn.output(attended)
+        return slots + self.ffn(self.ffn_norm(slots))
+
+    def markov_logits(self, previous_tokens: Tensor) -> Tensor:
+        """Low-rank term `U[x_{i-1}] V` for the tokens chosen one slot earlier: [...] -> [..., V]."""
+        return self.markov_lm_head(self.markov_embed(previous_tokens))
+
+    def forward(
+        self,
+        hooked_states: Sequence[Tensor],
+        anchors: Tensor,
+        bonus_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Slot states at the anchors of whole sequences, densely.
+
+        Args:
+            hooked_states: G tensors [batch, T, H] in the order of `aux_hidden_state_layer_ids`.
+            anchors: int64 [batch, A], positions in 0..T-1.
+            bonus_embeds: [batch, A, H], the embedding of the token after each anchor.
+
+        Returns:
+            [batch, A, K, H], to be passed through the target's final norm and lm_head.
+        """
+        context = self.combine(hooked_states)
+        batch, length, size = context.shape
+        key, value = self.context_key_value(context, torch.arange(length, device=context.device))
+        anchor = context.gather(1, anchors.unsqueeze(-1).expand(-1, -1, size))
+        visible = torch.arange(length, device=context.device) <= anchors.unsqueeze(-1)
+
+        query = self.anchor_query(anchor, anchors)
+        attended = self._attend(query.unsqueeze(2), key, value, visible)
+        slots = self.expand(anchor, attended.squeeze(2), bonus_embeds)
+        query, own_key, own_value = self.slot_query_key_value(slots, anchors)
+        if self.mixed:
+            attended = self._attend(query, key, value, visible, own_key, own_value)
+        else:
+            attended = self._attend(query, own_key=own_key, own_value=own_value)
+        return self.finish(slots, attended)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        visible: Tensor | None = None,
+        own_key: Tensor | None = None,
+        own_value: Tensor | None = None,
+    ) -> Tensor:
+        """One softmax over the visible context and the anchor's own slots.
+
+        query [batch, A, K, heads, D]; key, value [batch, T, K/V heads, D]; visible [batch, A, T];
+        own_key, own_value [batch, A, K, K/V heads, D]. Returns [batch, A, K, heads, D].
+        """
+        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        grouped = query.unflatten(3, (-1, groups)) * self.scale
+        scores = []
+        if key is not None:
+            assert visible is not None
+            context = torch.einsum("baqhgd,bthd->bhgaqt", grouped, key)
+            scores.append(context.masked_fill(~visible[:, None, None, :, None], float("-inf")))
+        if own_key is not None:
+            scores.append(torch.einsum("baqhgd,bathd->bhgaqt", grouped, own_key))
+        weights = torch.cat(scores, dim=-1).float().softmax(-1).to(query.dtype)
+        attended, start = torch.zeros_like(grouped), 0
+        if value is not None:
+            start = value.shape[1]
+            attended = torch.einsum("bhgaqt,bthd->baqhgd", weights[..., :start], value)
+        if own_value is not None:
+            attended = attended + torch.einsum(
+                "bhgaqt,bathd->baqhgd", weights[..., start:], own_value
+            )
+        return attended.flatten(3, 4)
+
+    @torch.no_grad()
+    def draft(self, logits: Tensor, bonus_tokens: Tensor) -> Tensor:
+        """Greedy drafts from slot logits [..., K, V] and bonus tokens [...]: int64 [..., K]."""
+        if not self.config.markov_rank:
+            return logits.argmax(-1)
+        previous, chosen = bonus_tokens, []
+        for slot in logits.unbind(-2):
+            previous = (slot + self.markov_logits(previous)).argmax(-1)
+            chosen.append(previous)
+        return torch.stack(chosen, dim=-1)

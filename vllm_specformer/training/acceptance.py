@@ -1,0 +1,93 @@
+"""Exact acceptance of drafts on a known continuation, without running speculation.
+
+Under lossless verification the emitted text does not depend on the drafts, so a step can be
+replayed on it: from position `t` the accepted drafts are the longest prefix that equals the text,
+and the step emits them plus one token. This is exact for greedy text, and for sampled text under
+coupled verification, whose acceptance law is that of rejection sampling for deterministic drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.training.hidden_states import HookedTarget
+
+# Drafts for the tokens that follow text[: position + 2], i.e. after the bonus token.
+Drafter = Callable[[int], Sequence[int]]
+
+
+@dataclass
+class Acceptance:
+    """Counts over many texts."""
+
+    num_slots: int
+    steps: int = 0
+    tokens: int = 0
+    accepted: list[int] = field(default_factory=list)
+    offered: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.accepted = [0] * self.num_slots
+        self.offered = [0] * self.num_slots
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean tokens emitted per target forward, bonus token included."""
+        return self.tokens / max(1, self.steps)
+
+    @property
+    def per_position(self) -> list[float]:
+        """Share of steps whose draft reached and passed slot `i` (vLLM's per-position rate)."""
+        return [a / max(1, o) for a, o in zip(self.accepted, self.offered, strict=True)]
+
+    def walk(self, text: Sequence[int], start: int, drafter: Drafter) -> None:
+        """Replay one text whose first generated token is `text[start]`."""
+        position = start - 1  # last token the target has seen; text[start] is the first bonus token
+        while position + 1 < len(text):
+            room = len(text) - (position + 2)
+            drafts = drafter(position)[: min(self.num_slots, max(room, 0))]
+            matched = 0
+            for slot, draft in enumerate(drafts):
+                self.offered[slot] += 1
+                if matched == slot and draft == text[position + 2 + slot]:
+                    self.accepted[slot] += 1
+                    matched += 1
+            self.steps += 1
+            self.tokens += matched + 1
+            position += matched + 1
+
+
+@torch.no_grad()
+def head_drafts(head: SpecFormerHead, target: HookedTarget, text: Tensor) -> Tensor:
+    """Greedy drafts of the head at every position of a text: int64 [T] -> int64 [T - 1, K]."""
+    states, _ = target(text[None])
+    anchors = torch.arange(len(text) - 1)[None]
+    bonus = text[None, 1:]
+    slots = head(states, anchors, target.embed(bonus))
+    return head.draft(target.logits(slots), bonus)[0]
+
+
+def lookup_drafts(text: Sequence[int], end: int, longest: int, shortest: int, count: int) -> list[int]:
+    """Prompt lookup: continue the earliest match of the last n tokens of `text[:end]`.
+
+    The longest n wins; this is what vLLM's `ngram` method proposes.
+    """
+    for size in range(longest, shortest - 1, -1):
+        if end <= size:
+            continue
+        pattern = list(text[end - size : end])
+        for begin in range(end - size):
+            if list(text[begin : begin + size]) == pattern:
+                return list(text[begin + size : min(begin + size + count, end)])
+    return []
+
+
+def repeated_fraction(tokens: Sequence[int], size: int = 4) -> float:
+    """Share of n-grams of a text that occurred in it before; 0 for shorter texts."""
+    grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -1,0 +1,50 @@
+"""Hooked hidden states of a Hugging Face target, numbered as vLLM numbers them.
+
+Id 0 is the embedding output, id `i` the residual stream after layer `i`, id `L` the state after the
+last layer BEFORE the final norm. Transformers' own `hidden_states[-1]` is taken after that norm; a
+head trained on it and served by vLLM would be silently wrong, so the states are captured by hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class HookedTarget:
+    """A frozen target that returns hooked states and, on request, logits."""
+
+    def __init__(self, target: PreTrainedModel, hook_ids: Sequence[int]) -> None:
+        self.target = target.eval().requires_grad_(False)
+        self.decoder = target.get_decoder()
+        self.hook_ids = tuple(hook_ids)
+        self._states: dict[int, Tensor] = {}
+        for layer_id, layer in enumerate(self.decoder.layers):
+            if layer_id in self.hook_ids:
+                layer.register_forward_pre_hook(self._keep_input(layer_id), with_kwargs=True)
+        if len(self.decoder.layers) in self.hook_ids:
+            last = len(self.decoder.layers)
+            self.decoder.norm.register_forward_pre_hook(self._keep_input(last), with_kwargs=True)
+
+    def _keep_input(self, hook_id: int):  # type: ignore[no-untyped-def]
+        def hook(module, args, kwargs):  # type: ignore[no-untyped-def]
+            self._states[hook_id] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor) -> tuple[list[Tensor], Tensor]:
+        """int64 [batch, T] -> (hooked states G x [batch, T, H], normed last states [batch, T, H])."""
+        last = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        return [self._states.pop(i) for i in self.hook_ids], last
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Target embeddings of int64 tokens [...]: [..., H]."""
+        return self.target.get_input_embeddings()(tokens)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Slot states [..., H] -> logits [..., V], through the target's final norm and lm_head."""
+        return self.target.get_output_embeddings()(self.decoder.norm(states))

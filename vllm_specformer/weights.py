@@ -1,0 +1,69 @@
+"""Check a head's safetensors file before anything large is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vllm_specformer.config import SpecFormerConfig
+from vllm_specformer.head import SpecFormerHead
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+class HeadWeightError(ValueError):
+    """A head's weights do not fit its configuration; the message names tensor and remedy."""
+
+
+def expected_shapes(config: SpecFormerConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor a head with this configuration has."""
+    with torch.device("meta"):
+        head = SpecFormerHead(config)
+    return {name: tuple(p.shape) for name, p in head.named_parameters()}
+
+
+def check_weights(directory: Path, config: SpecFormerConfig) -> None:
+    """Verify names, shapes, completeness and finiteness of `directory/model.safetensors`.
+
+    Raises:
+        HeadWeightError: the file is missing or truncated, a tensor is missing, unknown, misshapen
+            or holds NaN or infinity.
+    """
+    path = directory / WEIGHTS_FILE
+    remedy = "copy or train the head again"
+    if not path.is_file():
+        raise HeadWeightError(f"head weights {path}: the file is missing; {remedy}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            _compare(path, expected_shapes(config), found)
+            for name in found:
+                if not torch.isfinite(file.get_tensor(name)).all():
+                    raise HeadWeightError(
+                        f"head weights {path}: tensor {name!r} holds NaN or infinite values; "
+                        "resume the training from a checkpoint before it diverged"
+                    )
+    except SafetensorError as error:
+        raise HeadWeightError(
+            f"head weights {path}: the file is truncated or damaged ({error}); {remedy}"
+        ) from None
+
+
+def _compare(
+    path: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
+) -> None:
+    problems = [f"{n!r} is missing" for n in sorted(expected.keys() - found.keys())]
+    problems += [f"{n!r} is unknown" for n in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{n!r} has shape {list(found[n])}, expected {list(expected[n])}"
+        for n in sorted(expected.keys() & found.keys())
+        if expected[n] != found[n]
+    ]
+    if problems:
+        raise HeadWeightError(
+            f"head weights {path} do not fit config.json: {'; '.join(problems[:5])}"
+            + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
+            + "; config.json and model.safetensors must come from the same training"
+        )
