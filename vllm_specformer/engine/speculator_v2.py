@@ -30,6 +30,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_target_class(vllm_config.model_config)
         super().__init__(vllm_config, device)
+        self._aux_staging = None  # a buffer of DFlash's own graph (0.33) that we never read
         # One query row per request: its last accepted token.
         self.num_query_per_req = 1
         self.monitor = AcceptanceMonitor(device)
@@ -181,7 +182,8 @@ class SpecFormerSpeculator(DFlashSpeculator):
         """Store the step's context K/V and draft; arguments and shapes as vLLM's base class.
 
         Returns:
-            int64 [R, K]; [R, 0] when no draft is wanted (the K/V are stored all the same).
+            int64 [R, K]. When no draft is wanted the K/V are stored all the same and the rows hold
+            the previous step's drafts, which the runner then ignores (it copies whole rows).
         """
         assert aux_hidden_states, "the target returned no auxiliary hidden states"
         requests, tokens = input_batch.num_reqs, input_batch.num_tokens
@@ -200,11 +202,14 @@ class SpecFormerSpeculator(DFlashSpeculator):
         )
         if num_speculative_tokens == 0:
             self._store_context(0, tokens)
-            return self.draft_tokens[:requests, :0]
+            return self.draft_tokens[:requests]
         if dummy_run and skip_attn_for_dummy_run:
             self._store_context(0, tokens)
             self._generate_draft(requests, requests)
             return self.draft_tokens[:requests]
+        if dummy_run and dp_sync_state is not None:
+            # A dummy batch of one rank may exceed what the ranks agreed on.
+            requests = min(requests, dp_sync_state.num_reqs)
         self._run(requests, tokens, dp_sync_state, is_profile)
         return self.draft_tokens[:requests]
 

@@ -131,18 +131,20 @@ def _block_attention_kernel(
 def tile_sizes(
     max_block_len: int, group: int, head_size: int, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Tile sizes, warps and stages: the kernel's constexprs that depend on no other argument."""
+    """Tile sizes, warps and stages: the largest that spill no register (tests/kernels/test_aot)."""
     block_d = max(16, triton.next_power_of_2(head_size))
-    # float32 tiles multiply without tensor cores and hold their operands in registers.
-    is_wide = dtype == torch.float32
-    rows = triton.next_power_of_2(max_block_len * group)
-    return {
-        "BLOCK_M": max(16, min(rows, 16 if is_wide else 64)),
-        "BLOCK_N": 32 if is_wide or block_d > 128 else 64,
-        "BLOCK_C": max(16, triton.next_power_of_2(max_block_len)),
-        "BLOCK_D": block_d,
-        "num_warps": 8 if block_d > 128 else 4,
-        "num_stages": 1 if is_wide else 2,
+    sizes = {"BLOCK_C": max(16, triton.next_power_of_2(max_block_len)), "BLOCK_D": block_d}
+    # float32 multiplies without tensor cores and holds its operands in registers.
+    if dtype == torch.float32:
+        return sizes | {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
+    is_large = block_d > 128
+    rows = max(16, triton.next_power_of_2(max_block_len * group))
+    block_m = min(rows, 32 if is_large else 64)
+    return sizes | {
+        "BLOCK_M": block_m,
+        "BLOCK_N": 32 if is_large else 64,
+        "num_warps": 8 if is_large or block_m == 64 else 4,
+        "num_stages": 2,
     }
 
 

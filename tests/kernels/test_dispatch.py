@@ -1,0 +1,80 @@
+"""Each public function takes the kernel for a tensor on a GPU and the reference elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+OPS = ["block_attention", "kv_store", "grouped_rms_norm"]
+
+
+def function_of(op: str, module: str = "") -> Callable:
+    return getattr(importlib.import_module(f"specformer_kernels.{op}{module}"), op)
+
+
+def make_call(op: str, device: str) -> dict[str, Any]:
+    """Arguments that only have a device: the implementations are replaced."""
+    tensor = torch.ones(2, device=device)
+    names = inspect.signature(function_of(op)).parameters
+    return {name: [tensor] if name == "hidden_states" else tensor for name in names}
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replace every implementation by one that notes that it was called."""
+    calls: list[str] = []
+    for op in OPS:
+        for name in ("reference", "triton_kernel"):
+            module = importlib.import_module(f"specformer_kernels.{op}.{name}")
+            monkeypatch.setattr(module, op, lambda *args, name=name: calls.append(name))
+    return calls
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gpu_takes_the_kernel(op: str, taken: list[str]) -> None:
+    with FakeTensorMode():
+        function_of(op)(**make_call(op, "cuda"))
+    assert taken == ["triton_kernel"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cpu_takes_the_reference(op: str, taken: list[str]) -> None:
+    function_of(op)(**make_call(op, "cpu"))
+    assert taken == ["reference"]
+
+
+@pytest.mark.parametrize("wants", ["weight", "hidden_states"])
+def test_gradient_takes_the_reference(wants: str, taken: list[str]) -> None:
+    normalise = function_of("grouped_rms_norm")
+    with FakeTensorMode():
+        call = make_call("grouped_rms_norm", "cuda")
+        leaf = torch.ones(2, device="cuda", requires_grad=True)
+        call[wants] = [leaf] if wants == "hidden_states" else leaf
+        normalise(**call)
+        with torch.no_grad():
+            normalise(**call)
+    assert taken == ["reference", "triton_kernel"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_signatures_agree(op: str) -> None:
+    public = inspect.signature(function_of(op))
+    assert inspect.signature(function_of(op, ".reference")) == public
+    assert inspect.signature(function_of(op, ".triton_kernel")) == public
+
+
+def test_importing_needs_neither_triton_nor_vllm() -> None:
+    imports = "; ".join(f"import specformer_kernels.{op}" for op in OPS)
+    code = (
+        f"import sys; sys.modules['triton'] = sys.modules['vllm'] = None; {imports}; "
+        "assert not any(name.startswith('vllm_specformer') for name in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
