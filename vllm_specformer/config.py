@@ -75,6 +75,10 @@ class HeadFields(BaseModel):
         description="Hooked states in vLLM's numbering: 0 is the embedding output, i the state "
         "after layer i, the last id the state after the last layer BEFORE the final norm.",
     )
+    nested_slots: bool = Field(
+        description="Trained with varying numbers of slots, so that serving fewer than K computes "
+        "only those; otherwise all K are computed, because slots see each other, and cut."
+    )
     use_bonus_embedding: bool = Field(
         description="Condition the slots on the sampled (bonus) token's embedding."
     )
@@ -187,8 +191,18 @@ class SpecFormerConfig(PreTrainedConfig):
             HeadConfigError: unknown preset, unsuitable target, bad field.
         """
         choices = {
-            "paper": {"use_bonus_embedding": False, "slot_mask": "slots", "markov_rank": 0},
-            "default": {"use_bonus_embedding": True, "slot_mask": "mixed", "markov_rank": 0},
+            "paper": {
+                "use_bonus_embedding": False,
+                "slot_mask": "slots",
+                "markov_rank": 0,
+                "nested_slots": False,
+            },
+            "default": {
+                "use_bonus_embedding": True,
+                "slot_mask": "mixed",
+                "markov_rank": 0,
+                "nested_slots": True,
+            },
         }
         if name not in choices:
             raise HeadConfigError(f"preset={name!r} is unknown; choose one of {sorted(choices)}")

@@ -36,25 +36,35 @@ class RMSNorm(nn.Module):
 
 
 class Projections(nn.Module):
-    """Query, key, value and output projections of one attention, without bias."""
+    """Query, key, value and output projections of one attention, without bias.
+
+    Query, key and value are one matrix: at the few rows of a draft step the number of launches
+    costs more than the arithmetic.
+    """
 
     def __init__(self, config: SpecFormerConfig) -> None:
         super().__init__()
-        size, head = config.hidden_size, config.head_dim
-        self.head_dim = head
-        self.q_proj = nn.Linear(size, config.num_attention_heads * head, bias=False)
-        self.k_proj = nn.Linear(size, config.num_key_value_heads * head, bias=False)
-        self.v_proj = nn.Linear(size, config.num_key_value_heads * head, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * head, size, bias=False)
+        self.heads = (config.num_attention_heads, config.num_key_value_heads)
+        self.head_dim = config.head_dim
+        rows = (self.heads[0] + 2 * self.heads[1]) * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.o_proj = nn.Linear(self.heads[0] * config.head_dim, config.hidden_size, bias=False)
 
-    def query(self, x: Tensor) -> Tensor:
-        """[..., H] -> [..., query heads, D]"""
-        return self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+    def forward(
+        self, x: Tensor, table: Tensor | None = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., H] -> query [..., heads, D] and key, value [..., K/V heads, D].
 
-    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., H] -> two of [..., K/V heads, D]"""
-        split = (-1, self.head_dim)
-        return self.k_proj(x).unflatten(-1, split), self.v_proj(x).unflatten(-1, split)
+        With a rotary `table`, query and key are rotated to `positions` [...].
+        """
+        heads, kv_heads = self.heads
+        rows = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        turned, value = rows.split([heads + kv_heads, kv_heads], dim=-2)
+        if table is not None:
+            assert positions is not None
+            turned = rotate(turned, table, positions)
+        query, key = turned.split([heads, kv_heads], dim=-2)
+        return query, key, value
 
     def output(self, attended: Tensor) -> Tensor:
         """[..., query heads, D] -> [..., H]"""
@@ -64,12 +74,12 @@ class Projections(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, size: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(size, inner, bias=False)
-        self.up_proj = nn.Linear(size, inner, bias=False)
+        self.gate_up_proj = nn.Linear(size, 2 * inner, bias=False)
         self.down_proj = nn.Linear(inner, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 def rotary_table(positions: int, head_dim: int, theta: float) -> Tensor:
@@ -147,53 +157,57 @@ class SpecFormerHead(PreTrainedModel):
         eps = self.config.rms_norm_eps
         return self.fc(grouped_rms_norm(hooked_states, self.hook_norm_weight, eps))
 
-    def context_key_value(self, context: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What the paged cache holds: rotated keys and values, each [..., K/V heads, D].
+    def context_qkv(self, context: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Context states [..., H] -> rotated query and key, and value, each [..., heads, D].
 
-        They depend on the target's states at their own position only (never on the bonus token),
-        which is what makes them exact under prefix caching.
+        Keys and values go to the paged cache. They depend on the target's states at their own
+        position only (never on the bonus token), which makes them exact under prefix caching.
+        Queries are used at the anchors.
         """
-        key, value = self.context_attn.key_value(self.context_norm(context))
-        return rotate(key, self.rotary(key.device), positions), value
+        table = self.rotary(context.device)
+        return self.context_attn(self.context_norm(context), table, positions)
 
-    def anchor_query(self, anchor: Tensor, positions: Tensor) -> Tensor:
-        """Context states at the anchors [..., H] -> rotated queries [..., query heads, D]."""
-        query = self.context_attn.query(self.context_norm(anchor))
-        return rotate(query, self.rotary(query.device), positions)
+    def slots_to_run(self, wanted: int) -> int:
+        """Slots a pass must compute to draft `wanted` tokens (see `nested_slots`)."""
+        return wanted if self.config.nested_slots else self.config.num_draft_slots
 
-    def expand(self, anchor: Tensor, attended: Tensor, bonus_embeds: Tensor | None) -> Tensor:
-        """Finish the context layer and open the slots: [..., H] -> [..., K, H].
+    def expand(
+        self, anchor: Tensor, attended: Tensor, bonus_embeds: Tensor | None, num_slots: int
+    ) -> Tensor:
+        """Finish the context layer and open the slots: [..., H] -> [..., num_slots, H].
 
         Args:
             anchor: context states at the anchors, [..., H].
             attended: their attention output, [..., query heads, D].
             bonus_embeds: target embedding of the bonus token, [..., H]; ignored by a head that is
                 blind to it.
+            num_slots: leading slots to open, as `slots_to_run` says.
         """
         hidden = anchor + self.context_attn.output(attended)
         if self.config.use_bonus_embedding:
             assert bonus_embeds is not None
             hidden = hidden + self.bonus_proj(self.bonus_norm(bonus_embeds))
-        slots = self.positional_proj(self.positional_norm(hidden))
-        return slots.unflatten(-1, (self.config.num_draft_slots, -1))
+        normed = self.positional_norm(hidden)
+        if num_slots == self.config.num_draft_slots:
+            slots = self.positional_proj(normed)
+        else:
+            rows = num_slots * self.config.hidden_size
+            proj = self.positional_proj
+            slots = F.linear(normed, proj.weight[:rows], proj.bias[:rows])
+        return slots.unflatten(-1, (num_slots, -1))
 
-    def slot_query_key_value(
-        self, slots: Tensor, anchor_positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def slot_qkv(self, slots: Tensor, anchor_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Slots [..., K, H] -> query, key, value [..., K, heads, D].
 
         Under the mixed mask slot `i` stands at position `t+1+i`, as a decoder that predicts token
         `t+2+i` would; the paper's slots carry no rotary position.
         """
         normed = self.slot_norm(slots)
-        query = self.slot_attn.query(normed)
-        key, value = self.slot_attn.key_value(normed)
-        if self.mixed:
-            offsets = torch.arange(1, slots.shape[-2] + 1, device=slots.device)
-            positions = anchor_positions.unsqueeze(-1) + offsets
-            table = self.rotary(query.device)
-            query, key = rotate(query, table, positions), rotate(key, table, positions)
-        return query, key, value
+        if not self.mixed:
+            return self.slot_attn(normed)
+        offsets = torch.arange(1, slots.shape[-2] + 1, device=slots.device)
+        table = self.rotary(slots.device)
+        return self.slot_attn(normed, table, anchor_positions.unsqueeze(-1) + offsets)
 
     def finish(self, slots: Tensor, attended: Tensor) -> Tensor:
         """Slots and their attention output -> slot states [..., K, H], before the final norm."""
@@ -209,6 +223,7 @@ class SpecFormerHead(PreTrainedModel):
         hooked_states: Sequence[Tensor],
         anchors: Tensor,
         bonus_embeds: Tensor | None = None,
+        num_slots: int | None = None,
     ) -> Tensor:
         """Slot states at the anchors of whole sequences, densely.
 
@@ -216,20 +231,24 @@ class SpecFormerHead(PreTrainedModel):
             hooked_states: G tensors [batch, T, H] in the order of `aux_hidden_state_layer_ids`.
             anchors: int64 [batch, A], positions in 0..T-1.
             bonus_embeds: [batch, A, H], the embedding of the token after each anchor.
+            num_slots: leading slots to run, n; all K when not given.
 
         Returns:
-            [batch, A, K, H], to be passed through the target's final norm and lm_head.
+            [batch, A, n, H], to be passed through the target's final norm and lm_head.
         """
         context = self.combine(hooked_states)
-        batch, length, size = context.shape
-        key, value = self.context_key_value(context, torch.arange(length, device=context.device))
-        anchor = context.gather(1, anchors.unsqueeze(-1).expand(-1, -1, size))
+        batch, length = context.shape[:2]
+        queries, key, value = self.context_qkv(
+            context, torch.arange(length, device=context.device).expand(batch, length)
+        )
+        rows = torch.arange(batch, device=context.device).unsqueeze(-1)
+        anchor, query = context[rows, anchors], queries[rows, anchors]
         visible = torch.arange(length, device=context.device) <= anchors.unsqueeze(-1)
 
-        query = self.anchor_query(anchor, anchors)
         attended = self._attend(query.unsqueeze(2), key, value, visible)
-        slots = self.expand(anchor, attended.squeeze(2), bonus_embeds)
-        query, own_key, own_value = self.slot_query_key_value(slots, anchors)
+        num_slots = num_slots or self.config.num_draft_slots
+        slots = self.expand(anchor, attended.squeeze(2), bonus_embeds, num_slots)
+        query, own_key, own_value = self.slot_qkv(slots, anchors)
         if self.mixed:
             attended = self._attend(query, key, value, visible, own_key, own_value)
         else:

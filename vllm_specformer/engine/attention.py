@@ -8,6 +8,7 @@ this layer reads or writes the contents, so it is free to use the logical layout
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,7 @@ class DraftAttention(nn.Module, AttentionLayerBase):
         head_size: int,
         scale: float,
         max_requests: int,
-        block_widths: tuple[int, ...],
+        block_widths: Iterable[int],
     ) -> None:
         super().__init__()
         config = get_current_vllm_config()

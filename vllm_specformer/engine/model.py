@@ -45,7 +45,7 @@ class SpecFormerDraftModel(nn.Module):
             head_size=self.config.head_dim,
             scale=self.head.scale,
             max_requests=vllm_config.scheduler_config.max_num_seqs,
-            block_widths=(1, self.num_slots),
+            block_widths=range(1, self.num_slots + 1),
         )
         self._target: dict[str, Callable[[Tensor], Tensor]] = {}
 
@@ -74,42 +74,50 @@ class SpecFormerDraftModel(nn.Module):
         """G hooked states [T, H] -> context states [T, H]."""
         return self.head.combine(hooked_states)
 
-    def store_context(self, context: Tensor, positions: Tensor, slot_mapping: Tensor) -> None:
-        """Write the K/V of context states [T, H] at `positions` [T] to `slot_mapping` [T]."""
-        key, value = self.head.context_key_value(context, positions)
+    def store_context(
+        self, context: Tensor, positions: Tensor, slot_mapping: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Write the K/V of context states [T, H] at `positions` [T] to `slot_mapping` [T].
+
+        Returns:
+            The rows' queries, keys and values, for the draft pass to take its anchors from.
+        """
+        query, key, value = self.head.context_qkv(context, positions)
         self.attn.store(key, value, slot_mapping)
+        return query, key, value
 
     def forward(
         self,
         anchors: Tensor,
+        anchor_qkv: tuple[Tensor, Tensor, Tensor],
         positions: Tensor,
         bonus_tokens: Tensor,
-        block_table: Tensor,
+        block_table: Tensor | None,
+        num_tokens: int,
     ) -> Tensor:
         """The draft pass.
 
         Args:
             anchors: context states [R, H] of each request's last accepted token.
-            positions: int64 [R], their positions; the K/V up to them are in the cache.
+            anchor_qkv: their query, key and value [R, heads, D], as `store_context` made them.
+            positions: int64 [R], their positions; the K/V before them are in the cache.
             bonus_tokens: integer [R], the tokens the target has just sampled.
-            block_table: int32 [R, blocks].
+            block_table: int32 [R, blocks]; None only while no cache is bound.
+            num_tokens: tokens to draft, n.
 
         Returns:
-            Slot states [R, K, H] after the target's final norm.
+            Slot states [R, n, H] after the target's final norm.
         """
         head = self.head
-        key, value = head.context_key_value(anchors, positions)
-        query = head.anchor_query(anchors, positions)
         # The anchor sees the tokens before it in the cache and itself as a block of one row.
-        attended = self.attn.attend(
-            query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1), block_table, positions
-        )
+        query, key, value = (rows.unsqueeze(1) for rows in anchor_qkv)
+        attended = self.attn.attend(query, key, value, block_table, positions)
         bonus = self._target["embed"](bonus_tokens) if self.config.use_bonus_embedding else None
-        slots = head.expand(anchors, attended.squeeze(1), bonus)
-        query, key, value = head.slot_query_key_value(slots, positions)
+        slots = head.expand(anchors, attended.squeeze(1), bonus, head.slots_to_run(num_tokens))
+        query, key, value = head.slot_qkv(slots, positions)
         visible = positions + 1 if head.mixed else torch.zeros_like(positions)
         attended = self.attn.attend(query, key, value, block_table, visible)
-        slots = head.finish(slots, attended)
+        slots = head.finish(slots, attended)[:, :num_tokens]
         return self._target["norm"](slots.flatten(0, 1)).view_as(slots)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

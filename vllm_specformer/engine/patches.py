@@ -127,13 +127,20 @@ _RUNNER_CLASSES = {
 }
 
 
+# Modules whose functions fail on the CPU build -> the repair in `cpu_sampling`.
+_REPAIRS = {
+    "vllm.utils.cpu_triton_utils": "repair_expand",
+    "vllm.v1.sample.ops.topk_topp_sampler": "repair_top_k",
+}
+
+
 class _PostImportHook(importlib.abc.MetaPathFinder):
-    """Patches the runner modules when vLLM imports them, so loading the plugin imports neither."""
+    """Patches modules when vLLM imports them, so loading the plugin imports none of them."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in _RUNNER_CLASSES:
+        if fullname not in _RUNNER_CLASSES and fullname not in _REPAIRS:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is None or spec.loader is None:
@@ -142,13 +149,17 @@ class _PostImportHook(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            _patch_runner_module(module)
+            _patch_module(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _patch_runner_module(module: ModuleType) -> None:
+def _patch_module(module: ModuleType) -> None:
+    if module.__name__ in _REPAIRS:
+        cpu_sampling = import_module("vllm_specformer.engine.cpu_sampling")
+        getattr(cpu_sampling, _REPAIRS[module.__name__])(module)
+        return
     name, ours = _RUNNER_CLASSES[module.__name__]
     _construct_ours(getattr(module, name), ours)
 
@@ -156,9 +167,9 @@ def _patch_runner_module(module: ModuleType) -> None:
 def _install_dispatch() -> None:
     if not any(isinstance(finder, _PostImportHook) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PostImportHook())
-    for name in _RUNNER_CLASSES:
+    for name in (*_RUNNER_CLASSES, *_REPAIRS):
         if name in sys.modules:
-            _patch_runner_module(sys.modules[name])
+            _patch_module(sys.modules[name])
 
 
 LEDGER: tuple[Patch, ...] = (
@@ -189,6 +200,20 @@ LEDGER: tuple[Patch, ...] = (
         "subclass instead (V1 and V2 runner)",
         guard="acts only when the draft architecture is SpecFormerDraftModel; installed by a "
         "post-import hook, once (marker)",
+        apply=_install_dispatch,
+    ),
+    Patch(
+        target="vllm.utils.cpu_triton_utils._expand_kernel_impl",
+        reason="on the CPU build it discards its result, so with any speculation temperature, "
+        "top-k and top-p were uninitialised memory (see engine/cpu_sampling.py)",
+        guard="the CPU build alone imports that module; does what the kernel it replaces is to do",
+        apply=_install_dispatch,
+    ),
+    Patch(
+        target="vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_only",
+        reason="a step without draft rows ends the engine when a request sets top-k on the CPU "
+        "build, with any speculation (see engine/cpu_sampling.py)",
+        guard="acts on empty logits only, which the original cannot take; wrapped once",
         apply=_install_dispatch,
     ),
 )

@@ -53,10 +53,17 @@ class SpecFormerProposer(DFlashProposer):
         )
         positions = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
         context = self.model.combine_hidden_states(self._hooks(states))
-        self.model.store_context(context, positions, torch.full_like(positions, -1))
+        qkv = self.model.store_context(context, positions, torch.full_like(positions, -1))
         if not self.model.attn.is_bound:
-            table = torch.zeros(requests, 1, dtype=torch.int32, device=self.device)
-            slots = self.model(context[:requests], positions[:requests], positions[:requests], table)
+            first = positions[:requests]
+            slots = self.model(
+                context[:requests],
+                tuple(rows[:requests] for rows in qkv),
+                first,
+                first,
+                None,
+                self.num_speculative_tokens,
+            )
             self.model.compute_logits(slots.flatten(0, 1))
 
     def prepare_inputs_padded(
@@ -104,7 +111,7 @@ class SpecFormerProposer(DFlashProposer):
             self.monitor.observe(self._num_drafted, num_rejected_tokens_gpu)
 
         context = self.model.combine_hidden_states(self._hooks(target_hidden_states))
-        self.model.store_context(context, target_positions, common.slot_mapping[:tokens])
+        qkv = self.model.store_context(context, target_positions, common.slot_mapping[:tokens])
         if num_speculative_tokens == 0:
             return torch.empty(requests, 0, dtype=torch.int64, device=self.device)
 
@@ -112,9 +119,14 @@ class SpecFormerProposer(DFlashProposer):
         if last is None:
             last = common.query_start_loc[1 : requests + 1] - 1
         slots = self.model(
-            context[last], target_positions[last], next_token_ids, common.block_table_tensor[:requests]
+            context[last],
+            tuple(rows[last] for rows in qkv),
+            target_positions[last],
+            next_token_ids,
+            common.block_table_tensor[:requests],
+            num_speculative_tokens,
         )
-        return self._sample(slots[:, :num_speculative_tokens], next_token_ids, sampling_metadata)
+        return self._sample(slots, next_token_ids, sampling_metadata)
 
     def _sample(self, slots: Tensor, bonus_tokens: Tensor, sampling_metadata: Any) -> Tensor:
         """Draft tokens [R, n] from slot states [R, n, H]; keeps their distribution if asked to."""

@@ -251,14 +251,13 @@ class SpecFormerSpeculator(DFlashSpeculator):
     ) -> None:
         """The draft pass over the buffers; fills `draft_tokens[:num_reqs]`."""
         bonus = self.bonus_tokens[:num_reqs]
+        positions = self.anchor_positions[:num_reqs]
+        anchors = self.hidden_states[self.anchor_rows[:num_reqs]]
+        # Recomputed for the few anchor rows: a prefill's other rows are not part of the graph.
+        qkv = self.model.head.context_qkv(anchors, positions)
         table = None if self._block_table is None else self._block_table[:num_reqs]
-        slots = self.model(
-            self.hidden_states[self.anchor_rows[:num_reqs]],
-            self.anchor_positions[:num_reqs],
-            bonus,
-            table,
-        )
-        logits = self.model.compute_logits(slots[:, : self.num_speculative_steps].flatten(0, 1))
+        slots = self.model(anchors, qkv, positions, bonus, table, self.num_speculative_steps)
+        logits = self.model.compute_logits(slots.flatten(0, 1))
         if self.model.config.markov_rank:
             self._sample_in_order(logits.unflatten(0, (num_reqs, -1)), bonus)
         else:

@@ -63,13 +63,18 @@ class Acceptance:
 
 
 @torch.no_grad()
-def head_drafts(head: SpecFormerHead, target: HookedTarget, text: Tensor) -> Tensor:
-    """Greedy drafts of the head at every position of a text: int64 [T] -> int64 [T - 1, K]."""
+def head_drafts(
+    head: SpecFormerHead, target: HookedTarget, text: Tensor, num_tokens: int
+) -> Tensor:
+    """Greedy drafts at every position of a text, as the engine makes them when asked for n tokens.
+
+    int64 [T] -> int64 [T - 1, n]
+    """
     states, _ = target(text[None])
     anchors = torch.arange(len(text) - 1)[None]
     bonus = text[None, 1:]
-    slots = head(states, anchors, target.embed(bonus))
-    return head.draft(target.logits(slots), bonus)[0]
+    slots = head(states, anchors, target.embed(bonus), head.slots_to_run(num_tokens))
+    return head.draft(target.logits(slots[:, :, :num_tokens]), bonus)[0]
 
 
 def lookup_drafts(text: Sequence[int], end: int, longest: int, shortest: int, count: int) -> list[int]:

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--target", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=24_000)
+    parser.add_argument("--prompts", type=int, default=14_000)
     parser.add_argument("--sampled-share", type=float, default=0.25)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     shards = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
     every = round(1 / args.sampled_share) if args.sampled_share else 0
-    for number in tqdm(range(rank, len(shards), world), desc="distilling", disable=rank > 0):
+    # In random order, so that whatever is there when somebody looks is a fair sample of lengths.
+    numbers = np.random.default_rng(args.seed).permutation(len(shards))[rank::world]
+    for number in tqdm(numbers.tolist(), desc="distilling", disable=rank > 0):
         path = args.out / f"shard-{number:05d}.npz"
         if path.exists():
             continue

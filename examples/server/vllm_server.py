@@ -1,0 +1,226 @@
+"""Start `vllm serve` as a child process, wait until it answers, read its metrics, end it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = "127.0.0.1"
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 20.0
+LOG_TAIL_LINES = 40
+PREFIX = "vllm:spec_decode_num_"
+
+
+class ServerError(RuntimeError):
+    """A server ended early or did not answer in time; the message holds the end of its log."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server; `command` is relative to the repository root, where it was started."""
+
+    url: str
+    command: str
+    log: Path
+    process: subprocess.Popen[bytes] = field(repr=False)
+    started_in_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class DraftCounts:
+    """What a server has counted about its drafts since it started."""
+
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_at: tuple[int, ...] = ()
+
+    def __sub__(self, earlier: DraftCounts) -> DraftCounts:
+        before = earlier.accepted_at or (0,) * len(self.accepted_at)
+        return DraftCounts(
+            self.drafts - earlier.drafts,
+            self.drafted - earlier.drafted,
+            self.accepted - earlier.accepted,
+            tuple(now - then for now, then in zip(self.accepted_at, before, strict=True)),
+        )
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens one request gains per step: the accepted drafts and the target's own token."""
+        return 1 + self.accepted / self.drafts if self.drafts else 1.0
+
+    @property
+    def acceptance_per_position(self) -> list[float]:
+        """Share of the drafts whose first n tokens were accepted, for n = 1..K."""
+        return [count / self.drafts if self.drafts else 0.0 for count in self.accepted_at]
+
+
+def parse_draft_counts(metrics: str) -> DraftCounts:
+    """Read the speculative decoding counters out of a /metrics page; zeros where there are none."""
+    totals: dict[str, int] = {}
+    positions: dict[int, int] = {}
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples:
+            # The Prometheus client adds a `_created` time stamp to every counter.
+            if not sample.name.startswith(PREFIX) or not sample.name.endswith("_total"):
+                continue
+            name = sample.name.removeprefix(PREFIX).removesuffix("_total")
+            if "position" in sample.labels:
+                position = int(sample.labels["position"])
+                positions[position] = positions.get(position, 0) + int(sample.value)
+            else:
+                totals[name] = totals.get(name, 0) + int(sample.value)
+    return DraftCounts(
+        totals.get("drafts", 0),
+        totals.get("draft_tokens", 0),
+        totals.get("accepted_tokens", 0),
+        tuple(positions[position] for position in sorted(positions)),
+    )
+
+
+def read_draft_counts(server: Server) -> DraftCounts:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
+        return parse_draft_counts(answer.read().decode())
+
+
+def free_port() -> int:
+    """A port that was free a moment ago; another process could still take it before the server."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def vllm_command() -> list[str]:
+    """How to call vLLM's command line in this environment (see vllm_cpu.py)."""
+    python = Path(sys.executable)
+    # Relative where possible: what is printed and recorded should work in another checkout.
+    shown = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
+    return [str(shown), "examples/server/vllm_cpu.py"]
+
+
+def server_environment() -> dict[str, str]:
+    """The environment of a local CPU server: offline, no telemetry, Intel's OpenMP if installed."""
+    environment = dict(os.environ)
+    environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    environment |= openmp_preload(environment.get("LD_PRELOAD", ""))
+    return environment
+
+
+def openmp_preload(preloaded: str = "") -> dict[str, str]:
+    """LD_PRELOAD with Intel's OpenMP, which vLLM asks for when it speculates on a CPU."""
+    library = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if "omp" in preloaded or not library.is_file():
+        return {}
+    return {"LD_PRELOAD": f"{preloaded}:{library}" if preloaded else str(library)}
+
+
+@contextlib.contextmanager
+def serving(
+    options: Sequence[str],
+    log: Path,
+    *,
+    command: Sequence[str] | None = None,
+    timeout_s: float = START_TIMEOUT_S,
+    on_wait: Callable[[float], None] = lambda seconds: None,
+) -> Iterator[Server]:
+    """Run `vllm serve OPTIONS` on a free local port until the block is left, however it is left.
+
+    Args:
+        log: file that gets the server's output.
+        command: what to run instead of `vllm serve`.
+        on_wait: called with the seconds waited so far, about twice a second.
+
+    Raises:
+        ServerError: the server ended, or did not answer /health within `timeout_s`.
+    """
+    port = free_port()
+    base = [*vllm_command(), "serve"] if command is None else list(command)
+    arguments = [*base, *options, "--host", HOST, "--port", str(port)]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with log.open("wb") as output, process_group(arguments, output) as process:
+        url = f"http://{HOST}:{port}"
+        _wait_until_healthy(process, url, log, timeout_s, on_wait)
+        yield Server(url, shlex.join(arguments), log, process, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def process_group(
+    arguments: Sequence[str], output: int | object, stop_timeout_s: float = STOP_TIMEOUT_S
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command in a process group of its own and leave no member of it behind."""
+    process = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=server_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=output,  # type: ignore[arg-type]
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        _end_group(process, stop_timeout_s)
+
+
+def _end_group(process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """SIGTERM, some time, then SIGKILL for whatever is left, also after the leader has ended."""
+    try:
+        _signal_group(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout_s)
+    finally:  # a second Ctrl-C during the wait must not leave the engine running
+        _signal_group(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+def _wait_until_healthy(
+    process: subprocess.Popen[bytes],
+    url: str,
+    log: Path,
+    timeout_s: float,
+    on_wait: Callable[[float], None],
+) -> None:
+    started = time.monotonic()
+    while not _healthy(url):
+        waited = time.monotonic() - started
+        if process.poll() is not None:
+            raise ServerError(f"the server ended with code {process.returncode}:\n{_tail(log)}")
+        if waited > timeout_s:
+            raise ServerError(f"the server did not answer in {timeout_s:.0f} s:\n{_tail(log)}")
+        on_wait(waited)
+        time.sleep(0.5)
+
+
+def _healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
+
+
+def _tail(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+    return "\n".join(f"  | {line}" for line in lines)

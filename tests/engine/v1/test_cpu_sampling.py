@@ -1,0 +1,57 @@
+"""The two repairs of vLLM's CPU sampling do what the kernels they stand in for are to do."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
+
+from .engines import drafting, engine, prompts
+
+SUMS = torch.tensor([2, 2, 5], dtype=torch.int32)  # two rows, none, three
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _an_engine_has_run() -> None:
+    """vLLM puts its CPU kernels in place when a worker starts; a request with top-k survives."""
+    with engine(drafting(4)) as llm:
+        params = SamplingParams(temperature=1, top_k=5, max_tokens=3)
+        (output,) = llm.generate(list(prompts()[:1]), params, use_tqdm=False)
+        assert output.outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (torch.tensor([0.5, 9.0, 1.5]), [0.5, 0.5, 1.5, 1.5, 1.5]),
+        (torch.tensor([7, 9, 8], dtype=torch.int32), [7, 7, 8, 8, 8]),
+        (torch.tensor([7, 9, 8]), [7, 7, 8, 8, 8]),
+    ],
+    ids=["temperature", "int32", "int64"],
+)
+def test_values_reach_every_draft_row(values: torch.Tensor, expected: list[float]) -> None:
+    assert expand_batch_to_tokens(values, SUMS, 5).tolist() == expected
+
+
+def test_one_value_is_replaced() -> None:
+    temperatures = torch.tensor([0.0, 2.0, 0.5])
+    expanded = expand_batch_to_tokens(temperatures, SUMS, 5, replace_from=0, replace_to=1)
+    assert expanded.tolist() == [1.0, 1.0, 0.5, 0.5, 0.5]
+
+
+def test_top_k_of_no_rows() -> None:
+    logits, none = torch.empty(0, 7), torch.empty(0, dtype=torch.int64)
+    assert apply_top_k_top_p(logits, none, None).shape == (0, 7)
+    assert apply_top_k_top_p(logits, none, torch.empty(0)).shape == (0, 7)
+    kept = apply_top_k_top_p(torch.arange(7.0).repeat(2, 1), torch.tensor([2, 7]), None)
+    assert kept.isfinite().sum(-1).tolist() == [2, 7]
+
+
+def test_repairs_are_in_place() -> None:
+    from vllm_specformer.engine.cpu_sampling import expand
+
+    assert sys.modules["vllm.utils.cpu_triton_utils"]._expand_kernel_impl is expand

@@ -1,0 +1,236 @@
+"""Sampled output with speculation has the target's own distribution.
+
+The exact joint distribution of the first three generated tokens under top-k sampling is computed
+from the Hugging Face target, and Pearson's chi-square test compares thousands of samples with it.
+The first token comes from the prompt's own step; the second and third pass the rejection sampler.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+
+from vllm_specformer.config import SpecFormerConfig
+from vllm_specformer.head import SpecFormerHead
+
+from .drafts import truth, watching
+from .engines import HEAD, TARGET, DenseReference, Tokens, counting, drafting, engine, prompts
+
+SAMPLES = 4000
+TOP_K = 8
+DEPTH = 3
+# A correct sampler fails with this probability per test; the engine's seed makes it repeatable.
+LEVEL = 1e-4
+# Fewer expected samples than this in a cell make the chi-square law inexact: cells are pooled.
+MIN_EXPECTED = 8
+PROMPT = prompts()[1]
+# Share of sampled steps' first drafts that the trained head gets accepted; below it the test would
+# see rejections only. The oracle's share comes on top.
+MIN_ACCEPTED = 0.0
+
+Law = dict[Tokens, float]
+
+
+def next_token_laws(
+    reference: DenseReference, prompt: Tokens, texts: Sequence[Tokens], temperature: float
+) -> list[dict[int, float]]:
+    """The target's top-k distribution after prompt + text for texts of one length."""
+    ids = torch.tensor([prompt + text for text in texts])
+    with torch.no_grad():
+        logits = reference.target.target(ids).logits[:, -1].double() / temperature
+    top = logits.topk(TOP_K)
+    return [
+        dict(zip(tokens.tolist(), p.tolist(), strict=True))
+        for tokens, p in zip(top.indices, top.values.softmax(-1), strict=True)
+    ]
+
+
+def joint_law(reference: DenseReference, prompt: Tokens, depth: int, temperature: float) -> Law:
+    law: Law = {(): 1.0}
+    for _ in range(depth):
+        texts = list(law)
+        laws = next_token_laws(reference, prompt, texts, temperature)
+        law = {
+            (*text, token): law[text] * p
+            for text, after in zip(texts, laws, strict=True)
+            for token, p in after.items()
+        }
+    return law
+
+
+def p_value(law: Mapping[Tokens, float], counts: Counter[Tokens]) -> float:
+    """Probability of a fit as bad as this or worse, by Pearson's test with pooled rare cells."""
+    total = sum(counts.values())
+    pooled_expected, pooled_count, statistic, cells = 0.0, 0, 0.0, 0
+    for text, p in law.items():
+        expected = p * total
+        if expected < MIN_EXPECTED:
+            pooled_expected, pooled_count = pooled_expected + expected, pooled_count + counts[text]
+        else:
+            statistic, cells = statistic + (counts[text] - expected) ** 2 / expected, cells + 1
+    if pooled_expected >= MIN_EXPECTED:
+        statistic += (pooled_count - pooled_expected) ** 2 / pooled_expected
+        cells += 1
+    freedom = torch.tensor((cells - 1) / 2, dtype=torch.double)
+    return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2).double()))
+
+
+@pytest.fixture(scope="module")
+def reference() -> DenseReference:
+    return DenseReference()
+
+
+@pytest.fixture(scope="module")
+def laws(reference: DenseReference, prompt: Tokens) -> dict[int, Law]:
+    return {depth: joint_law(reference, prompt, depth, 1.0) for depth in range(1, DEPTH + 1)}
+
+
+@pytest.fixture(scope="module")
+def prompt() -> Tokens:
+    from .engines import tokenizer
+
+    return tuple(tokenizer()(PROMPT)["input_ids"])
+
+
+def lawful_head(
+    directory: Path, reference: DenseReference, laws: Mapping[int, Law], markov_rank: int
+) -> Path:
+    """A head whose slots say, whatever the context, how often a token stands at their depth.
+
+    So a good share of its drafts is accepted, and each slot has a distribution of its own: drafts
+    verified with another slot's odds would bend the law.
+    """
+    config = SpecFormerConfig.preset(
+        "default", reference.target.target.config, str(TARGET), num_draft_slots=4,
+        markov_rank=markov_rank,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    head = SpecFormerHead(config)
+    wanted = torch.zeros(4, config.vocab_size)
+    for slot in range(4):
+        depth = min(slot + 2, DEPTH)
+        for text, p in laws[depth].items():
+            wanted[slot, text[-1]] += p
+    states = torch.randn(4, config.hidden_size, requires_grad=True)
+    optimizer = torch.optim.Adam([states], lr=0.05)
+    for _ in range(150):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(reference.target.logits(states), wanted).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for layer in (head.slot_attn.o_proj, head.ffn.down_proj, head.positional_proj):
+            layer.weight.zero_()
+        head.positional_proj.bias.copy_(states.flatten())
+        if markov_rank:
+            head.markov_lm_head.weight.normal_(std=0.5)
+            head.markov_embed.weight.normal_(std=0.5)
+    head.save_pretrained(directory)
+    return directory
+
+
+def sample(llm: LLM, prompt: Tokens) -> list[Tokens]:
+    params = SamplingParams(
+        n=SAMPLES, temperature=1, top_k=TOP_K, max_tokens=DEPTH, ignore_eos=True
+    )
+    (output,) = llm.generate([{"prompt_token_ids": list(prompt)}], params, use_tqdm=False)
+    return [tuple(c.token_ids) for c in output.outputs]
+
+
+def assert_law(laws: Mapping[int, Law], samples: Sequence[Tokens]) -> None:
+    assert len(samples) == SAMPLES
+    for depth, law in laws.items():
+        counts = Counter(s[:depth] for s in samples)
+        assert counts.keys() <= law.keys(), "a token outside the target's top k"
+        assert p_value(law, counts) > LEVEL, f"first {depth} tokens"
+
+
+def test_the_law_is_rich_and_the_test_sharp(
+    reference: DenseReference, prompt: Tokens, laws: dict[int, Law]
+) -> None:
+    """The target's own samples pass; those of a slightly warmer target do not."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(law: Law) -> list[Tokens]:
+        weights = torch.tensor(list(law.values()))
+        drawn = torch.multinomial(weights, SAMPLES, replacement=True, generator=generator)
+        return [list(law)[i] for i in drawn.tolist()]
+
+    assert sum(-p * torch.tensor(p).log().item() for p in laws[DEPTH].values()) > 1.5
+    assert_law(laws, draw(laws[DEPTH]))
+    warm = Counter(draw(joint_law(reference, prompt, DEPTH, 1.25)))
+    assert p_value(laws[DEPTH], warm) < LEVEL / 100
+
+
+def most_likely(laws: Mapping[int, Law], prompt: Tokens) -> Any:
+    """An oracle that drafts the target's most likely tokens after what was sampled."""
+    best: dict[Tokens, int] = {}
+    for depth in range(1, DEPTH + 1):
+        for text, _ in sorted(laws[depth].items(), key=lambda item: item[1]):
+            best[text[:-1]] = text[-1]
+
+    def oracle(text: Tokens, prompt_length: int) -> Sequence[int]:
+        advice: Tokens = ()
+        while (done := text[prompt_length:] + advice) in best:
+            advice += (best[done],)
+        return advice
+
+    return oracle
+
+
+@pytest.mark.parametrize("oracle", [False, True], ids=["head", "oracle"])
+def test_greedy_drafts(laws: dict[int, Law], prompt: Tokens, oracle: bool) -> None:
+    with (
+        engine(drafting(4), max_num_seqs=128, max_model_len=128) as llm,
+        watching(most_likely(laws, prompt) if oracle else None),
+        counting(llm) as counted,
+    ):
+        assert_law(laws, sample(llm, prompt))
+    accepted = counted["spec_decode_num_accepted_tokens"] / counted["spec_decode_num_drafts"]
+    assert accepted >= (0.1 if oracle else MIN_ACCEPTED)
+
+
+@pytest.mark.parametrize("kind", ["no-markov", "markov", "trained"])
+def test_sampled_drafts(
+    tmp_path: Path, reference: DenseReference, laws: dict[int, Law], prompt: Tokens, kind: str
+) -> None:
+    """`draft_sample_method: probabilistic`: drafts are drawn, and verified with their odds."""
+    head = HEAD
+    if kind != "trained":
+        rank = 4 if kind == "markov" else 0
+        head = lawful_head(tmp_path / "head", reference, laws, rank)
+    speculative = drafting(4, head, draft_sample_method="probabilistic")
+    with (
+        engine(speculative, max_num_seqs=128, max_model_len=128) as llm,
+        watching() as watch,
+        counting(llm) as counted,
+    ):
+        assert_law(laws, sample(llm, prompt))
+    # Requests that stand at the same text must get different drafts.
+    at_one_text = Counter(d.text for d in watch.drafted).most_common(1)[0][0]
+    assert len({d.drafts for d in watch.drafted if d.text == at_one_text}) > 20
+    accepted = counted["spec_decode_num_accepted_tokens"] / counted["spec_decode_num_drafts"]
+    print(f"accepted per step: {accepted:.3f}")
+    assert accepted >= (MIN_ACCEPTED if kind == "trained" else 0.1)
+
+
+def test_greedy_requests_with_sampled_drafts() -> None:
+    """Greedy and sampled requests share a batch whose drafts are drawn: greedy stays greedy."""
+    texts = prompts()[:12]
+    params = SamplingParams(temperature=0, max_tokens=24)
+    mixed = [
+        params if i % 2 else SamplingParams(temperature=1, max_tokens=24) for i in range(len(texts))
+    ]
+    with engine(None) as llm:
+        plain = llm.generate(list(texts), params, use_tqdm=False)
+    expected = {tuple(o.prompt_token_ids or ()): tuple(o.outputs[0].token_ids) for o in plain}
+    speculative = drafting(4, draft_sample_method="probabilistic")
+    with engine(speculative) as llm, watching(truth(expected)):
+        outputs = llm.generate(list(texts), mixed, use_tqdm=False)
+    for found, alone in list(zip(outputs, plain, strict=True))[1::2]:
+        assert found.outputs[0].token_ids == alone.outputs[0].token_ids

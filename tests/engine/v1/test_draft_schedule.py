@@ -1,0 +1,50 @@
+"""`num_speculative_tokens_per_batch_size`: the number of drafts follows the size of the batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .drafts import compare, truth, watching
+from .engines import (
+    DenseReference,
+    Job,
+    continuations,
+    drafting,
+    engine,
+    greedy,
+    make_head,
+    prompts,
+    run_plain,
+    token_ids,
+)
+
+TEXTS = prompts()[:12]
+Schedule = list[tuple[int, int, int]]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [[(1, 3, 4), (4, 8, 2), (9, 64, 1)], [(1, 5, 3), (6, 64, 0)]],
+    ids=["down-to-one", "down-to-none"],
+)
+def test_number_of_drafts_by_batch_size(tmp_path: Path, schedule: Schedule) -> None:
+    """Requests finish one by one, so the batch passes through every range, K = 0 included.
+
+    A step without drafts must store K/V all the same: later drafts show whether it did.
+    """
+    answers = run_plain({"all": Job(TEXTS, greedy(64, ignore_eos=True))})["all"]
+    lengths = [4 + 4 * i for i in range(len(TEXTS))]
+    params = [greedy(n, ignore_eos=True) for n in lengths]
+    head = make_head(tmp_path / "head", "default")
+    speculative = drafting(4, head, num_speculative_tokens_per_batch_size=schedule)
+    with engine(speculative) as llm, watching(truth(continuations(answers))) as watch:
+        found = token_ids(Job(TEXTS, params).run(llm))
+    assert found == [[ids[0][:n]] for ids, n in zip(token_ids(answers), lengths, strict=True)]
+    assert {k for _, k in watch.batch_sizes} == {k for _, _, k in schedule}
+    for requests, k in watch.batch_sizes:
+        assert k == next(n for low, high, n in schedule if low <= requests <= high)
+    result = compare(DenseReference(head), watch.drafted)
+    assert result.wrong == []
+    assert result.compared > 50

@@ -1,0 +1,134 @@
+"""Small engines on the V2 runner, and a look into its speculator."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from v1 import engines
+from v1.drafts import Drafted, compare
+from v1.engines import DenseReference, Job, Tokens, continuations, greedy, prompts
+from vllm import LLM
+
+from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
+
+K = 4
+MAX_TOKENS = 10
+TEXTS = prompts()[:28]
+# Long prompts, each extending the one before: they fill blocks of the prefix cache.
+LONG = ["\n\n\n".join(prompts()[60 : 62 + n]) for n in range(3)]
+
+# A step costs the interpreter a program per request and kernel, so everything is small.
+SMALL: dict[str, Any] = {
+    "kv_cache_memory_bytes": 64 << 20,
+    "max_model_len": 384,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 384,
+}
+
+
+def engine(
+    speculative: dict[str, Any] | None = None, **changes: Any
+) -> AbstractContextManager[LLM]:
+    return engines.engine(speculative, **(SMALL | changes))
+
+
+def plain_answers(texts: Sequence[str], max_tokens: int, **changes: Any) -> dict[Tokens, Tokens]:
+    """Greedy continuations by the target alone."""
+    job = Job(texts, greedy(max_tokens, **changes))
+    return continuations(engines.run_plain({"all": job}, **SMALL)["all"])
+
+
+def runner(llm: LLM) -> Any:
+    """The model runner of an in-process engine."""
+    core = llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker.model_runner
+
+
+def speculator(llm: LLM) -> SpecFormerSpeculator:
+    return runner(llm).speculator
+
+
+@dataclass
+class Watch:
+    """What happened in the speculator."""
+
+    drafted: list[Drafted] = field(default_factory=list)
+    requests: Counter[int] = field(default_factory=Counter)  # steps by number of requests
+    tokens: Counter[int] = field(default_factory=Counter)  # steps by number of drafts asked for
+    helped: Counter[int] = field(default_factory=Counter)
+    unsampled_rows: int = 0
+
+
+@contextmanager
+def watching(
+    llm: LLM,
+    continuations: Mapping[Tokens, Tokens] | None = None,
+    skip_drafting: Callable[[int], bool] = lambda step: False,
+) -> Iterator[Watch]:
+    """Record every draft; with `continuations`, play the oracle as well.
+
+    The oracle replaces the first n drafts of each request by the request's true greedy
+    continuation, n uniform in 0..K. Every number of accepted tokens then occurs, whatever the head
+    is worth. Recorded is what the head itself proposed.
+
+    Args:
+        llm: the engine; it must draft with SpecFormer.
+        continuations: prompt tokens -> greedy continuation.
+        skip_drafting: steps that are asked for no drafts (0.33 does so, 0.32 seldom).
+    """
+    watch, rng, states = Watch(), random.Random(0), runner(llm).req_states
+    original = SpecFormerSpeculator.propose
+
+    def propose(self: SpecFormerSpeculator, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
+        wanted = kwargs.get("num_speculative_tokens")
+        if skip_drafting(watch.requests.total()):
+            wanted = kwargs["num_speculative_tokens"] = 0
+        drafts = original(self, batch, *args, **kwargs)
+        num_sampled = args[4]
+        watch.requests[batch.num_reqs] += 1
+        watch.tokens[self.num_speculative_steps if wanted is None else wanted] += 1
+        if wanted == 0:
+            return drafts
+        drafts = drafts.clone()
+        for row in range(batch.num_reqs):
+            if not int(num_sampled[row]):
+                watch.unsampled_rows += 1
+                continue
+            state = int(batch.idx_mapping[row])
+            # The runner's own record of the request, not the positions we draft at.
+            length = int(states.total_len.gpu[state])
+            text = tuple(states.all_token_ids.gpu[state, :length].tolist())
+            watch.drafted.append(Drafted(text, tuple(drafts[row].tolist())))
+            if continuations is not None:
+                _help(drafts[row], text, int(states.prompt_len.np[state]), continuations)
+        return drafts
+
+    def _help(drafts: Tensor, text: Tokens, start: int, known: Mapping[Tokens, Tokens]) -> None:
+        answer, done = known.get(text[:start], ()), len(text) - start
+        if answer[:done] != text[start:]:
+            return
+        true = answer[done : done + rng.randint(0, len(drafts))]
+        drafts[: len(true)] = torch.tensor(true, dtype=drafts.dtype)
+        watch.helped[len(true)] += 1
+
+    SpecFormerSpeculator.propose = propose  # type: ignore[method-assign]
+    try:
+        yield watch
+    finally:
+        SpecFormerSpeculator.propose = original  # type: ignore[method-assign]
+
+
+def assert_all_equal(reference: DenseReference, watch: Watch, at_least: int) -> None:
+    """Every recorded draft is the dense head's."""
+    result = compare(reference, watch.drafted)
+    print(f"drafts compared {result.compared}, wrong {len(result.wrong)}, ties {result.ties}")
+    assert result.wrong == []
+    assert result.compared >= at_least
+    assert result.ties <= result.compared // 100

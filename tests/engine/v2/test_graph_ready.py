@@ -1,0 +1,306 @@
+"""What a CUDA graph demands of the draft step, shown without a GPU.
+
+The captured part reads the same storages on every step; rows that pad a batch leave no trace; and
+the step is replayed or run eagerly as its batch demands. See test_host_reads.py for the rest.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from v1.engines import DenseReference, Tokens, continuations, drafting, greedy
+from vllm import LLM, SamplingParams
+from vllm.config.compilation import CUDAGraphMode
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+
+from vllm_specformer.engine import speculator_v2
+from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
+
+from .support import LONG, MAX_TOKENS, TEXTS, K, assert_all_equal, engine, speculator, watching
+from .triton_ops import OUR_KERNELS, use_triton
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    """Probabilistic, so that draft logits are cached; at temperature 0 the drafts are the same."""
+    with engine(drafting(K, draft_sample_method="probabilistic")) as llm:
+        yield llm
+
+
+def generate(llm: LLM, count: int = 6) -> dict[Tokens, Tokens]:
+    """Requests of different lengths, one long prompt among them: batches of several sizes."""
+    params = [greedy(MAX_TOKENS - n % 4) for n in range(count)]
+    texts = [*TEXTS[: count - 1], LONG[0]]
+    return continuations(llm.generate(texts, params, use_tqdm=False))
+
+
+def assert_parity(found: dict[Tokens, Tokens], answers: dict[Tokens, Tokens]) -> None:
+    assert found
+    assert all(answers[p][: len(t)] == t for p, t in found.items())
+
+
+class StoragesRead(TorchDispatchMode):
+    """Storages that the watched operators use and did not make themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.external: dict[int, tuple[str, list[int]]] = {}
+        self._made: dict[int, Tensor] = {}  # kept alive, so that no address is used twice
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.numel():
+                address = leaf.untyped_storage().data_ptr()
+                if address not in self._made:
+                    self.external[address] = (str(func), list(leaf.shape))
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                address = leaf.untyped_storage().data_ptr()
+                if address not in self.external:
+                    self._made[address] = leaf
+        return result
+
+
+def test_a_moved_storage_would_be_seen() -> None:
+    fixed, seen = torch.ones(2), []
+    others = [torch.ones(2), torch.ones(2)]
+    for other in others:
+        with StoragesRead() as storages:
+            made = fixed + 1
+            made.mul_(2).view(1, 2) * torch.arange(2)
+            other.view(1, 2) + made
+        seen.append(storages.external.keys())
+    fixed_address = fixed.untyped_storage().data_ptr()
+    assert seen == [{fixed_address, o.untyped_storage().data_ptr()} for o in others]
+
+
+STABLE_BUFFERS = (
+    "hidden_states",
+    "context_positions",
+    "context_slots",
+    "anchor_rows",
+    "anchor_positions",
+    "bonus_tokens",
+    "sample_pos",
+    "sample_idx_mapping",
+    "sample_col",
+    "draft_tokens",
+    "temperature",
+    "seeds",
+    "idx_mapping",
+    "_block_table",
+)
+
+
+class FakeGraphs:
+    """Stands in for captured graphs of all sizes that are a multiple of `PADDED`.
+
+    A graph runs what was captured: the context rows of a full batch and the draft pass over all
+    its rows, on whatever the buffers hold. It is the captured functions themselves, so this shows
+    everything about a replay but that CUDA can record it.
+    """
+
+    PADDED = 4
+
+    def __init__(self, ours: SpecFormerSpeculator, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ours, self.replays = ours, Counter[tuple[int, int]]()
+        self.storages: dict[int, list[StoragesRead]] = {}
+        self.addresses: set[tuple[int, ...]] = set()
+        self.overflowing_steps = 0
+        self._requests = self._tokens = 0
+        monkeypatch.setattr(speculator_v2, "dispatch_cg_and_sync_dp", self._dispatch)
+        monkeypatch.setattr(ours, "query_cudagraph_manager", self)
+        run = ours._run
+
+        def observed(requests: int, tokens: int, *args: Any) -> None:
+            self._requests, self._tokens = requests, tokens
+            before = self._cache().clone()
+            logits = None if ours.draft_logits is None else ours.draft_logits.clone()
+            run(requests, tokens, *args)
+            self._check_writes(before, logits)
+
+        monkeypatch.setattr(ours, "_run", observed)
+
+    def _cache(self) -> Tensor:
+        return self.ours.model.attn.kv_cache
+
+    def _dispatch(self, manager: Any, requests: int, num_rows: int, **kwargs: Any) -> Any:
+        assert manager is self
+        assert num_rows == requests
+        assert kwargs["uniform_token_count"] == 1
+        padded = -(-requests // self.PADDED) * self.PADDED
+        assert padded <= self.ours.max_num_reqs
+        return BatchExecutionDescriptor(CUDAGraphMode.FULL, padded, padded), None
+
+    def run_fullgraph(self, desc: BatchExecutionDescriptor) -> None:
+        ours, padded = self.ours, desc.num_reqs
+        assert padded is not None
+        self.replays[self._requests, padded] += 1
+        captured = ours._num_graph_context_tokens(padded)
+        self.overflowing_steps += self._tokens > captured
+        with StoragesRead() as storages:
+            ours._prepare_graph_forward(padded)
+            ours._generate_draft(padded, padded)
+        self.storages.setdefault(padded, []).append(storages)
+        self.addresses.add(tuple(getattr(ours, name).data_ptr() for name in STABLE_BUFFERS))
+
+    def _check_writes(self, before: Tensor, logits: Tensor | None) -> None:
+        """Nothing changed in the caches but what the batch's own rows wrote."""
+        ours = self.ours
+        slots = ours.context_slots[: self._tokens]
+        assert (ours.context_slots[self._tokens :] < 0).all()
+        assert (slots >= 0).all()
+        pages, size = before.shape[0], before.shape[2]
+        written = torch.zeros(pages * size, dtype=torch.bool)
+        written[slots] = True
+        changed = (self._cache() != before).any(-1).any(1).flatten()
+        assert not (changed & ~written).any(), "a row that pads the batch wrote to the cache"
+        assert changed.any()
+        if logits is not None:
+            assert ours.draft_logits is not None
+            rows = (ours.draft_logits != logits).any(-1).any(-1).nonzero().flatten().tolist()
+            mine = set(ours.idx_mapping[: self._requests].tolist())
+            assert set(rows) <= mine, "a row that pads the batch cached logits"
+            assert rows
+
+
+def test_padded_steps_draft_the_same(
+    llm: LLM,
+    reference: DenseReference,
+    answers: dict[Tokens, Tokens],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every step as a graph of 4 or 8 requests would do it, whatever the batch's size."""
+    graphs = FakeGraphs(speculator(llm), monkeypatch)
+    # On the Triton kernels: the references build small tensors from values they have read.
+    with monkeypatch.context() as patches, watching(llm, answers) as watch:
+        launches = use_triton(patches, _disable_current_modes)
+        assert_parity(generate(llm), answers)
+    assert launches.keys() >= OUR_KERNELS
+    print(f"replays (requests, padded) {dict(graphs.replays)}; ", end="")
+    assert any(requests < padded for requests, padded in graphs.replays)
+    assert graphs.overflowing_steps > 0, "no prompt brought more rows than the graph stores"
+    assert len({requests for requests, _ in graphs.replays}) >= 3
+    assert_all_equal(reference, watch, at_least=60)
+
+    assert len(graphs.addresses) == 1, "a buffer has moved"
+    named = {getattr(graphs.ours, name).untyped_storage().data_ptr() for name in STABLE_BUFFERS}
+    for padded, steps in graphs.storages.items():
+        assert len(steps) >= 2, padded
+        first = steps[0].external
+        for step in steps[1:]:
+            moved = {a: step.external[a] for a in step.external.keys() - first.keys()}
+            assert step.external.keys() == first.keys(), f"read elsewhere: {moved}"
+        assert len(named & first.keys()) >= 6
+
+
+def test_padded_steps_cache_no_foreign_logits(
+    llm: LLM, answers: dict[Tokens, Tokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = FakeGraphs(speculator(llm), monkeypatch)
+    sampled = SamplingParams(temperature=0.8, max_tokens=6, seed=1)
+    outputs = llm.generate(TEXTS[:5], [greedy(8)] * 3 + [sampled] * 2, use_tqdm=False)
+    assert_parity(continuations(outputs[:3]), answers)
+    assert any(requests < padded for requests, padded in graphs.replays)
+    assert len(graphs.addresses) == 1
+
+
+def test_capture_leaves_no_trace(
+    llm: LLM, answers: dict[Tokens, Tokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own capture loop around our functions, less the recording: all rows are inert."""
+    ours = speculator(llm)
+    assert_parity(generate(llm, 4), answers)  # buffers of a real batch are what capture must undo
+    captured = []
+
+    def capture(self: Any, create_forward: Any, progress_bar_desc: str = "") -> None:
+        for requests in (1, 2, ours.max_num_reqs):
+            desc = BatchExecutionDescriptor(CUDAGraphMode.FULL, requests, requests, 1)
+            create_forward(desc, False)(CUDAGraphMode.NONE)
+            captured.append(requests)
+
+    monkeypatch.setattr(CudaGraphManager, "capture", capture)
+    ours.model.attn.kv_cache.fill_(0.5)  # pages that an inert row must not touch
+    before = ours.model.attn.kv_cache.clone()
+    assert ours.draft_logits is not None
+    logits = ours.draft_logits.clone()
+    ours.capture()
+    assert torch.equal(ours.draft_logits, logits)
+    assert captured == [1, 2, ours.max_num_reqs]
+    assert torch.equal(ours.model.attn.kv_cache, before)
+    llm.reset_prefix_cache()
+    assert_parity(generate(llm, 4), answers)
+
+
+def test_graphs_are_asked_for_when_vllm_wants_them(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The one thing of the manager's construction that needs a GPU.
+    monkeypatch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
+    ours = speculator(llm)
+    before = ours.query_cudagraph_manager
+    try:
+        for mode, expected in (
+            (CUDAGraphMode.FULL, CUDAGraphMode.FULL_DECODE_ONLY),
+            (CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY),
+            (CUDAGraphMode.FULL_DECODE_ONLY, CUDAGraphMode.FULL_DECODE_ONLY),
+            (CUDAGraphMode.PIECEWISE, CUDAGraphMode.NONE),
+            (CUDAGraphMode.NONE, CUDAGraphMode.NONE),
+        ):
+            ours.init_cudagraph_manager(mode)
+            assert ours.query_cudagraph_manager.cudagraph_mode == expected
+            assert ours.query_cudagraph_manager.decode_query_len == 1
+    finally:
+        ours.query_cudagraph_manager = before
+
+
+@pytest.mark.parametrize(
+    ("mode", "tokens", "expected"),
+    [
+        (CUDAGraphMode.FULL, 15, ["graph 4"]),
+        (CUDAGraphMode.FULL, 20, ["graph 4"]),
+        (CUDAGraphMode.FULL, 33, ["store 20:33", "graph 4"]),
+        (CUDAGraphMode.NONE, 15, ["store 0:15", "draft 3"]),
+        (CUDAGraphMode.NONE, 33, ["store 0:33", "draft 3"]),
+        (CUDAGraphMode.PIECEWISE, 15, ["store 0:15", "draft 3"]),
+    ],
+)
+def test_choice_of_graph(
+    mode: CUDAGraphMode, tokens: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three requests, graphs of four that store 4 * (K + 1) context rows."""
+    ours = object.__new__(SpecFormerSpeculator)
+    ours.num_speculative_steps, ours.max_num_tokens = K, 384
+    ours.dp_size, ours.dp_rank = 1, 0
+    done: list[str] = []
+    desc = BatchExecutionDescriptor(mode, 4, 4)
+    eager: list[bool] = []
+
+    def dispatch(manager: Any, requests: int, rows: int, **kwargs: Any) -> Any:
+        assert (requests, rows) == (3, 3)
+        eager.append(kwargs["need_eager"])
+        return desc, None
+
+    monkeypatch.setattr(speculator_v2, "dispatch_cg_and_sync_dp", dispatch)
+    ours.query_cudagraph_manager = SimpleNamespace(
+        run_fullgraph=lambda d: done.append(f"graph {d.num_reqs}")
+    )
+    monkeypatch.setattr(
+        SpecFormerSpeculator, "_store_context", lambda _, a, b: done.append(f"store {a}:{b}")
+    )
+    monkeypatch.setattr(
+        SpecFormerSpeculator, "_generate_draft", lambda _, n, m: done.append(f"draft {n}")
+    )
+    ours._run(3, tokens, None, need_eager=mode == CUDAGraphMode.NONE)
+    assert done == expected
+    assert eager == [mode == CUDAGraphMode.NONE]

@@ -1,0 +1,60 @@
+"""The head on its Triton kernels, as on a GPU, instead of the PyTorch references."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from vllm_specformer import head as head_module
+from vllm_specformer.engine import attention
+
+
+class Launched:
+    """A kernel whose launches are counted and whose interpretation is not watched."""
+
+    def __init__(self, kernel: Any, pausing: Callable[[], Any], launches: Counter[str]) -> None:
+        self.kernel, self.pausing, self.launches = kernel, pausing, launches
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            # vLLM samples the target's tokens with the same kernel as our drafts.
+            if kwargs.get("IS_DRAFTING", True):
+                self.launches[self.kernel.__name__] += 1
+            # A dispatch mode does not see a launch; views show it which tensors the kernel uses.
+            for argument in tree_leaves(args):
+                if isinstance(argument, Tensor):
+                    argument.view_as(argument)
+            with self.pausing():
+                self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+def use_triton(
+    monkeypatch: pytest.MonkeyPatch, pausing: Callable[[], Any] = contextlib.nullcontext
+) -> Counter[str]:
+    """Let the head run on its Triton kernels, as on a GPU; returns the count of their launches."""
+    launches: Counter[str] = Counter()
+    for module, operation in (
+        (attention, "block_attention"),
+        (attention, "kv_store"),
+        (head_module, "grouped_rms_norm"),
+    ):
+        launcher = import_module(f"specformer_kernels.{operation}.triton_kernel")
+        kernel = getattr(launcher, f"_{operation}_kernel")
+        monkeypatch.setattr(launcher, f"_{operation}_kernel", Launched(kernel, pausing, launches))
+        monkeypatch.setattr(module, operation, getattr(launcher, operation))
+    gumbel = import_module("vllm.v1.worker.gpu.sample.gumbel")
+    kernel = gumbel._gumbel_sample_kernel
+    monkeypatch.setattr(gumbel, "_gumbel_sample_kernel", Launched(kernel, pausing, launches))
+    return launches
+
+
+OUR_KERNELS = {"_block_attention_kernel", "_kv_store_kernel", "_grouped_rms_norm_kernel"}

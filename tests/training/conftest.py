@@ -1,0 +1,42 @@
+"""A toy target with random weights, and a head for it, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from vllm_specformer.config import SpecFormerConfig
+from vllm_specformer.head import SpecFormerHead
+
+
+@pytest.fixture
+def target_model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=5,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        architectures=["Qwen3ForCausalLM"],
+    )
+    model = Qwen3ForCausalLM(config).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(params=[0, 4], ids=["no-markov", "markov"])
+def head(request: pytest.FixtureRequest, target_model: PreTrainedModel) -> SpecFormerHead:
+    torch.manual_seed(1)
+    config = SpecFormerConfig.preset(
+        "default", target_model.config, "t", num_draft_slots=3, markov_rank=request.param
+    )
+    head = SpecFormerHead(config).double()
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return head
