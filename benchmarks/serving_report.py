@@ -48,7 +48,7 @@ def _summary(key: tuple[float, int, str], rows: list[Row], baseline: list[Row]) 
         "ratio": round(median(ratios), 3),
         "ratio_min": round(min(ratios), 3),
         "ratio_max": round(max(ratios), 3),
-        # The same ratio over processor time: what other processes on the machine cannot change.
+        # The same ratio over processor time, which other processes on the machine disturb less.
         "ratio_cpu": round(
             median(speed(a, "cpu_seconds") / speed(b, "cpu_seconds") for a, b in pairs), 3
         ),

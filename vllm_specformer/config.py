@@ -121,15 +121,15 @@ class HeadFields(BaseModel):
 
 
 def paper_hooks(num_layers: int) -> tuple[int, ...]:
-    """Hooks of the paper: embedding output, middle layer, last but one, last (`HS[0, L/2, L-1, L]`).
+    """Hooks of the paper: embedding output, middle, last but one, last (`HS[0, L/2, L-1, L]`).
 
     Raises:
         HeadConfigError: for fewer than four layers, where hooks would coincide.
     """
     if num_layers < MIN_TARGET_LAYERS:
         raise HeadConfigError(
-            f"num_hidden_layers={num_layers}: the target needs at least {MIN_TARGET_LAYERS} layers, "
-            "because the hooks 0, L/2, L-1 and L of a shallower one coincide; choose a deeper target"
+            f"num_hidden_layers={num_layers}: the target needs {MIN_TARGET_LAYERS} layers or more; "
+            "the hooks 0, L/2, L-1 and L of a shallower one coincide, choose a deeper target"
         )
     return (0, num_layers // 2, num_layers - 1, num_layers)
 
@@ -216,7 +216,9 @@ class SpecFormerConfig(PreTrainedConfig):
             "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
             "intermediate_size": text.intermediate_size,
             "rms_norm_eps": text.rms_norm_eps,
-            "rope_theta": (getattr(text, "rope_parameters", None) or {}).get("rope_theta", 10_000.0),
+            "rope_theta": (getattr(text, "rope_parameters", None) or {}).get(
+                "rope_theta", 10_000.0
+            ),
             "max_position_embeddings": text.max_position_embeddings,
             "num_draft_slots": 8,
             "aux_hidden_state_layer_ids": paper_hooks(text.num_hidden_layers),
@@ -316,6 +318,7 @@ def read_config(directory: Path) -> SpecFormerConfig:
         ) from None
     except json.JSONDecodeError as error:
         raise HeadConfigError(
-            f"SpecFormer head config{source}: not valid JSON ({error}); copy or train the head again"
+            f"SpecFormer head config{source}: not valid JSON ({error}); "
+            "copy or train the head again"
         ) from None
     return SpecFormerConfig.from_dict(content, _source=source)

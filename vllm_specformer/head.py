@@ -97,7 +97,7 @@ def rotate(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
 
 
 class SpecFormerHead(PreTrainedModel):
-    """Draft head of one target. The target's embedding, final norm and lm_head are not part of it."""
+    """Draft head of one target, whose embedding, final norm and lm_head are not part of it."""
 
     config_class = SpecFormerConfig
     main_input_name = "hooked_states"
@@ -188,11 +188,10 @@ class SpecFormerHead(PreTrainedModel):
             assert bonus_embeds is not None
             hidden = hidden + self.bonus_proj(self.bonus_norm(bonus_embeds))
         normed = self.positional_norm(hidden)
-        if num_slots == self.config.num_draft_slots:
-            slots = self.positional_proj(normed)
+        proj, rows = self.positional_proj, num_slots * self.config.hidden_size
+        if rows == proj.out_features:
+            slots = proj(normed)
         else:
-            rows = num_slots * self.config.hidden_size
-            proj = self.positional_proj
             slots = F.linear(normed, proj.weight[:rows], proj.bias[:rows])
         return slots.unflatten(-1, (num_slots, -1))
 
@@ -215,7 +214,7 @@ class SpecFormerHead(PreTrainedModel):
         return slots + self.ffn(self.ffn_norm(slots))
 
     def markov_logits(self, previous_tokens: Tensor) -> Tensor:
-        """Low-rank term `U[x_{i-1}] V` for the tokens chosen one slot earlier: [...] -> [..., V]."""
+        """Low-rank term `U[x_{i-1}] V` of the tokens one slot earlier: int64 [...] -> [..., V]."""
         return self.markov_lm_head(self.markov_embed(previous_tokens))
 
     def forward(

@@ -1,7 +1,7 @@
 """`make demo`: serve the bundled pair with vLLM, talk to it, and compare it with no speculation.
 
 Two servers run the same target, one with the SpecFormer head and one without. They are measured in
-turn, never at the same time: a waiting vLLM server uses less than 1% of a core, so the one that
+turn, never at the same time: a waiting vLLM server uses about 1% of a core, so the one that
 works has the machine to itself. Both run in fp32, where greedy outputs must be equal token for
 token; in bf16, rounding that depends on the batch can decide a near-tie either way.
 """
@@ -35,7 +35,7 @@ CONCURRENT = 16
 SERVE_OPTIONS = [
     TARGET, "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", str(CONCURRENT),
     "--kv-cache-memory-bytes", "256M",
-    "--enforce-eager",  # compiling would take longer than everything measured here
+    "--enforce-eager",  # no compilation while two servers start
     "--no-enable-prefix-caching",  # so that a repeated round does the whole work again
     "--disable-uvicorn-access-log",
 ]

@@ -40,6 +40,7 @@ def make(**changes: Any) -> SpecFormerHead:
         "max_position_embeddings": 32,
         "num_draft_slots": 3,
         "aux_hidden_state_layer_ids": (0, 2, 4),
+        "nested_slots": True,
         "use_bonus_embedding": True,
         "slot_mask": "mixed",
         "markov_rank": 0,

@@ -104,7 +104,7 @@ def test_drafts_of_a_whole_text_are_those_of_its_beginnings(
     target = HookedTarget(target_model, head.config.aux_hidden_state_layer_ids)
     torch.manual_seed(3)
     text = torch.randint(40, (12,))
-    drafts = head_drafts(head, target, text)
+    drafts = head_drafts(head, target, text, 3)
     assert drafts.shape == (11, 3)
     for end in range(2, 12):
-        assert head_drafts(head, target, text[:end])[-1].tolist() == drafts[end - 2].tolist()
+        assert head_drafts(head, target, text[:end], 3)[-1].tolist() == drafts[end - 2].tolist()

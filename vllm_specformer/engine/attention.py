@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from specformer_kernels.block_attention import block_attention
+from specformer_kernels.block_attention.gathered import GatheredContext
 from specformer_kernels.kv_store import kv_store
 from torch import Tensor, nn
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -90,6 +92,8 @@ class DraftAttention(nn.Module, AttentionLayerBase):
     `kv_cache` before the first step.
     """
 
+    gathers_on_cpu = True  # off: the kernels' signature on any device, as the tests need it
+
     def __init__(
         self,
         prefix: str,
@@ -139,34 +143,31 @@ class DraftAttention(nn.Module, AttentionLayerBase):
         if self.is_bound:
             kv_store(key, value, self.kv_cache, slot_mapping)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        block_table: Tensor,
-        context_lens: Tensor,
-    ) -> Tensor:
-        """Every row sees its request's context and all `n` rows of its request's block.
+    def begin(self, block_table: Tensor | None, context_lens: Tensor, room: int) -> DraftContext:
+        """What one draft step attends to: the context before and including its anchors.
 
         Args:
-            query: [R, n, heads, D] for R requests.
-            key, value: [R, n, kv_heads, D].
             block_table: int32 [R, blocks].
-            context_lens: integer [R]; 0 shows none of the context.
-
-        Returns:
-            [R, n, heads, D]
+            context_lens: integer [R], tokens of each request up to its anchor, all stored.
+            room: slots the step will open.
         """
+        if not self.is_bound or block_table is None:
+            return UnboundContext()
+        if self.kv_cache.is_cuda or not self.gathers_on_cpu:
+            return PagedContext(self, block_table, context_lens)
+        return GatheredPages(self, block_table, context_lens, room)
+
+    def paged(
+        self, query: Tensor, key: Tensor, value: Tensor, table: Tensor, context_lens: Tensor
+    ) -> Tensor:
+        """Rows [R, n, heads, D] see `context_lens` cached tokens and all of their own block."""
         requests, rows = query.shape[:2]
-        if not self.is_bound:
-            return torch.zeros_like(query)
         out = block_attention(
             query.flatten(0, 1),
             key.flatten(0, 1),
             value.flatten(0, 1),
             self.kv_cache,
-            block_table,
+            table,
             context_lens,
             self.get_buffer(f"_starts{rows}")[: requests + 1],
             self.get_buffer(f"_mask{rows}")[: requests * rows],
@@ -174,3 +175,60 @@ class DraftAttention(nn.Module, AttentionLayerBase):
             rows,
         )
         return out.view_as(query)
+
+
+class DraftContext(Protocol):
+    """One step's context, attended to by the anchors first and by the slots afterwards."""
+
+    def anchors(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Anchor rows [R, heads, D] over their context, themselves included: [R, heads, D]."""
+
+    def slots(self, query: Tensor, key: Tensor, value: Tensor, mixed: bool) -> Tensor:
+        """Slot rows [R, n, heads, D] over each other and, if `mixed`, the context: same shape."""
+
+
+class PagedContext:
+    """Kernels that read the pages in place."""
+
+    def __init__(self, layer: DraftAttention, block_table: Tensor, context_lens: Tensor) -> None:
+        self.layer, self.table, self.lens = layer, block_table, context_lens
+
+    def anchors(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # The anchor sees the tokens before it in the cache and itself as a block of one row.
+        rows = (query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
+        return self.layer.paged(*rows, self.table, self.lens - 1).squeeze(1)
+
+    def slots(self, query: Tensor, key: Tensor, value: Tensor, mixed: bool) -> Tensor:
+        lens = self.lens if mixed else torch.zeros_like(self.lens)
+        return self.layer.paged(query, key, value, self.table, lens)
+
+
+class GatheredPages:
+    """The CPU's way: copy the pages once, use PyTorch's attention twice."""
+
+    def __init__(
+        self, layer: DraftAttention, block_table: Tensor, context_lens: Tensor, room: int
+    ) -> None:
+        self.scale = layer.scale
+        self.context = GatheredContext(layer.kv_cache, block_table, context_lens, room)
+
+    def anchors(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.context.attend(query.unsqueeze(1), self.scale).squeeze(1)
+
+    def slots(self, query: Tensor, key: Tensor, value: Tensor, mixed: bool) -> Tensor:
+        if mixed:
+            self.context.append(key, value)
+            return self.context.attend(query, self.scale)
+        query, key, value = (rows.transpose(1, 2) for rows in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value, scale=self.scale, enable_gqa=True)
+        return out.transpose(1, 2)
+
+
+class UnboundContext:
+    """No cache yet (memory profiling): the step runs for its size, not for its result."""
+
+    def anchors(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return torch.zeros_like(query)
+
+    def slots(self, query: Tensor, key: Tensor, value: Tensor, mixed: bool) -> Tensor:
+        return torch.zeros_like(query)

@@ -112,7 +112,9 @@ def _check_target(head: SpecFormerConfig, model_config: Any) -> None:
         "num_hidden_layers": head.target_num_layers,
         "vocab_size": head.vocab_size,
     }
-    wrong = [f"{k} is {found[k]}, the head's is {trained[k]}" for k in found if found[k] != trained[k]]
+    wrong = [
+        f"{k} is {found[k]}, the head's is {trained[k]}" for k in found if found[k] != trained[k]
+    ]
     if wrong:
         raise HeadConfigError(
             f"the head was trained for another target than {model_config.model}: "

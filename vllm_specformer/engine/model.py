@@ -9,11 +9,13 @@ vocabulary-parallel `compute_logits` does the large GEMM sharded.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.engine.attention import DraftAttention
@@ -21,7 +23,7 @@ from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.weights import HeadWeightError
 
 
-def unwrapped(layer: nn.Module) -> nn.Module:
+def unwrapped(layer: Any) -> Any:
     """The layer under a LoRA wrapper: the head drafts without adapters (lossless all the same)."""
     return getattr(layer, "base_layer", layer)
 
@@ -38,6 +40,7 @@ class SpecFormerDraftModel(nn.Module):
         self.config.max_position_embeddings = max(self.config.max_position_embeddings, served)
         self.head = SpecFormerHead(self.config)
         self.num_slots = self.config.num_draft_slots
+        self.num_served = speculative.num_speculative_tokens
         layers = vllm_config.model_config.get_total_num_hidden_layers()
         self.attn = DraftAttention(
             prefix=f"model.layers.{layers}.self_attn.attn",
@@ -47,13 +50,13 @@ class SpecFormerDraftModel(nn.Module):
             max_requests=vllm_config.scheduler_config.max_num_seqs,
             block_widths=range(1, self.num_slots + 1),
         )
-        self._target: dict[str, Callable[[Tensor], Tensor]] = {}
+        self._target: dict[str, Callable[..., Tensor]] = {}
 
-    def bind_target(self, target: nn.Module) -> None:
+    def bind_target(self, target: Any) -> None:
         """Share the target's embedding, final norm and logits, by reference and unregistered.
 
         Raises:
-            ValueError: the target's class has no `embed_tokens` and `norm` where decoders keep them.
+            ValueError: the target has no `embed_tokens` and `norm` where decoders keep them.
         """
         language = target.get_language_model() if hasattr(target, "get_language_model") else target
         decoder = getattr(language, "model", language)
@@ -109,14 +112,12 @@ class SpecFormerDraftModel(nn.Module):
             Slot states [R, n, H] after the target's final norm.
         """
         head = self.head
-        # The anchor sees the tokens before it in the cache and itself as a block of one row.
-        query, key, value = (rows.unsqueeze(1) for rows in anchor_qkv)
-        attended = self.attn.attend(query, key, value, block_table, positions)
+        num_slots = head.slots_to_run(num_tokens)
+        context = self.attn.begin(block_table, positions + 1, num_slots)
+        attended = context.anchors(*anchor_qkv)
         bonus = self._target["embed"](bonus_tokens) if self.config.use_bonus_embedding else None
-        slots = head.expand(anchors, attended.squeeze(1), bonus, head.slots_to_run(num_tokens))
-        query, key, value = head.slot_qkv(slots, positions)
-        visible = positions + 1 if head.mixed else torch.zeros_like(positions)
-        attended = self.attn.attend(query, key, value, block_table, visible)
+        slots = head.expand(anchors, attended, bonus, num_slots)
+        attended = context.slots(*head.slot_qkv(slots, positions), head.mixed)
         slots = head.finish(slots, attended)[:, :num_tokens]
         return self._target["norm"](slots.flatten(0, 1)).view_as(slots)
 
@@ -147,7 +148,25 @@ class SpecFormerDraftModel(nn.Module):
         absent = sorted(set(parameters) - {n.removeprefix("head.") for n in loaded})
         if absent:
             raise HeadWeightError(f"head weights are missing: {', '.join(absent)}")
+        self._prepare_for_serving()
         return loaded
+
+    def _prepare_for_serving(self) -> None:
+        """Drop slots that are never drafted; on a CPU, pack the matrices as vLLM packs its own."""
+        if self.config.nested_slots:
+            proj = self.head.positional_proj
+            rows = self.num_served * self.config.hidden_size
+            proj.weight = nn.Parameter(proj.weight[:rows].clone(), requires_grad=False)
+            proj.bias = nn.Parameter(proj.bias[:rows].clone(), requires_grad=False)
+            proj.out_features = rows
+        for module in self.head.modules():
+            if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
+                dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+                module.forward = partial(_packed_forward, module)  # type: ignore[method-assign]
+
+
+def _packed_forward(module: Any, x: Tensor) -> Tensor:
+    return module.cpu_linear(x, module.weight, module.bias)
 
 
 def head_config(hf_config: Any) -> SpecFormerConfig:

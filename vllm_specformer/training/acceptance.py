@@ -77,7 +77,9 @@ def head_drafts(
     return head.draft(target.logits(slots[:, :, :num_tokens]), bonus)[0]
 
 
-def lookup_drafts(text: Sequence[int], end: int, longest: int, shortest: int, count: int) -> list[int]:
+def lookup_drafts(
+    text: Sequence[int], end: int, longest: int, shortest: int, count: int
+) -> list[int]:
     """Prompt lookup: continue the earliest match of the last n tokens of `text[:end]`.
 
     The longest n wins; this is what vLLM's `ngram` method proposes.

@@ -35,9 +35,7 @@ def save_checkpoint(
     os.replace(partial, path)
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> int:
+def load_checkpoint(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
     """Restore what `save_checkpoint` wrote; returns the number of finished steps."""
     with safe_open(path, framework="pt") as file:
         step = int(file.metadata()["step"])

@@ -37,7 +37,7 @@ class HookedTarget:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> tuple[list[Tensor], Tensor]:
-        """int64 [batch, T] -> (hooked states G x [batch, T, H], normed last states [batch, T, H])."""
+        """int64 [batch, T] -> hooked states G x [batch, T, H], normed last states [batch, T, H]."""
         last = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
         return [self._states.pop(i) for i in self.hook_ids], last
 

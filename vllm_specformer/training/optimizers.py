@@ -14,7 +14,8 @@ def build_optimizers(
     Embeddings and output heads are two-dimensional but not matrices in Muon's sense (their rows
     are looked up or scored one by one), so they go to AdamW, as do vectors.
     """
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

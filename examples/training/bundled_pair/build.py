@@ -1,4 +1,4 @@
-"""The whole recipe of the bundled pair, one command from the interpreter's sources to served models.
+"""The recipe of the bundled pair: one command from the interpreter's sources to served models.
 
     python examples/training/bundled_pair/build.py            # about three hours on two quiet cores
 
@@ -22,7 +22,7 @@ TARGET_NAME, HEAD_NAME = "python-target", "python-specformer"
 
 
 def run(script: str, *arguments: object, processes: int = 1) -> None:
-    """Run one of this folder's scripts; single-threaded data-parallel processes beat threads here."""
+    """Run a script of this folder; single-threaded data-parallel processes beat threads here."""
     launcher = [sys.executable]
     environment = dict(os.environ)
     if processes > 1:

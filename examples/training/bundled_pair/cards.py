@@ -71,12 +71,12 @@ def head_card(work: Path, config: dict[str, Any]) -> str:
     return f"""# python-specformer
 
 The SpecFormer head of [python-target](../python-target): {config["num_draft_slots"]} draft slots,
-bonus-token embedding, slots that see the context ("{config["slot_mask"]}" mask), Markov term of rank
-{config["markov_rank"]}, hooks at {config["aux_hidden_state_layer_ids"]}.
+bonus-token embedding, slots that see the context ("{config["slot_mask"]}" mask), Markov term of
+rank {config["markov_rank"]}, hooks at {config["aux_hidden_state_layer_ids"]}.
 
 - **Data**: {shards} shards of 128 answers of the target itself to training prompts, three quarters
   greedy, one quarter at temperature 1 (self-distillation).
-- **Training**: {log[-1]["step"]:,} steps of 48 texts with 24 anchors each, about {minutes(log)}
+- **Training**: {log[-1]["step"]:,} steps of 32 texts with 20 anchors each, about {minutes(log)}
   minutes on two shared CPU cores; seed 0. Final loss per slot, nats:
   {", ".join(f"{x:.2f}" for x in log[-1]["slot_losses"])}.
 

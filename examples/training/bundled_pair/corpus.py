@@ -70,7 +70,7 @@ def functions_in(path: Path) -> Iterator[str]:
 
 
 def split_prompt(function: str) -> tuple[str, str]:
-    """Cut a function into a prompt (signature, docstring, or else the first statement) and the rest.
+    """Cut a function into a prompt (signature and docstring or first statement) and the rest.
 
     The cut is before the line break: the tokenizer joins a line break with the indentation that
     follows it, so a prompt that ended in one would look like the end of a function. The rest is

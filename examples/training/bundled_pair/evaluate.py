@@ -77,8 +77,8 @@ def drafters(head: SpecFormerHead, target: HookedTarget) -> dict[str, Any]:
         return lambda position: best[position + 1 : position + 1 + count]
 
     def lookup(shortest: int) -> Callable[[list[int], int], Drafter]:
-        return lambda text, count: lambda position: lookup_drafts(
-            text, position + 2, 3, shortest, count
+        return lambda text, count: (
+            lambda position: lookup_drafts(text, position + 2, 3, shortest, count)
         )
 
     return {"head": from_head, "bound": bound, "lookup_3": lookup(3), "lookup_2_3": lookup(2)}
@@ -99,7 +99,9 @@ def less_repetitive_half(texts: list[tuple[list[int], int]]) -> list[tuple[list[
     return ranked[: len(ranked) // 2]
 
 
-def evaluate(target_path: Path, head_path: Path, corpus: Path, prompts: int, seed: int) -> dict[str, Any]:
+def evaluate(
+    target_path: Path, head_path: Path, corpus: Path, prompts: int, seed: int
+) -> dict[str, Any]:
     """All figures as one JSON-able dictionary."""
     model = AutoModelForCausalLM.from_pretrained(target_path, dtype=torch.float32)
     head = SpecFormerHead.from_pretrained(head_path, dtype=torch.float32).eval()
@@ -114,7 +116,9 @@ def evaluate(target_path: Path, head_path: Path, corpus: Path, prompts: int, see
         "prompts": len(chosen),
         "max_new_tokens": MAX_NEW,
         "mean_answer_tokens": round(sum(map(len, answers)) / len(answers), 1),
-        "finished_share": round(sum(a[-1] == model.config.eos_token_id for a in answers) / len(answers), 3),
+        "finished_share": round(
+            sum(a[-1] == model.config.eos_token_id for a in answers) / len(answers), 3
+        ),
         "repeated_4grams": round(sum(map(repeated_fraction, answers)) / len(answers), 4),
     }
     for name, texts in (("greedy", greedy), ("greedy_less_repetitive_half", half)):
@@ -122,15 +126,11 @@ def evaluate(target_path: Path, head_path: Path, corpus: Path, prompts: int, see
             method: summary(replay(texts, make[method]))
             for method in ("head", "lookup_3", "lookup_2_3")
         }
-    report["temperature_1"] = {
-        method: summary(replay(sampled, make[method])) for method in make
-    }
+    report["temperature_1"] = {method: summary(replay(sampled, make[method])) for method in make}
     best = report["temperature_1"]["bound"]["K=4"]["tokens_per_step"]
     mine = report["temperature_1"]["head"]["K=4"]["tokens_per_step"]
     report["temperature_1_share_of_bound"] = round(mine / best, 3)
-    lookup = max(
-        report["greedy"][m]["K=4"]["tokens_per_step"] for m in ("lookup_3", "lookup_2_3")
-    )
+    lookup = max(report["greedy"][m]["K=4"]["tokens_per_step"] for m in ("lookup_3", "lookup_2_3"))
     report["greedy_over_lookup"] = round(
         report["greedy"]["head"]["K=4"]["tokens_per_step"] / lookup, 3
     )

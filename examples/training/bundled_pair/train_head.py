@@ -27,7 +27,7 @@ from vllm_specformer.training.hidden_states import HookedTarget
 from vllm_specformer.training.objective import backward_slots, slot_labels
 from vllm_specformer.training.optimizers import build_optimizers, set_factor, trapezoid
 
-ROWS, ANCHORS = 48, 24  # texts per step over all processes, anchors drawn in each
+ROWS, ANCHORS = 32, 20  # texts per step over all processes, anchors drawn in each
 SLOT_COUNTS = (2, 4, 4, 8)  # slots run in a step, drawn at random: served heads run what they need
 
 
@@ -46,9 +46,7 @@ class Texts:
                 self.texts += np.split(data["tokens"], ends)
                 self.prompt_lengths += data["prompt_lengths"].tolist()
         # The first anchor is the prompt's last token; the last one has a bonus token and a label.
-        keep = [
-            i for i, text in enumerate(self.texts) if len(text) >= self.prompt_lengths[i] + 3
-        ]
+        keep = [i for i, text in enumerate(self.texts) if len(text) >= self.prompt_lengths[i] + 3]
         by_length = sorted(keep, key=lambda i: len(self.texts[i]))
         self.groups = [by_length[i : i + rows] for i in range(0, len(by_length) - rows + 1, rows)]
         self.seed = seed
@@ -95,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--markov-rank", type=int, default=64)
     parser.add_argument("--slot-decay", type=float, default=0.85, help="weight of slot i: this**i")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--decay-fraction", type=float, default=0.5)
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adamw-lr", type=float, default=2e-3)

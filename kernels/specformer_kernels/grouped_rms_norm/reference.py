@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -33,8 +34,5 @@ def grouped_rms_norm(hidden_states: Sequence[Tensor], weight: Tensor, eps: float
     float32, or in float64 for float64 inputs; differentiable.
     """
     check_arguments(hidden_states, weight)
-    dtype = hidden_states[0].dtype
-    compute_dtype = torch.promote_types(dtype, torch.float32)
-    hidden = torch.stack(tuple(hidden_states), dim=-2).to(compute_dtype)  # [..., G, H]
-    inverse_rms = torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + eps)
-    return (hidden * inverse_rms * weight.to(compute_dtype)).flatten(-2).to(dtype)
+    hidden = torch.stack(tuple(hidden_states), dim=-2)  # [..., G, H]
+    return (F.rms_norm(hidden, hidden.shape[-1:], eps=eps) * weight).flatten(-2)

@@ -111,10 +111,16 @@ class Comparison:
 def compare(reference: DenseReference, drafted: Iterable[Drafted]) -> Comparison:
     """Hold every recorded draft against the dense head on the same tokens."""
     result = Comparison()
-    for text, group in _by_longest_text(drafted).items():
-        anchors = [len(d.text) - 2 for d in group]
-        for record, logits in zip(group, reference.slot_logits(text, anchors), strict=True):
-            _compare_one(reference, record, logits, result)
+    by_number: dict[int, list[Drafted]] = {}
+    for record in drafted:
+        by_number.setdefault(len(record.drafts), []).append(record)
+    by_number.pop(0, None)
+    for number, records in by_number.items():
+        for text, group in _by_longest_text(records).items():
+            anchors = [len(d.text) - 2 for d in group]
+            slots = reference.slot_logits(text, anchors, number)
+            for record, logits in zip(group, slots, strict=True):
+                _compare_one(reference, record, logits, result)
     return result
 
 

@@ -140,12 +140,19 @@ class DenseReference:
         self.target = HookedTarget(model, self.head.config.aux_hidden_state_layer_ids)
 
     @torch.no_grad()
-    def slot_logits(self, text: Sequence[int], anchors: Sequence[int]) -> torch.Tensor:
-        """Logits of every slot at the given positions of `text`, without the Markov term."""
+    def slot_logits(
+        self, text: Sequence[int], anchors: Sequence[int], num_tokens: int | None = None
+    ) -> torch.Tensor:
+        """Logits of the slots at the given positions of `text`, without the Markov term.
+
+        With `num_tokens` as a pass that drafts so many, which may open fewer slots.
+        """
+        wanted = num_tokens or self.head.config.num_draft_slots
         ids = torch.tensor([list(text)])
         where = torch.tensor([list(anchors)])
         states, _ = self.target(ids)
-        slots = self.head(states, where, self.target.embed(ids[0, where + 1]))
+        bonus = self.target.embed(ids[0, where + 1])
+        slots = self.head(states, where, bonus, self.head.slots_to_run(wanted))
         return self.target.logits(slots)[0]
 
     @torch.no_grad()
