@@ -110,8 +110,10 @@ def separate(head: SpecFormerHead) -> dict[str, Tensor]:
     return weights | {"ffn.gate_proj.weight": gate, "ffn.up_proj.weight": up}
 
 
-def naive(head: SpecFormerHead, states: list[Tensor], anchor: int, bonus: Tensor) -> Tensor:
-    """Slot states [K, H] of one anchor in one sequence of hooked states G x [T, H]."""
+def naive(
+    head: SpecFormerHead, states: list[Tensor], anchor: int, bonus: Tensor, count: int
+) -> Tensor:
+    """States [count, H] of an anchor's leading slots; hooked states G x [T, H] of one sequence."""
     config, w = head.config, separate(head)
     eps, theta, dim = config.rms_norm_eps, config.rope_theta, config.head_dim
 
@@ -135,7 +137,7 @@ def naive(head: SpecFormerHead, states: list[Tensor], anchor: int, bonus: Tensor
     if config.use_bonus_embedding:
         hidden = hidden + w["bonus_proj.weight"] @ norm(bonus, w["bonus_norm.weight"], eps)
     opened = w["positional_proj.weight"] @ norm(hidden, w["positional_norm.weight"], eps)
-    slots = list((opened + w["positional_proj.bias"]).view(config.num_draft_slots, -1))
+    slots = list((opened + w["positional_proj.bias"]).view(config.num_draft_slots, -1))[:count]
 
     queries, own_keys, own_values = [], [], []
     for index, slot in enumerate(slots):
@@ -159,13 +161,17 @@ def naive(head: SpecFormerHead, states: list[Tensor], anchor: int, bonus: Tensor
 
 
 @torch.no_grad()
-def test_equals_the_naive_reference(head: SpecFormerHead) -> None:
+@pytest.mark.parametrize("cut", [0, 1])
+def test_equals_the_naive_reference(head: SpecFormerHead, cut: int) -> None:
+    """Also for fewer slots than the head has, which then see only each other."""
     states, anchors, bonus = inputs(head)
-    slots = head(states, anchors, bonus)
-    assert slots.shape == (BATCH, 3, head.config.num_draft_slots, SIZE)
+    count = max(1, head.config.num_draft_slots - cut)
+    slots = head(states, anchors, bonus, count)
+    assert slots.shape == (BATCH, 3, count, SIZE)
     for b in range(BATCH):
         for a in range(3):
-            expected = naive(head, [s[b] for s in states], int(anchors[b, a]), bonus[b, a])
+            hooked, anchor = [s[b] for s in states], int(anchors[b, a])
+            expected = naive(head, hooked, anchor, bonus[b, a], count)
             # The rotary table is stored in float32, the reference's angles in float64.
             torch.testing.assert_close(slots[b, a], expected, rtol=2e-5, atol=2e-5)
 

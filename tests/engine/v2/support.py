@@ -20,7 +20,7 @@ from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
 K = 4
 MAX_TOKENS = 10
-TEXTS = prompts()[:28]
+TEXTS = prompts()[:24]
 # Long prompts, each extending the one before: they fill blocks of the prefix cache.
 LONG = ["\n\n\n".join(prompts()[60 : 62 + n]) for n in range(3)]
 

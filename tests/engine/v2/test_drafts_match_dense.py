@@ -6,12 +6,11 @@ same and only acceptance falls. This does show it.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 from v1.drafts import compare
-from v1.engines import DenseReference, Tokens, continuations, counting, drafting, greedy, make_head
+from v1.engines import DenseReference, Tokens, continuations, counting, drafting, greedy
 
 from vllm_specformer.engine.model import SpecFormerDraftModel
 
@@ -70,16 +69,6 @@ def test_preemption(reference: DenseReference) -> None:
     print(f"preemptions {counted['num_preemptions']}; ", end="")
     assert counted["num_preemptions"] > 0
     assert_all_equal(reference, watch, at_least=200)
-
-
-@pytest.mark.parametrize("preset", ["paper", "default"])
-def test_other_heads(tmp_path: Path, answers: dict[Tokens, Tokens], preset: str) -> None:
-    """Random heads; the second has more K/V heads than the target, hence pages of another size."""
-    changes: dict[str, Any] = {"paper": {}, "default": {"num_key_value_heads": 4}}[preset]
-    head = make_head(tmp_path / "head", preset, **changes)
-    with engine(drafting(K, head)) as llm, watching(llm, answers) as watch:
-        llm.generate(TEXTS[:6], greedy(MAX_TOKENS), use_tqdm=False)
-    assert_all_equal(DenseReference(head), watch, at_least=40)
 
 
 def test_steps_without_drafts_store_the_context(

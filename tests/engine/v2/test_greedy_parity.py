@@ -6,13 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from v1.engines import HEAD, Tokens, continuations, counting, drafting, greedy, make_head
+from v1.engines import (
+    HEAD,
+    DenseReference,
+    Tokens,
+    continuations,
+    counting,
+    drafting,
+    greedy,
+    make_head,
+)
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_specformer.config import read_config
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
-from .support import MAX_TOKENS, TEXTS, K, engine, runner, watching
+from .support import MAX_TOKENS, TEXTS, K, assert_all_equal, engine, runner, watching
 
 
 def test_prompts_are_many_and_distinct(answers: dict[Tokens, Tokens]) -> None:
@@ -60,8 +69,10 @@ def test_other_numbers_of_drafts(slots: int | None, answers: dict[Tokens, Tokens
 def test_other_heads(
     tmp_path: Path, answers: dict[Tokens, Tokens], preset: str, changes: dict[str, Any]
 ) -> None:
+    """Random heads, their drafts held against the dense head as well."""
     head = make_head(tmp_path / "head", preset, **changes)
     with engine(drafting(K, head)) as llm, watching(llm, answers) as watch:
         outputs = llm.generate(TEXTS[:8], greedy(MAX_TOKENS), use_tqdm=False)
     assert continuations(outputs).items() <= answers.items()
     assert min(watch.helped[n] for n in range(K + 1)) > 0
+    assert_all_equal(DenseReference(head), watch, at_least=40)
