@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from vllm_specformer.engine.relied_on import (
     CLASS,
+    CPU_SAMPLING,
+    MODEL,
     PATCHES,
     V1,
     V2,
@@ -233,5 +235,23 @@ RUNNER_V2: tuple[Reliance, ...] = (
         V2,
         "which hidden states the target returns",
         "spec_config",
+    ),
+    call(
+        "vllm.model_executor.layers.utils:dispatch_cpu_unquantized_gemm",
+        MODEL,
+        "packs the head's matrices on a CPU",
+        "layer remove_weight",
+    ),
+    call(
+        "vllm.utils.cpu_triton_utils:_expand_kernel_impl",
+        CPU_SAMPLING,
+        "repaired on a CPU",
+        "output input_val cu_num_tokens replace_from replace_to",
+    ),
+    call(
+        "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only",
+        CPU_SAMPLING,
+        "repaired on a CPU",
+        "logits k",
     ),
 )
