@@ -11,7 +11,7 @@ EXACT = 1e-12  # float64 on both sides; only the order of summation differs
 
 
 def make_cache(blocks: int, kv_heads: int, block_size: int, head_size: int) -> torch.Tensor:
-    """Pages whose strides put layers between blocks, filled with NaN: unowned rows must not leak."""
+    """Pages whose strides skip over another layer, filled with NaN: unowned rows must not leak."""
     store = torch.full((blocks, 2, kv_heads, block_size, 2 * head_size), float("nan")).double()
     return store[:, 1]
 

@@ -32,7 +32,7 @@ MIN_EXPECTED = 8
 PROMPT = prompts()[1]
 # Share of sampled steps' first drafts that the trained head gets accepted; below it the test would
 # see rejections only. The oracle's share comes on top.
-MIN_ACCEPTED = 0.0
+MIN_ACCEPTED = 0.05
 
 Law = dict[Tokens, float]
 
