@@ -128,7 +128,7 @@ def paper_hooks(num_layers: int) -> tuple[int, ...]:
     """
     if num_layers < MIN_TARGET_LAYERS:
         raise HeadConfigError(
-            f"num_hidden_layers={num_layers}: the target needs {MIN_TARGET_LAYERS} layers or more; "
+            f"num_hidden_layers={num_layers}, the target needs at least {MIN_TARGET_LAYERS}: "
             "the hooks 0, L/2, L-1 and L of a shallower one coincide, choose a deeper target"
         )
     return (0, num_layers // 2, num_layers - 1, num_layers)

@@ -217,10 +217,13 @@ def test_aborted_requests_free_their_blocks(llm: LLM, plain: Plain) -> None:
         for _ in range(3):
             collect(llm, collected)
         assert free_blocks(llm) < before
-        llm.llm_engine.abort_request(names[::2])
+        # Some short answers may be complete by now.
+        aborted = [name for name in names[::2] if name not in collected]
+        assert len(aborted) >= 2
+        llm.llm_engine.abort_request(aborted)
         step_until_done(llm, collected)
-    assert not collected.keys() & set(names[::2])
-    assert [collected[n] for n in names[1::2]] == expected[1::2]
+    assert collected.keys() == set(names) - set(aborted)
+    assert all(collected[n] == expected[names.index(n)] for n in collected)
     assert free_blocks(llm) == before
     assert token_ids(JOBS["greedy"].run(llm)) == token_ids(plain["greedy"])
 

@@ -195,8 +195,9 @@ def test_padded_steps_draft_the_same(
 
     assert len(graphs.addresses) == 1, "a buffer has moved"
     named = {getattr(graphs.ours, name).untyped_storage().data_ptr() for name in STABLE_BUFFERS}
-    for padded, steps in graphs.storages.items():
-        assert len(steps) >= 2, padded
+    # How often a size occurs depends on what the head gets accepted; two steps can be compared.
+    assert any(len(steps) >= 2 for steps in graphs.storages.values())
+    for steps in graphs.storages.values():
         first = steps[0].external
         for step in steps[1:]:
             moved = {a: step.external[a] for a in step.external.keys() - first.keys()}
