@@ -7,6 +7,7 @@ slot one backward pass runs through the head. Peak memory is one slot's logits, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -52,11 +53,14 @@ def backward_slots(
         weights: one weight per slot; they are normalised to sum to 1.
 
     Returns:
-        The unweighted loss of each slot, nats.
+        The unweighted loss of each slot, nats; NaN for a slot without labels in this batch.
     """
     states = slots.detach().requires_grad_()
     losses = []
     for slot in range(states.shape[2]):
+        if (labels[:, :, slot] == IGNORED).all():  # every text of the batch ends before this slot
+            losses.append(math.nan)
+            continue
         logits = target.logits(states[:, :, slot])
         if head.config.markov_rank:
             before = previous if slot == 0 else labels[:, :, slot - 1].clamp(min=0)

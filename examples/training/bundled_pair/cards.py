@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ it; the model ends its function by itself.
 
 - **Data**: {corpus["counts"]["train"]["functions"]:,} functions
   ({corpus["counts"]["train"]["tokens"]:,} tokens) of the standard library and the packages
-  installed beside this project; the largest origins are {origins}. Held out by file:
+  installed beside this project; the largest origins are
+  {origins}.
+  Held out by file:
   {corpus["counts"]["held_out"]["functions"]:,} functions whose shape does not occur in training.
 - **Training**: {pretraining[-1]["step"]:,} steps of 8,192 tokens
   ({pretraining[-1]["tokens"]:,} tokens), about {minutes(pretraining)} minutes on two shared CPU
@@ -77,8 +80,9 @@ rank {config["markov_rank"]}, hooks at {config["aux_hidden_state_layer_ids"]}.
 - **Data**: {shards} shards of 128 answers of the target itself to training prompts, three quarters
   greedy, one quarter at temperature 1 (self-distillation).
 - **Training**: {log[-1]["step"]:,} steps of 32 texts with 20 anchors each, about {minutes(log)}
-  minutes on two shared CPU cores; seed 0. Final loss per slot, nats:
-  {", ".join(f"{x:.2f}" for x in log[-1]["slot_losses"])}.
+  minutes on two shared CPU cores; seed 0. Last smoothed loss per slot, nats
+  (slots recorded):
+  {", ".join(f"{x:.2f}" for x in log[-1]["slot_losses"] if math.isfinite(x))}.
 
 Tokens per step (bonus included) on {report["prompts"]} held-out prompts, replayed exactly by
 `evaluate.py`; K tokens drafted.

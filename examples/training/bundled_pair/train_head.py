@@ -133,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        smooth[: len(losses)] = 0.98 * smooth[: len(losses)] + 0.02 * np.asarray(losses)
+        seen = np.flatnonzero(np.isfinite(losses))
+        smooth[seen] = 0.98 * smooth[seen] + 0.02 * np.asarray(losses)[seen]
         bar.set_postfix(loss=" ".join(f"{x:.2f}" for x in smooth[:4]))
         done = step + 1
         if rank == 0 and (done % 100 == 0 or done == args.steps):
