@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-slow lint bench pair clean
+.PHONY: help setup demo serve test test-slow test-statistics lint bench bench-kernels pair clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,11 +28,14 @@ serve: setup  ## leave a server with the bundled pair running in the foreground 
 	PYTHON=$(BIN)/python examples/server/serve.sh
 
 # pytest ends with code 5 when it ran no test, which make reports as a failure like any other.
-test: setup  ## run the tests, without the slow ones
-	$(BIN)/python -m pytest -q -m "not slow"
+test: setup  ## run the tests, without the slow and the statistical ones
+	$(BIN)/python -m pytest -q -m "not slow and not statistics"
 
 test-slow: setup  ## run the slow tests
 	$(BIN)/python -m pytest -q -m slow
+
+test-statistics: setup  ## sampling frequencies of the verification rules over many draws
+	$(BIN)/python -m pytest -q -m statistics
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -41,6 +44,9 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## measure serving on the CPU (benchmarks/results/serving-cpu.*)
 	$(BIN)/python benchmarks/serving_cpu.py
+
+bench-kernels: setup  ## check every kernel and time it (benchmarks/results/gpu); smoke run without a GPU
+	$(BIN)/python benchmarks/kernels.py
 
 pair: setup  ## train the bundled target and head again: hours
 	$(BIN)/python examples/training/bundled_pair/build.py

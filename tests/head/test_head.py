@@ -275,6 +275,18 @@ def test_context_key_value_ignores_bonus_and_neighbours() -> None:
         torch.testing.assert_close(value[:, t], alone[2])
 
 
+@torch.no_grad()
+def test_parts_of_a_projection_equal_the_whole() -> None:
+    """What the engine stores and asks with is what the dense head trains with."""
+    head = make()
+    states, _, _ = inputs(head)
+    normed = head.context_norm(head.combine(states))
+    query, key, value = head.context_attn(normed)
+    torch.testing.assert_close(head.context_attn.query(normed), query)
+    for part, whole in zip(head.context_attn.key_value(normed), (key, value), strict=True):
+        torch.testing.assert_close(part, whole)
+
+
 # --- drafting ---
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from unittest import mock
 
+import aot
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from specformer_kernels.block_attention import reference, triton_kernel
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 # Largest RMS error over RMS of the float64 result, for inputs already rounded to the dtype.
 # float32: sums of at most a few hundred terms keep the error near one rounding, 6e-8.
@@ -183,6 +186,18 @@ LAYOUTS = ("heads_first", "tokens_first", "shared")
 HEADS = ((4, 2), (3, 1), (8, 8))
 
 
+@pytest.fixture
+def split(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets the launcher cut the batch's context into so many units, of so many tokens at least."""
+
+    def into(units: int, least: int = 1) -> None:
+        monkeypatch.setattr(triton_kernel, "target_units", lambda *_: units)
+        monkeypatch.setattr(triton_kernel, "MIN_UNIT_TOKENS", least)
+        monkeypatch.setattr(triton_kernel, "COMBINE_SHARES", 2)  # the interpreter is slow
+
+    return into
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("block_lens", [UNIFORM, RAGGED], ids=["uniform", "ragged"])
 def test_reference_matches_the_definition(block_lens: tuple[int, ...], mask: str) -> None:
@@ -213,7 +228,9 @@ def test_head_sizes_and_dtypes(head_size: int, dtype: torch.dtype, kernel_device
     check_kernel(args, kernel_device)
 
 
-def test_largest_head(kernel_device: str) -> None:
+@pytest.mark.parametrize("units", [1, 2])
+def test_largest_head(units: int, split: Callable[..., None], kernel_device: str) -> None:
+    split(units)
     check_kernel(make_arguments((3,), (33,), head_size=256), kernel_device)
 
 
@@ -225,6 +242,22 @@ def test_layouts(heads: tuple[int, int], block_size: int, layout: str, kernel_de
         (2, 0, 4), (63, 1, 65), heads=heads, block_size=block_size, layout=layout, mask="causal"
     )
     check_kernel(args, kernel_device)
+
+
+@pytest.mark.parametrize("units", [1, 3])
+@pytest.mark.parametrize(("block_size", "heads"), [(64, (10, 2)), (128, (5, 5))], ids=str)
+def test_large_pages_and_odd_groups(
+    block_size: int,
+    heads: tuple[int, int],
+    units: int,
+    split: Callable[..., None],
+    kernel_device: str,
+) -> None:
+    split(units)
+    check_kernel(
+        make_arguments((2, 9), (129, 65), heads=heads, block_size=block_size, mask="tree"),
+        kernel_device,
+    )
 
 
 @pytest.mark.parametrize("mask", ["ones", "causal", "tree"])
@@ -253,28 +286,175 @@ def test_no_rows(kernel_device: str) -> None:
     assert triton_kernel.block_attention(**args.to(kernel_device).as_dict()).shape == (0, 4, 64)
 
 
-def test_cache_past_int32_elements(kernel_device: str) -> None:
+@pytest.mark.parametrize("units", [1, 2])
+def test_cache_past_int32_elements(
+    units: int, split: Callable[..., None], kernel_device: str
+) -> None:
     """Block id * stride passes 2**31. Pages that nothing touches take no memory."""
     if kernel_device == "cuda":
         pytest.skip("a GPU backs every page: the interpreter's addresses stand for both")
-    args = make_arguments((2,), (20,), dtype=torch.float16)
-    stride, far_blocks = 2**26, [33, 32]
+    split(units)
+    args = make_arguments((2,), (40,), dtype=torch.float16)
+    stride, far_blocks = 2**26, [33, 32, 35]
     # Not torch.empty, whose poison would touch every page.
     storage = torch.UntypedStorage((max(far_blocks) + 1) * stride * 2)
     memory = torch.tensor([], dtype=torch.float16).set_(storage)
     shape = (max(far_blocks) + 1, *args.kv_cache.shape[1:])
     cache = memory.as_strided(shape, (stride, *args.kv_cache.stride()[1:]))
-    cache[far_blocks] = args.kv_cache[args.block_table[0, :2]]
+    cache[far_blocks] = args.kv_cache[args.block_table[0, :3]]
     far = replace(args, kv_cache=cache, block_table=torch.tensor([far_blocks], dtype=torch.int32))
     found = triton_kernel.block_attention(**far.as_dict())
     assert_close(found, loop_over_rows(args), ERROR_RATIO[torch.float16])
 
 
-ragged_requests = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 40)), min_size=1, max_size=4)
+@pytest.mark.parametrize("mask", ["zero", "tree"])
+@pytest.mark.parametrize("units", [1, 2, 3, 7])
+def test_splits(units: int, mask: str, split: Callable[..., None], kernel_device: str) -> None:
+    """Very different lengths in one batch: some requests are split, others not."""
+    split(units)
+    args = make_arguments((1, 8, 0, 3, 2), (0, 200, 40, 65, 1), mask=mask)
+    check_kernel(args, kernel_device)
+
+
+@pytest.mark.parametrize("dtype", ERROR_RATIO, ids=str)
+@pytest.mark.parametrize("head_size", [64, 80])
+def test_splits_of_head_sizes_and_dtypes(
+    head_size: int, dtype: torch.dtype, split: Callable[..., None], kernel_device: str
+) -> None:
+    split(3)
+    args = make_arguments((2, 3), (17, 130), head_size=head_size, mask="tree", dtype=dtype)
+    check_kernel(args, kernel_device)
+
+
+def test_split_of_a_full_block_over_several_tiles(
+    split: Callable[..., None], kernel_device: str
+) -> None:
+    split(3)
+    check_kernel(make_arguments((64, 7), (70, 9), heads=(3, 1), mask="causal"), kernel_device)
+
+
+@pytest.mark.parametrize("units", [2, 6])
+def test_more_requests_than_one_step_of_the_search(
+    units: int, split: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kernel_device: str
+) -> None:
+    split(units)
+    monkeypatch.setattr(triton_kernel, "BLOCK_R", 4)
+    lens = (0, 1, 2, 150, 40, 3, 0, 90, 100)
+    check_kernel(make_arguments([1] * 9, lens, heads=(1, 1), head_size=16), kernel_device)
+
+
+def test_padding_request_of_negative_length(split: Callable[..., None], kernel_device: str) -> None:
+    """A captured graph runs requests that nobody reads; their lengths may come to -1."""
+    split(3)
+    args = make_arguments((2, 2), (90, 0))
+    expected = reference.block_attention(**args.to(torch.float64).as_dict())
+    padded = replace(args, context_lens=torch.tensor([90, -1], dtype=torch.int32))
+    found = triton_kernel.block_attention(**padded.to(kernel_device).as_dict())
+    assert_close(found, expected, ERROR_RATIO[torch.float32])
+
+
+@pytest.mark.parametrize("units", [1, 5])
+def test_long_context(units: int, split: Callable[..., None], kernel_device: str) -> None:
+    split(units)
+    args = make_arguments(
+        (3, 2), (4096, 5), heads=(2, 1), head_size=32, mask="causal", dtype=torch.float16
+    )
+    check_kernel(args, kernel_device)
+
+
+def test_longest_context(
+    split: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kernel_device: str
+) -> None:
+    """2**17 tokens beside a short request; longer steps than usual, for the interpreter."""
+    split(5)
+    sizes = triton_kernel.tile_sizes
+    monkeypatch.setattr(triton_kernel, "tile_sizes", lambda *a: sizes(*a) | {"BLOCK_N": 256})
+    lens = (131_072, 300)
+    args = make_arguments(
+        (2, 1), lens, heads=(2, 1), head_size=16, block_size=128, dtype=torch.float16
+    )
+    check_kernel(args, kernel_device)
+
+
+@pytest.mark.parametrize(
+    ("lens", "units", "least", "partials"),
+    [
+        ((1024,), 4, 256, 4),
+        ((1024,), 9, 256, 4),
+        ((1025,), 4, 256, 4),
+        ((1024, 0, 3), 4, 256, 4),
+        ((2048, 64, 64), 4, 256, 4),
+        ((600, 600), 2, 256, 0),
+        ((600, 600), 3, 256, 4),
+        ((300, 10), 2, 256, 2),
+        ((256, 256), 9, 256, 0),
+        ((0, 0), 5, 256, 0),
+    ],
+)
+def test_units_follow_the_lengths(
+    lens: tuple[int, ...],
+    units: int,
+    least: int,
+    partials: int,
+    split: Callable[..., None],
+    kernel_device: str,
+) -> None:
+    """However wide the table is. Partial results that nothing writes stay NaN and are not read."""
+    split(units, least)
+    seen: list[Tensor] = []
+    combine = triton_kernel._combine_kernel
+
+    class Watched:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Tensor, **kwargs: int) -> None:
+                seen.extend(args[1:4])
+                combine[grid](*args, **kwargs)
+
+            return launch
+
+    args = make_arguments([1] * len(lens), lens, heads=(1, 1), head_size=16)
+    wide = torch.zeros(len(lens), 8192, dtype=torch.int32)
+    wide[:, : args.block_table.shape[1]] = args.block_table
+    # Undone before `kernel_device` puts the compiled kernel back.
+    with mock.patch.object(triton_kernel, "_combine_kernel", Watched()):
+        check_kernel(replace(args, block_table=wide), kernel_device)
+    out, highest, total = seen
+    assert len(out) == 2 * units
+    written = [partial.isfinite().flatten(1).all(1) for partial in (out, highest, total)]
+    touched = [(~partial.isnan()).flatten(1).any(1) for partial in (out, highest, total)]
+    for index in range(2 * units):
+        assert {bool(part[index]) for part in written + touched} == {index < partials}
+
+
+@pytest.mark.parametrize("units", [1, 4])
+def test_context_is_loaded_ahead(units: int, split: Callable[..., None]) -> None:
+    """The compiler overlaps the loop's loads with its products only in some ways of writing it."""
+    split(units)
+    arguments = make_arguments((2,), (40,), block_size=16, dtype=torch.float16).as_dict()
+    launch = aot.launches_of(lambda: triton_kernel.block_attention(**arguments))[0]
+    assert "cp.async" in aot.compile_launch(launch, "sm_80").asm["ptx"]
+
+
+def test_launch_reads_nothing_on_the_host(split: Callable[..., None]) -> None:
+    """A fake tensor has no values: reading one would raise. So launches fit a CUDA graph."""
+    split(4)
+    arguments = make_arguments((2, 3), (40, 100)).as_dict()
+    with FakeTensorMode() as mode:
+        fake = {
+            name: mode.from_tensor(value) if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
+        launches = aot.launches_of(lambda: triton_kernel.block_attention(**fake))
+        assert len(launches) == 2
+        with pytest.raises(DataDependentOutputException):
+            reference.block_attention(**fake)
+
+
+ragged_requests = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 70)), min_size=1, max_size=4)
 
 
 @settings(
-    max_examples=20,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -284,6 +464,7 @@ ragged_requests = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 40)), min
     heads=st.sampled_from(HEADS),
     mask=st.sampled_from(MASKS),
     layout=st.sampled_from(LAYOUTS),
+    units=st.integers(1, 3),
     seed=st.integers(0, 2**20),
 )
 def test_ragged_batches(
@@ -291,9 +472,12 @@ def test_ragged_batches(
     heads: tuple[int, int],
     mask: str,
     layout: str,
+    units: int,
     seed: int,
+    split: Callable[..., None],
     kernel_device: str,
 ) -> None:
+    split(units)
     block_lens, context_lens = zip(*requests, strict=True)
     args = make_arguments(
         block_lens, context_lens, heads=heads, head_size=16, mask=mask, layout=layout, seed=seed

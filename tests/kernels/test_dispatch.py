@@ -13,11 +13,23 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-OPS = ["block_attention", "kv_store", "grouped_rms_norm"]
+# Each public function and its folder.
+OPS = {
+    op: op
+    for op in [
+        "block_attention",
+        "kv_store",
+        "grouped_rms_norm",
+        "sample_candidates",
+        "select_tree",
+        "kv_compact",
+        "verify",
+    ]
+} | {"follow": "verify"}
 
 
 def function_of(op: str, module: str = "") -> Callable:
-    return getattr(importlib.import_module(f"specformer_kernels.{op}{module}"), op)
+    return getattr(importlib.import_module(f"specformer_kernels.{OPS[op]}{module}"), op)
 
 
 def make_call(op: str, device: str) -> dict[str, Any]:
@@ -33,8 +45,8 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     for op in OPS:
         for name in ("reference", "triton_kernel"):
-            module = importlib.import_module(f"specformer_kernels.{op}.{name}")
-            monkeypatch.setattr(module, op, lambda *args, name=name: calls.append(name))
+            module = importlib.import_module(f"specformer_kernels.{OPS[op]}.{name}")
+            monkeypatch.setattr(module, op, lambda *_, name=name, **__: calls.append(name))
     return calls
 
 
@@ -52,16 +64,13 @@ def test_cpu_takes_the_reference(op: str, taken: list[str]) -> None:
 
 
 @pytest.mark.parametrize("wants", ["weight", "hidden_states"])
-def test_gradient_takes_the_reference(wants: str, taken: list[str]) -> None:
-    normalise = function_of("grouped_rms_norm")
+def test_gpu_takes_the_kernel_for_gradients_too(wants: str, taken: list[str]) -> None:
     with FakeTensorMode():
         call = make_call("grouped_rms_norm", "cuda")
         leaf = torch.ones(2, device="cuda", requires_grad=True)
         call[wants] = [leaf] if wants == "hidden_states" else leaf
-        normalise(**call)
-        with torch.no_grad():
-            normalise(**call)
-    assert taken == ["reference", "triton_kernel"]
+        function_of("grouped_rms_norm")(**call)
+    assert taken == ["triton_kernel"]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -72,7 +81,7 @@ def test_signatures_agree(op: str) -> None:
 
 
 def test_importing_needs_neither_triton_nor_vllm() -> None:
-    imports = "; ".join(f"import specformer_kernels.{op}" for op in OPS)
+    imports = "; ".join(f"import specformer_kernels.{folder}" for folder in OPS.values())
     code = (
         f"import sys; sys.modules['triton'] = sys.modules['vllm'] = None; {imports}; "
         "assert not any(name.startswith('vllm_specformer') for name in sys.modules)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -112,9 +114,7 @@ def block_attention(
     if num_rows == num_requests * max_block_len:
         allowed = _unpack_words(block_mask.view(shape), columns)
         query, key, value = (rows.unflatten(0, shape) for rows in (query, key, value))
-        out = _attend(
-            query, key, value, allowed, kv_cache, block_table, context_lens.tolist(), scale
-        )
+        out = _attend(query, key, value, allowed, kv_cache, block_table, context_lens, scale)
         return out.flatten(0, 1)
 
     row_index = block_start_loc[:-1, None] + columns  # [requests, max_block_len]
@@ -123,9 +123,7 @@ def block_attention(
     allowed = _unpack_words(block_mask[row_index], columns) & is_row[:, None, :]
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     query, key, value = (rows[row_index] for rows in (query, key, value))
-    padded = _attend(
-        query, key, value, allowed, kv_cache, block_table, context_lens.tolist(), scale
-    )
+    padded = _attend(query, key, value, allowed, kv_cache, block_table, context_lens, scale)
     out[row_index[is_row]] = padded[is_row]
     return out
 
@@ -135,21 +133,55 @@ def _unpack_words(words: Tensor, columns: Tensor) -> Tensor:
     return ((words[:, :, None] >> columns) & 1).bool()
 
 
-def _gather_context(
-    kv_cache: Tensor, block_table: Tensor, context_lens: list[int]
-) -> tuple[Tensor, Tensor]:
-    """Cached K and V of every request, [num_kv_heads, requests, longest context, head_size]."""
+def gather_context(
+    kv_cache: Tensor, block_table: Tensor, visible: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """Cached K and V of every request side by side: [2, num_kv_heads, R, length, head_size].
+
+    Args:
+        visible: bool [R, length], the columns before each request's context length. The others get
+            copies of the request's first token, which is as finite as the request is: a weight of 0
+            does not silence a NaN left in a page by another request.
+        out: where to put them, with that many elements; new memory when not given.
+    """
     num_kv_heads, block_size, fused_size = kv_cache.shape[1:]
-    longest = max(context_lens)
-    num_blocks = -(-longest // block_size)
-    # A shorter request's row of the table is undefined past its own blocks.
-    block_ids = block_table[:, :num_blocks].clamp(0, kv_cache.shape[0] - 1)
-    # Indexing reads the wanted pages through the strides; index_select would first make the whole
-    # transposed cache contiguous.
-    pages = kv_cache.transpose(0, 1)[:, block_ids]
-    tokens = pages.reshape(num_kv_heads, len(context_lens), num_blocks * block_size, fused_size)
-    key, value = tokens[:, :, :longest].chunk(2, dim=-1)
-    return key, value
+    requests, length = visible.shape
+    rows, steps = _as_rows(kv_cache)
+    has_context = visible[:, :1]
+    all_have = bool(has_context.all())
+    if not all_have:  # nor is the first entry of the table defined
+        block_table = torch.where(has_context, block_table, 0)
+    columns = torch.arange(length, device=kv_cache.device)
+    block = (columns // block_size).clamp_(max=block_table.shape[1] - 1)
+    place = block_table.long().mul_(steps[0]).index_select(1, block)  # [R, length]
+    place += columns % block_size * steps[2]
+    place = torch.where(visible, place, place[:, :1])
+    heads = torch.arange(num_kv_heads, device=kv_cache.device) * steps[1]
+    place = (place + heads[:, None, None]).flatten()
+    shape = (2, num_kv_heads, requests, length, fused_size // 2)
+    context = kv_cache.new_empty(shape) if out is None else out.view(shape)
+    key, value = context.flatten(1, 3)
+    torch.index_select(rows, 0, place, out=key)
+    torch.index_select(rows, 0, place.add_(steps[3]), out=value)
+    if not all_have:
+        context.masked_fill_(~has_context[:, None], 0.0)
+    return context
+
+
+def _as_rows(kv_cache: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The cache as rows of head_size elements, which may overlap.
+
+    Selecting rows copies memory; indexing the cache itself would go through its strides.
+
+    Returns:
+        The rows, and how many to go for the next block, K/V head and token, and from K to V.
+    """
+    head_size = kv_cache.shape[3] // 2
+    strides = (*kv_cache.stride()[:3], head_size)
+    unit = math.gcd(*strides)
+    steps = tuple(stride // unit for stride in strides)
+    last = sum((n - 1) * step for n, step in zip((*kv_cache.shape[:3], 2), steps, strict=True))
+    return kv_cache.as_strided((last + 1, head_size), (unit, 1)), steps
 
 
 def _attend(
@@ -159,7 +191,7 @@ def _attend(
     allowed: Tensor,
     kv_cache: Tensor,
     block_table: Tensor,
-    context_lens: list[int],
+    context_lens: Tensor,
     scale: float,
 ) -> Tensor:
     """Blocks padded to one length: query [requests, rows, num_heads, head_size] -> same shape.
@@ -179,25 +211,20 @@ def _attend(
     scores = (b_query @ b_key).view(by_head)
     scores = scores.masked_fill(~allowed[:, None], float("-inf")).flatten(2, 3)
 
-    longest = max(context_lens)
+    longest = int(context_lens.max())
     if longest:
-        context_key, context_value = _gather_context(kv_cache, block_table, context_lens)
-        context_scores = b_query @ context_key.to(compute_dtype).transpose(-1, -2)
-        context_value = context_value.to(compute_dtype)
-        if min(context_lens) < longest:
-            lens = torch.tensor(context_lens, device=query.device)
-            hidden = torch.arange(longest, device=query.device) >= lens[:, None]
-            context_scores = context_scores.masked_fill(hidden[:, None], float("-inf"))
-            # A weight of 0 does not silence NaN left in a page that nobody owns.
-            context_value = context_value.masked_fill(hidden[..., None], 0.0)
+        visible = torch.arange(longest, device=query.device) < context_lens[:, None]
+        context = gather_context(kv_cache, block_table, visible).to(compute_dtype)
+        context_scores = b_query @ context[0].transpose(-1, -2)
+        context_scores = context_scores.masked_fill(~visible[:, None], float("-inf"))
         scores = torch.cat((context_scores, scores), dim=-1)
 
     weights = scores.softmax(dim=-1)
-    if min(context_lens) == 0:
+    if int(context_lens.min()) == 0:
         sees_nothing = (scores == float("-inf")).all(dim=-1, keepdim=True)
         weights = weights.masked_fill(sees_nothing, 0.0)
     out = weights[..., longest:] @ b_value
     if longest:
-        out = out + weights[..., :longest] @ context_value
+        out = out + weights[..., :longest] @ context[1]
     out = out.view(num_kv_heads, num_requests, -1, num_rows, head_size).permute(1, 3, 0, 2, 4)
     return out.reshape(num_requests, num_rows, num_heads, head_size).to(query.dtype)

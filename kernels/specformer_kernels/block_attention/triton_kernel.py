@@ -1,151 +1,68 @@
-"""Attention with a block mask in Triton. Imports triton: load this module only to launch."""
-
-# A kernel's arguments are untyped but for its constexprs, which are upper case by Triton's custom.
-# mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: N803
+"""Launching the kernels of block_attention. Imports triton: load this module only to launch."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from specformer_kernels.block_attention.reference import check_arguments
+from specformer_kernels.block_attention.triton_attend import _block_attention_kernel
+from specformer_kernels.block_attention.triton_combine import _combine_kernel
 
-
-@triton.jit
-def _block_attention_kernel(
-    out_ptr,  # [T, num_heads, head_size]
-    query_ptr,  # [T, num_heads, head_size]
-    key_ptr,  # [T, num_kv_heads, head_size]
-    value_ptr,  # [T, num_kv_heads, head_size]
-    kv_cache_ptr,  # [num_blocks, num_kv_heads, page_size, 2 * head_size]
-    block_table_ptr,  # [R, max_blocks]
-    context_lens_ptr,  # [R]
-    block_start_loc_ptr,  # [R + 1]
-    block_mask_ptr,  # [T] int64 words
-    scale_log2,  # softmax scale * log2(e)
-    out_stride_t,
-    out_stride_h,
-    query_stride_t,
-    query_stride_h,
-    key_stride_t,
-    key_stride_h,
-    value_stride_t,
-    value_stride_h,
-    cache_stride_b,
-    cache_stride_h,
-    cache_stride_s,
-    table_stride_r,
-    GROUP: tl.constexpr,  # query heads per KV head
-    HEAD_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # rows of a tile: block rows x query heads of one KV head
-    BLOCK_N: tl.constexpr,  # context tokens per step
-    BLOCK_C: tl.constexpr,  # columns of the block, >= the longest block
-    BLOCK_D: tl.constexpr,  # head size, padded to a power of two
-):
-    request = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1).to(tl.int64)
-    first_row = tl.load(block_start_loc_ptr + request).to(tl.int64)
-    num_rows = (tl.load(block_start_loc_ptr + request + 1) - first_row).to(tl.int32)
-    first_m = tl.program_id(2) * BLOCK_M
-    if first_m >= num_rows * GROUP:
-        return
-
-    b_m = first_m + tl.arange(0, BLOCK_M)
-    b_d = tl.arange(0, BLOCK_D)
-    is_dim = b_d < HEAD_SIZE
-    is_m = b_m < num_rows * GROUP
-    b_row = first_row + b_m // GROUP
-    b_head = kv_head * GROUP + b_m % GROUP
-    m_mask = is_m[:, None] & is_dim[None, :]
-
-    b_query = tl.load(
-        query_ptr + (b_row * query_stride_t + b_head * query_stride_h)[:, None] + b_d[None, :],
-        mask=m_mask,
-        other=0.0,
-    )  # [BLOCK_M, BLOCK_D]
-    b_word = tl.load(block_mask_ptr + b_row, mask=is_m, other=0)  # [BLOCK_M]
-
-    # The block goes first, so that it starts the online softmax and needs no rescaling.
-    b_c = tl.arange(0, BLOCK_C)
-    c_mask = (b_c < num_rows)[:, None] & is_dim[None, :]
-    b_column = first_row + b_c
-    b_own_key = tl.load(
-        key_ptr + (b_column * key_stride_t + kv_head * key_stride_h)[:, None] + b_d[None, :],
-        mask=c_mask,
-        other=0.0,
-    )  # [BLOCK_C, BLOCK_D]
-    b_own_value = tl.load(
-        value_ptr + (b_column * value_stride_t + kv_head * value_stride_h)[:, None] + b_d[None, :],
-        mask=c_mask,
-        other=0.0,
-    )  # [BLOCK_C, BLOCK_D]
-    is_allowed = ((b_word[:, None] >> b_c.to(tl.int64)[None, :]) & 1) != 0
-    is_allowed = is_allowed & (b_c < num_rows)[None, :]
-    # "ieee": tf32 would cost float32 serving its exactness against the reference.
-    b_own_scores = tl.dot(b_query, tl.trans(b_own_key), input_precision="ieee") * scale_log2
-    b_own_scores = tl.where(is_allowed, b_own_scores, float("-inf"))
-    b_max = tl.max(b_own_scores, 1)
-    # A row with no column has the maximum -inf; -inf minus -inf would be NaN.
-    b_own_weight = tl.exp2(b_own_scores - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
-    b_sum = tl.sum(b_own_weight, 1)
-    b_out = tl.dot(b_own_weight.to(b_own_value.dtype), b_own_value, input_precision="ieee")
-
-    context_len = tl.load(context_lens_ptr + request).to(tl.int32)
-    table_ptr = block_table_ptr + request * table_stride_r
-    cache_head_ptr = kv_cache_ptr + kv_head * cache_stride_h
-    b_n = tl.arange(0, BLOCK_N)
-    for start in range(0, context_len, BLOCK_N):
-        b_position = start + b_n
-        is_token = b_position < context_len
-        # Block id * stride passes 2**31 elements in any large cache.
-        b_page = tl.load(table_ptr + b_position // PAGE_SIZE, mask=is_token, other=0).to(tl.int64)
-        b_token = b_page * cache_stride_b + (b_position % PAGE_SIZE) * cache_stride_s
-        b_key_ptr = cache_head_ptr + b_token[:, None] + b_d[None, :]
-        n_mask = is_token[:, None] & is_dim[None, :]
-        b_key = tl.load(b_key_ptr, mask=n_mask, other=0.0)  # [BLOCK_N, BLOCK_D]
-        b_value = tl.load(b_key_ptr + HEAD_SIZE, mask=n_mask, other=0.0)
-
-        b_scores = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale_log2
-        b_scores = tl.where(is_token[None, :], b_scores, float("-inf"))
-        # Finite from here on: every step holds at least one visible token.
-        b_new_max = tl.maximum(b_max, tl.max(b_scores, 1))
-        b_rescale = tl.exp2(b_max - b_new_max)
-        b_weight = tl.exp2(b_scores - b_new_max[:, None])
-        b_sum = b_sum * b_rescale + tl.sum(b_weight, 1)
-        b_out = b_out * b_rescale[:, None]
-        b_out = tl.dot(b_weight.to(b_value.dtype), b_value, b_out, input_precision="ieee")
-        b_max = b_new_max
-
-    # A row that saw nothing has sum 0 and output 0: keep the zeros.
-    b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    out_ptrs = out_ptr + (b_row * out_stride_t + b_head * out_stride_h)[:, None] + b_d[None, :]
-    tl.store(out_ptrs, b_out.to(out_ptr.dtype.element_ty), mask=m_mask)
+# Context that a program of its own and a partial result are worth.
+MIN_UNIT_TOKENS = 256
+# Requests per step of the search for a unit.
+BLOCK_R = 256
+# Programs per partial result and KV head when partial results are joined.
+COMBINE_SHARES = 4
 
 
 def tile_sizes(
     max_block_len: int, group: int, head_size: int, dtype: torch.dtype
 ) -> dict[str, int]:
-    """Tile sizes, warps and stages: the largest that spill no register (tests/kernels/test_aot)."""
+    """Tile sizes, warps and stages, with which no kernel spills registers (tests/kernels/test_aot).
+
+    Two programs or more fit on a multiprocessor, one of float32 with heads above 128.
+    """
     block_d = max(16, triton.next_power_of_2(head_size))
-    sizes = {"BLOCK_C": max(16, triton.next_power_of_2(max_block_len)), "BLOCK_D": block_d}
-    # float32 multiplies without tensor cores and holds its operands in registers.
+    # float32 multiplies without tensor cores, all of a row's products in one thread.
     if dtype == torch.float32:
-        return sizes | {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-    is_large = block_d > 128
-    rows = max(16, triton.next_power_of_2(max_block_len * group))
-    block_m = min(rows, 32 if is_large else 64)
-    return sizes | {
-        "BLOCK_M": block_m,
-        "BLOCK_N": 32 if is_large else 64,
-        "num_warps": 8 if is_large or block_m == 64 else 4,
-        "num_stages": 2,
-    }
+        sizes = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
+    else:
+        rows = max(16, triton.next_power_of_2(max_block_len * group))
+        is_large = block_d > 128
+        sizes = {
+            "BLOCK_M": min(rows, 32 if is_large else 64),
+            "BLOCK_N": 16 if is_large else 32,
+            "num_warps": 4,
+            # Two tiles of K/V; the other stages go to the page numbers, which must be there first.
+            "num_stages": 5,
+        }
+    if torch.version.hip is None:
+        # Left to itself, NVIDIA's assembler may spill a few to fit another program.
+        sizes["maxnreg"] = 255
+    else:
+        sizes["num_stages"] = 2  # 64 KiB of shared memory have to do for several programs
+    return {"BLOCK_D": block_d} | sizes
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for Triton's interpreter."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def target_units(programs_per_unit: int, head_size: int, device: torch.device) -> int:
+    """Units that occupy a whole GPU; the context of a batch is cut into so many."""
+    # What is on its way from memory must cover the latency; tiles of small heads hold fewer bytes.
+    programs_at_once = 3 if head_size <= 64 else 2
+    return multiprocessors(device) * programs_at_once // programs_per_unit
 
 
 def block_attention(
@@ -160,10 +77,11 @@ def block_attention(
     scale: float,
     max_block_len: int,
 ) -> Tensor:
-    """Launch the kernel: one program per request, KV head and tile of rows; no host sync.
+    """Launch one program per unit of context, KV head and tile of rows, then join the units.
 
-    Shapes and dtypes as in `specformer_kernels.block_attention.block_attention`. The grid follows
-    from shapes and `max_block_len` alone, so the launch can be captured in a CUDA graph.
+    Shapes and dtypes as in `specformer_kernels.block_attention.block_attention`. Nothing is read on
+    the host: the grids follow from shapes, `max_block_len` and the device, so the launches can be
+    captured in a CUDA graph.
     """
     check_arguments(
         query,
@@ -182,16 +100,39 @@ def block_attention(
         raise ValueError(
             f"block_table: expected a contiguous last dimension, found {block_table.stride(-1)}"
         )
-    num_requests, num_kv_heads = block_table.shape[0], key.shape[1]
-    group = query.shape[1] // num_kv_heads
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if out.numel() == 0:
         return out
-    tiles = tile_sizes(max_block_len, group, query.shape[2], query.dtype)
-    grid = (num_requests, num_kv_heads, triton.cdiv(max_block_len * group, tiles["BLOCK_M"]))
+    num_requests, num_kv_heads, head_size = block_table.shape[0], key.shape[1], query.shape[2]
+    group = query.shape[1] // num_kv_heads
+    max_rows = max_block_len * group
+    tiles = tile_sizes(max_block_len, group, head_size, query.dtype)
+    num_tiles = triton.cdiv(max_rows, tiles["BLOCK_M"])
+
+    units = target_units(num_kv_heads * num_tiles, head_size, query.device)
+    # The longest context that the table has room for.
+    max_context = block_table.shape[1] * kv_cache.shape[2]
+    is_split = units > 1 and max_context > MIN_UNIT_TOKENS
+    partials: tuple[Tensor | None, ...] = (None, None, None)
+    if is_split:
+        # A split request has fewer than 2 * its length / the unit's, all of them fewer than this.
+        shape = (2 * units, num_kv_heads, max_rows)
+        partials = tuple(
+            torch.empty(size, dtype=torch.float32, device=query.device)
+            for size in ((*shape, head_size), shape, shape)
+        )
+    splitting = {
+        "MIN_TOKENS": MIN_UNIT_TOKENS,
+        "GROUP": group,
+        "HEAD_SIZE": head_size,
+        "BLOCK_R": BLOCK_R,
+    }
     with torch.cuda.device_of(query):
+        # A request's last unit is a fraction of one, so requests and units bound the units.
+        grid = ((num_requests + units * is_split) * num_tiles, num_kv_heads)
         _block_attention_kernel[grid](
             out,
+            *partials,
             query,
             key,
             value,
@@ -200,6 +141,9 @@ def block_attention(
             context_lens,
             block_start_loc,
             block_mask,
+            num_requests,
+            units,
+            max_rows,
             scale * math.log2(math.e),
             out.stride(0),
             out.stride(1),
@@ -213,9 +157,26 @@ def block_attention(
             kv_cache.stride(1),
             kv_cache.stride(2),
             block_table.stride(0),
-            GROUP=group,
-            HEAD_SIZE=query.shape[2],
+            IS_SPLIT=is_split,
             PAGE_SIZE=kv_cache.shape[2],
+            **splitting,
             **tiles,
         )
+        if is_split:
+            _combine_kernel[(2 * units, num_kv_heads, COMBINE_SHARES)](
+                out,
+                *partials,
+                context_lens,
+                block_start_loc,
+                num_requests,
+                units,
+                max_rows,
+                out.stride(0),
+                out.stride(1),
+                BLOCK_N=tiles["BLOCK_N"],
+                BLOCK_S=16,
+                BLOCK_D=tiles["BLOCK_D"],
+                num_warps=2,
+                **splitting,
+            )
     return out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from specformer_kernels.grouped_rms_norm import reference
@@ -15,8 +14,7 @@ __all__ = ["grouped_rms_norm"]
 def grouped_rms_norm(hidden_states: Sequence[Tensor], weight: Tensor, eps: float) -> Tensor:
     """RMS-normalise G hidden states separately and lay them side by side.
 
-    Statistics in float32. Triton on a GPU; PyTorch elsewhere and wherever a gradient is wanted,
-    because the kernel has no backward.
+    Statistics in float32. Triton on a GPU, forward and backward; PyTorch elsewhere.
 
     Args:
         hidden_states: G tensors [..., H] of one shape and dtype; they need not share memory.
@@ -29,10 +27,7 @@ def grouped_rms_norm(hidden_states: Sequence[Tensor], weight: Tensor, eps: float
     Raises:
         ValueError: a shape or dtype breaks the contract; the message names the argument.
     """
-    needs_grad = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (weight, *hidden_states)
-    )
-    if weight.is_cuda and not needs_grad:
+    if weight.is_cuda:
         from specformer_kernels.grouped_rms_norm import triton_kernel
 
         return triton_kernel.grouped_rms_norm(hidden_states, weight, eps)

@@ -35,4 +35,6 @@ def grouped_rms_norm(hidden_states: Sequence[Tensor], weight: Tensor, eps: float
     """
     check_arguments(hidden_states, weight)
     hidden = torch.stack(tuple(hidden_states), dim=-2)  # [..., G, H]
-    return (F.rms_norm(hidden, hidden.shape[-1:], eps=eps) * weight).flatten(-2)
+    wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    normed = F.rms_norm(wide, wide.shape[-1:], eps=eps) * weight
+    return normed.to(hidden.dtype).flatten(-2)

@@ -7,16 +7,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from specformer_kernels.grouped_rms_norm.reference import check_arguments
+from specformer_kernels.grouped_rms_norm.triton_backward import grouped_rms_norm_backward
 
-# A row is held in registers whole: 32768 float32 values are 64 registers a thread at 16 warps.
-MAX_HIDDEN_SIZE = 32768
+# A row and its weights are held in registers whole: 64 a thread at 16 warps. Twice as much spills.
+MAX_HIDDEN_SIZE = 16384
 
 
 @triton.jit
@@ -40,6 +43,7 @@ def _grouped_rms_norm_kernel(
         if tl.program_id(1) == group:
             hidden_ptr = hidden_ptrs[group] + row * hidden_strides[group]
             b_hidden = tl.load(hidden_ptr + b_d, mask=mask, other=0.0).to(tl.float32)
+            # Before the sum, so that a small batch waits for memory once.
             b_weight = tl.load(weight_ptr + group * weight_stride_g + b_d, mask=mask, other=0.0)
             inverse_rms = tl.rsqrt(tl.sum(b_hidden * b_hidden, 0) / HIDDEN_SIZE + eps)
             b_out = b_hidden * inverse_rms * b_weight.to(tl.float32)
@@ -54,32 +58,57 @@ def tile_sizes(hidden_size: int) -> dict[str, int]:
 
 
 def grouped_rms_norm(hidden_states: Sequence[Tensor], weight: Tensor, eps: float) -> Tensor:
-    """Launch the kernel: one program per row and group. Forward only, no host sync.
+    """Normalise by one program per row and group; differentiable once, no host sync.
 
     Shapes and dtypes as in `specformer_kernels.grouped_rms_norm.grouped_rms_norm`; hidden_size is
     at most MAX_HIDDEN_SIZE and float64 is refused.
     """
     check_arguments(hidden_states, weight)
     shape, dtype = hidden_states[0].shape, hidden_states[0].dtype
-    hidden_size, num_groups = shape[-1], len(hidden_states)
-    if hidden_size > MAX_HIDDEN_SIZE:
+    if shape[-1] > MAX_HIDDEN_SIZE:
         raise ValueError(
-            f"hidden_states: expected hidden_size of at most {MAX_HIDDEN_SIZE}, found {hidden_size}"
+            f"hidden_states: expected hidden_size of at most {MAX_HIDDEN_SIZE}, found {shape[-1]}"
         )
     if dtype == torch.float64:
         raise ValueError("hidden_states: the kernel computes in float32, found torch.float64")
-    rows = tuple(_contiguous_rows(hidden) for hidden in hidden_states)
-    weight = _contiguous_rows(weight)
-    num_rows = rows[0].shape[0]
-    device = rows[0].device
-    out = torch.empty((num_rows, num_groups * hidden_size), dtype=dtype, device=device)
+    rows = [_contiguous_rows(hidden) for hidden in hidden_states]
+    out = _GroupedRMSNorm.apply(eps, _contiguous_rows(weight), *rows)
+    return out.view(*shape[:-1], out.shape[-1])
+
+
+class _GroupedRMSNorm(torch.autograd.Function):
+    """Saves its inputs only: the backward holds each row anyway and takes its statistics again."""
+
+    @staticmethod
+    def forward(ctx: Any, eps: float, weight: Tensor, *hidden_states: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, *hidden_states)
+        ctx.eps = eps
+        return _launch(hidden_states, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *hidden_states = ctx.saved_tensors
+        _, wants_weight, *wants_hidden = ctx.needs_input_grad
+        hidden_grads, weight_grad = grouped_rms_norm_backward(
+            _contiguous_rows(out_grad), hidden_states, weight, ctx.eps, wants_hidden, wants_weight
+        )
+        return None, weight_grad, *hidden_grads
+
+
+def _launch(hidden_states: Sequence[Tensor], weight: Tensor, eps: float) -> Tensor:
+    first = hidden_states[0]
+    num_rows, hidden_size = first.shape
+    num_groups = len(hidden_states)
+    shape = (num_rows, num_groups * hidden_size)
+    out = torch.empty(shape, dtype=first.dtype, device=first.device)
     if out.numel():
         with torch.cuda.device_of(out):
             _grouped_rms_norm_kernel[(num_rows, num_groups)](
                 out,
-                rows,
+                tuple(hidden_states),
                 weight,
-                tuple(row.stride(0) for row in rows),
+                tuple(hidden.stride(0) for hidden in hidden_states),
                 out.stride(0),
                 weight.stride(0),
                 eps,
@@ -87,7 +116,7 @@ def grouped_rms_norm(hidden_states: Sequence[Tensor], weight: Tensor, eps: float
                 HIDDEN_SIZE=hidden_size,
                 **tile_sizes(hidden_size),
             )
-    return out.view(*shape[:-1], num_groups * hidden_size)
+    return out
 
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Writing K and V rows into the paged cache in plain PyTorch."""
+"""Writing K and V rows into the paged cache, and rotary embedding, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 
-def check_arguments(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+def check_arguments(
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    rotary_table: Tensor | None,
+    positions: Tensor | None,
+    query: Tensor | None,
+    query_positions: Tensor | None,
+) -> None:
     """Raise ValueError, naming the argument, where shapes or dtypes break the contract."""
     if key.dim() != 3:
         raise ValueError(
@@ -27,30 +36,104 @@ def check_arguments(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: 
             f"found {list(kv_cache.shape)}"
         )
     for name, tensor in (("key", key), ("value", value), ("kv_cache", kv_cache)):
-        if tensor.dtype != key.dtype:
-            raise ValueError(f"{name}: expected key's dtype {key.dtype}, found {tensor.dtype}")
-        if tensor.numel() and tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name}: expected a contiguous last dimension, found stride {tensor.stride(-1)}"
-            )
-    if slot_mapping.dim() != 1 or slot_mapping.shape[0] != num_rows:
+        _check_rows(name, tensor, key.dtype)
+    _check_indices("slot_mapping", slot_mapping, num_rows)
+    _check_rotation(key, rotary_table, positions)
+    if query is None:
+        if query_positions is not None:
+            raise ValueError("query_positions: expected none without a query")
+        return
+    if query.dim() != 3 or query.shape[2] != head_size:
         raise ValueError(
-            f"slot_mapping: expected shape [{num_rows}], found {list(slot_mapping.shape)}"
+            f"query: expected [queries, num_heads, {head_size}], found shape {list(query.shape)}"
         )
-    if slot_mapping.dtype != torch.int64:
-        raise ValueError(f"slot_mapping: expected torch.int64, found {slot_mapping.dtype}")
+    _check_rows("query", query, key.dtype)
+    if rotary_table is None:
+        raise ValueError("rotary_table: expected one to rotate the query with, found none")
+    _check_indices("query_positions", query_positions, query.shape[0])
 
 
-def kv_store(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
-    """Write each row's K and V at its slot, in place.
+def _check_rotation(key: Tensor, table: Tensor | None, positions: Tensor | None) -> None:
+    num_rows, _, head_size = key.shape
+    if table is None:
+        if positions is not None:
+            raise ValueError("positions: expected none without a rotary_table")
+        return
+    if table.dim() != 2 or table.shape[1] != head_size or head_size % 2:
+        raise ValueError(
+            f"rotary_table: expected [positions, {head_size}] and an even head_size, "
+            f"found {list(table.shape)}"
+        )
+    _check_rows("rotary_table", table, torch.float32)
+    _check_indices("positions", positions, num_rows)
+
+
+def _check_rows(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, found {tensor.dtype}")
+    if tensor.numel() and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: expected a contiguous last dimension, found stride {tensor.stride(-1)}"
+        )
+
+
+def _check_indices(name: str, tensor: Tensor | None, count: int) -> None:
+    if tensor is None:
+        raise ValueError(f"{name}: expected shape [{count}], found none")
+    if tensor.dim() != 1 or tensor.shape[0] != count:
+        raise ValueError(f"{name}: expected shape [{count}], found {list(tensor.shape)}")
+    if tensor.dtype != torch.int64:
+        raise ValueError(f"{name}: expected torch.int64, found {tensor.dtype}")
+
+
+def rotate(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
+    """Rotary embedding of `x` [..., heads, D] at integer `positions` [...] (half-split pairs).
+
+    `table` [max_position, D] holds cosines, then sines. Computes in float32 at least, rounds once
+    to x's dtype; differentiable.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = table[positions].to(wide).unsqueeze(-2).chunk(2, dim=-1)
+    first, second = x.to(wide).chunk(2, dim=-1)
+    # first * cos - second * sin and second * cos + first * sin, in fewer passes
+    turned_first = torch.addcmul(first * cos, second, sin, value=-1)
+    turned_second = torch.addcmul(second * cos, first, sin)
+    return torch.cat((turned_first, turned_second), dim=-1).to(x.dtype)
+
+
+def kv_store(
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    rotary_table: Tensor | None = None,
+    positions: Tensor | None = None,
+    query: Tensor | None = None,
+    query_positions: Tensor | None = None,
+) -> Tensor | None:
+    """Rotate and write each row's K and V at its slot, in place; rotate the queries.
 
     Shapes and dtypes as in `specformer_kernels.kv_store.kv_store`. Reads `slot_mapping` on the
     host.
     """
-    check_arguments(key, value, kv_cache, slot_mapping)
-    rows = torch.cat((key, value), dim=-1)
-    is_stored = slot_mapping >= 0
-    if not is_stored.all():
-        rows, slot_mapping = rows[is_stored], slot_mapping[is_stored]
+    check_arguments(
+        key, value, kv_cache, slot_mapping, rotary_table, positions, query, query_positions
+    )
+    if slot_mapping.numel() and int(slot_mapping.min()) < 0:
+        stored = (slot_mapping >= 0).nonzero().flatten()
+        key, value, slot_mapping = key[stored], value[stored], slot_mapping[stored]
+        positions = None if positions is None else positions[stored]
+    if rotary_table is not None:
+        assert positions is not None
+        key = rotate(key, rotary_table, positions)
     block_size = kv_cache.shape[2]
-    kv_cache.transpose(1, 2)[slot_mapping // block_size, slot_mapping % block_size] = rows
+    place = (slot_mapping // block_size, slot_mapping % block_size)
+    keys, values = kv_cache.transpose(1, 2).chunk(2, dim=-1)  # [blocks, block_size, kv_heads, D]
+    keys.index_put_(place, key)
+    values.index_put_(place, value)
+    if query is None:
+        return None
+    assert rotary_table is not None
+    assert query_positions is not None
+    return rotate(query, rotary_table, query_positions)
