@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from specformer_kernels.grouped_rms_norm import grouped_rms_norm
+from specformer_kernels.kv_store import rotate
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -66,6 +67,26 @@ class Projections(nn.Module):
         query, key = turned.split([heads, kv_heads], dim=-2)
         return query, key, value
 
+    def split_weight(self) -> tuple[Tensor, Tensor]:
+        """The part of the matrix that makes queries, and the part that makes keys and values."""
+        rows = self.heads[0] * self.head_dim
+        return self.qkv_proj.weight[:rows], self.qkv_proj.weight[rows:]
+
+    def query(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., heads, D], not rotated."""
+        return self.query_linear(x).unflatten(-1, (-1, self.head_dim))
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., H] -> key and value [..., K/V heads, D], not rotated."""
+        key, value = self.key_value_linear(x).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=-2)
+        return key, value
+
+    def query_linear(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.split_weight()[0])
+
+    def key_value_linear(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.split_weight()[1])
+
     def output(self, attended: Tensor) -> Tensor:
         """[..., query heads, D] -> [..., H]"""
         return self.o_proj(attended.flatten(-2))
@@ -87,13 +108,6 @@ def rotary_table(positions: int, head_dim: int, theta: float) -> Tensor:
     inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angles = torch.arange(positions, dtype=torch.float64)[:, None] * inverse
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
-
-
-def rotate(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-    """Rotary embedding of `x` [..., heads, D] at integer `positions` [...] (half-split pairs)."""
-    cos, sin = table[positions].to(x.dtype).unsqueeze(-2).chunk(2, dim=-1)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class SpecFormerHead(PreTrainedModel):
@@ -160,9 +174,9 @@ class SpecFormerHead(PreTrainedModel):
     def context_qkv(self, context: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Context states [..., H] -> rotated query and key, and value, each [..., heads, D].
 
-        Keys and values go to the paged cache. They depend on the target's states at their own
-        position only (never on the bonus token), which makes them exact under prefix caching.
-        Queries are used at the anchors.
+        Keys and values depend on the target's states at their own position only (never on the bonus
+        token), which makes them exact under prefix caching. The engine makes them apart from the
+        queries, which only its anchors need, and rotates as it stores: see `Projections`.
         """
         table = self.rotary(context.device)
         return self.context_attn(self.context_norm(context), table, positions)

@@ -121,6 +121,8 @@ class DraftAttention(nn.Module, AttentionLayerBase):
             self.register_buffer(f"_starts{rows}", starts, persistent=False)
             mask = torch.full((max_requests * rows,), word, dtype=torch.int64)
             self.register_buffer(f"_mask{rows}", mask, persistent=False)
+        blind = torch.zeros(max_requests, dtype=torch.int64)
+        self.register_buffer("_blind", blind, persistent=False)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return DraftAttentionBackend
@@ -138,10 +140,33 @@ class DraftAttention(nn.Module, AttentionLayerBase):
         """Whether vLLM has given the layer its pages (not during memory profiling)."""
         return self.kv_cache.numel() > 0
 
-    def store(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
-        """Write context rows [T, kv_heads, D] to their slots [T]; -1 skips a row."""
-        if self.is_bound:
-            kv_store(key, value, self.kv_cache, slot_mapping)
+    def store(
+        self,
+        key: Tensor,
+        value: Tensor,
+        slot_mapping: Tensor,
+        rotary_table: Tensor,
+        positions: Tensor,
+        query: Tensor | None,
+        query_positions: Tensor | None,
+    ) -> Tensor | None:
+        """Rotate context rows [T, kv_heads, D] and write them to their slots [T]; -1 skips a row.
+
+        Returns:
+            The queries [R, heads, D], rotated; None if there are none.
+        """
+        if not self.is_bound:
+            return query
+        return kv_store(
+            key,
+            value,
+            self.kv_cache,
+            slot_mapping,
+            rotary_table=rotary_table,
+            positions=positions,
+            query=query,
+            query_positions=query_positions,
+        )
 
     def begin(self, block_table: Tensor | None, context_lens: Tensor, room: int) -> DraftContext:
         """What one draft step attends to: the context before and including its anchors.
@@ -158,9 +183,15 @@ class DraftAttention(nn.Module, AttentionLayerBase):
         return GatheredPages(self, block_table, context_lens, room)
 
     def paged(
-        self, query: Tensor, key: Tensor, value: Tensor, table: Tensor, context_lens: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        table: Tensor,
+        context_lens: Tensor,
+        mask: str,
     ) -> Tensor:
-        """Rows [R, n, heads, D] see `context_lens` cached tokens and all of their own block."""
+        """Rows [R, n, heads, D] see `context_lens` cached tokens and what buffer `mask` allows."""
         requests, rows = query.shape[:2]
         out = block_attention(
             query.flatten(0, 1),
@@ -170,7 +201,7 @@ class DraftAttention(nn.Module, AttentionLayerBase):
             table,
             context_lens,
             self.get_buffer(f"_starts{rows}")[: requests + 1],
-            self.get_buffer(f"_mask{rows}")[: requests * rows],
+            self.get_buffer(mask)[: requests * rows],
             self.scale,
             rows,
         )
@@ -180,7 +211,7 @@ class DraftAttention(nn.Module, AttentionLayerBase):
 class DraftContext(Protocol):
     """One step's context, attended to by the anchors first and by the slots afterwards."""
 
-    def anchors(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def anchors(self, query: Tensor) -> Tensor:
         """Anchor rows [R, heads, D] over their context, themselves included: [R, heads, D]."""
 
     def slots(self, query: Tensor, key: Tensor, value: Tensor, mixed: bool) -> Tensor:
@@ -193,14 +224,17 @@ class PagedContext:
     def __init__(self, layer: DraftAttention, block_table: Tensor, context_lens: Tensor) -> None:
         self.layer, self.table, self.lens = layer, block_table, context_lens
 
-    def anchors(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # The anchor sees the tokens before it in the cache and itself as a block of one row.
-        rows = (query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
-        return self.layer.paged(*rows, self.table, self.lens - 1).squeeze(1)
+    def anchors(self, query: Tensor) -> Tensor:
+        rows = query.unsqueeze(1)
+        # Its own K/V are in the cache, so the block of one row is not to see itself; keys and
+        # values that no row sees need only be finite.
+        unseen = rows[:, :, : self.layer.num_kv_heads]
+        out = self.layer.paged(rows, unseen, unseen, self.table, self.lens, "_blind")
+        return out.squeeze(1)
 
     def slots(self, query: Tensor, key: Tensor, value: Tensor, mixed: bool) -> Tensor:
         lens = self.lens if mixed else torch.zeros_like(self.lens)
-        return self.layer.paged(query, key, value, self.table, lens)
+        return self.layer.paged(query, key, value, self.table, lens, f"_mask{query.shape[1]}")
 
 
 class GatheredPages:
@@ -212,7 +246,7 @@ class GatheredPages:
         self.scale = layer.scale
         self.context = GatheredContext(layer.kv_cache, block_table, context_lens, room)
 
-    def anchors(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def anchors(self, query: Tensor) -> Tensor:
         return self.context.attend(query.unsqueeze(1), self.scale).squeeze(1)
 
     def slots(self, query: Tensor, key: Tensor, value: Tensor, mixed: bool) -> Tensor:
@@ -227,7 +261,7 @@ class GatheredPages:
 class UnboundContext:
     """No cache yet (memory profiling): the step runs for its size, not for its result."""
 
-    def anchors(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def anchors(self, query: Tensor) -> Tensor:
         return torch.zeros_like(query)
 
     def slots(self, query: Tensor, key: Tensor, value: Tensor, mixed: bool) -> Tensor:

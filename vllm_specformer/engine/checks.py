@@ -14,7 +14,12 @@ from vllm_specformer.config import (
     SpecFormerConfig,
     read_config,
 )
+from vllm_specformer.engine.patches import verifies_coupled
 from vllm_specformer.weights import check_weights
+
+# What decides about a draft: vLLM's own rejection sampler, or the request's own noise.
+DEFAULT_VERIFICATION = "vllm"
+VERIFICATIONS = (DEFAULT_VERIFICATION, "coupled")
 
 
 class SpeculativeConfigError(ValueError):
@@ -31,6 +36,48 @@ def is_specformer(speculative: dict[str, Any]) -> bool:
         return False
     content, _ = PreTrainedConfig.get_config_dict(str(directory))
     return content.get("speculators_model_type") == SPECULATORS_TYPE
+
+
+def split_verification(speculative: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Take our own field `verification` out of a speculative config, which vLLM would refuse.
+
+    Raises:
+        SpeculativeConfigError: unknown value, or one that contradicts another field.
+    """
+    verification = speculative.get("verification", DEFAULT_VERIFICATION)
+    if verification not in VERIFICATIONS:
+        raise SpeculativeConfigError(
+            f"speculative config: verification={verification!r} must be one of "
+            f"{', '.join(map(repr, VERIFICATIONS))}"
+        )
+    rule = speculative.get("rejection_sample_method", "standard")
+    if rule == "block":
+        raise SpeculativeConfigError(
+            "speculative config: rejection_sample_method='block' does not keep the target's "
+            "distribution in this vLLM (it meets the same noise twice, see docs/kernels.md); leave "
+            "it out, or set verification='coupled'"
+        )
+    if verification == "coupled" and rule != "standard":
+        raise SpeculativeConfigError(
+            f"speculative config: rejection_sample_method={rule!r} is a rule of vLLM's own "
+            "verification; leave it out, or set verification='vllm'"
+        )
+    rest = {key: value for key, value in speculative.items() if key != "verification"}
+    return rest, verification
+
+
+def check_v1_verification(speculative_config: Any) -> None:
+    """Refuse coupled verification on the V1 runner.
+
+    Raises:
+        SpeculativeConfigError: it was asked for.
+    """
+    if verifies_coupled(speculative_config):
+        raise SpeculativeConfigError(
+            "speculative config: verification='coupled' needs vLLM's V2 model runner, whose "
+            "sampler draws from noise keyed by seed and position, and this engine runs V1; set "
+            "VLLM_USE_V2_MODEL_RUNNER=1, or verification='vllm'"
+        )
 
 
 def checked(

@@ -77,22 +77,41 @@ class SpecFormerDraftModel(nn.Module):
         """G hooked states [T, H] -> context states [T, H]."""
         return self.head.combine(hooked_states)
 
+    def normalise(self, context: Tensor) -> Tensor:
+        """Context states [..., H] as `store_context` takes them."""
+        return self.head.context_norm(context)
+
     def store_context(
-        self, context: Tensor, positions: Tensor, slot_mapping: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Write the K/V of context states [T, H] at `positions` [T] to `slot_mapping` [T].
+        self,
+        normed: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        normed_anchors: Tensor | None = None,
+        anchor_positions: Tensor | None = None,
+    ) -> Tensor | None:
+        """Write the K/V of normalised context states [T, H] at `positions` [T] to their slots [T].
+
+        Args:
+            normed_anchors: normalised context states [R, H] whose queries are wanted too.
+            anchor_positions: int64 [R], given with them.
 
         Returns:
-            The rows' queries, keys and values, for the draft pass to take its anchors from.
+            The anchors' queries [R, heads, D], for the draft pass; None if there are none.
         """
-        query, key, value = self.head.context_qkv(context, positions)
-        self.attn.store(key, value, slot_mapping)
-        return query, key, value
+        projections = self.head.context_attn
+        return self.attn.store(
+            *projections.key_value(normed),
+            slot_mapping,
+            self.head.rotary(normed.device),
+            positions,
+            None if normed_anchors is None else projections.query(normed_anchors),
+            anchor_positions,
+        )
 
     def forward(
         self,
         anchors: Tensor,
-        anchor_qkv: tuple[Tensor, Tensor, Tensor],
+        queries: Tensor,
         positions: Tensor,
         bonus_tokens: Tensor,
         block_table: Tensor | None,
@@ -102,8 +121,8 @@ class SpecFormerDraftModel(nn.Module):
 
         Args:
             anchors: context states [R, H] of each request's last accepted token.
-            anchor_qkv: their query, key and value [R, heads, D], as `store_context` made them.
-            positions: int64 [R], their positions; the K/V before them are in the cache.
+            queries: theirs, [R, heads, D], as `store_context` made them.
+            positions: int64 [R], their positions; the K/V up to them are in the cache.
             bonus_tokens: integer [R], the tokens the target has just sampled.
             block_table: int32 [R, blocks]; None only while no cache is bound.
             num_tokens: tokens to draft, n.
@@ -114,7 +133,7 @@ class SpecFormerDraftModel(nn.Module):
         head = self.head
         num_slots = head.slots_to_run(num_tokens)
         context = self.attn.begin(block_table, positions + 1, num_slots)
-        attended = context.anchors(*anchor_qkv)
+        attended = context.anchors(queries)
         bonus = self._target["embed"](bonus_tokens) if self.config.use_bonus_embedding else None
         slots = head.expand(anchors, attended, bonus, num_slots)
         attended = context.slots(*head.slot_qkv(slots, positions), head.mixed)
@@ -159,10 +178,30 @@ class SpecFormerDraftModel(nn.Module):
             proj.weight = nn.Parameter(proj.weight[:rows].clone(), requires_grad=False)
             proj.bias = nn.Parameter(proj.bias[:rows].clone(), requires_grad=False)
             proj.out_features = rows
+        if self.head.fc.weight.device.type == "cpu":
+            self._pack()
+
+    def _pack(self) -> None:
+        attention = self.head.context_attn
         for module in self.head.modules():
-            if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
-                dispatch_cpu_unquantized_gemm(module, remove_weight=False)
-                module.forward = partial(_packed_forward, module)  # type: ignore[method-assign]
+            if isinstance(module, nn.Linear) and module is not attention.qkv_proj:
+                module.forward = _packed(module)  # type: ignore[method-assign]
+        # Apart: many rows want keys and values, few of them queries.
+        query, key_value = (_linear(weight) for weight in attention.split_weight())
+        attention.query_linear = _packed(query)  # type: ignore[method-assign]
+        attention.key_value_linear = _packed(key_value)  # type: ignore[method-assign]
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def _packed(module: nn.Linear) -> partial[Tensor]:
+    dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+    return partial(_packed_forward, module)
 
 
 def _packed_forward(module: Any, x: Tensor) -> Tensor:

@@ -73,11 +73,17 @@ def _accept_method() -> None:
     def create_speculative_config(
         self: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
-        from vllm_specformer.engine.checks import checked, is_specformer
+        from vllm_specformer.engine.checks import (
+            DEFAULT_VERIFICATION,
+            checked,
+            is_specformer,
+            split_verification,
+        )
 
         # The --spec-* flags are another spelling of the same dictionary; merge before judging.
         given = dict(self.speculative_config or {})
         given = {key.replace("-", "_"): value for key, value in given.items()}
+        verification = DEFAULT_VERIFICATION
         flags = {
             "method": getattr(self, "spec_method", None),
             "model": getattr(self, "spec_model", None),
@@ -86,45 +92,74 @@ def _accept_method() -> None:
         merged = {k: v for k, v in flags.items() if v is not None and k not in given} | given
         clash = any(v is not None and k in given for k, v in flags.items())
         if not clash and is_specformer(merged):
+            merged, verification = split_verification(merged)
             self.speculative_config = checked(merged, target_model_config, target_parallel_config)
             self.spec_method = self.spec_model = self.spec_tokens = None
-        return original(self, target_model_config, target_parallel_config)
+        config = original(self, target_model_config, target_parallel_config)
+        if verification != DEFAULT_VERIFICATION:
+            # vLLM's config has no field for it; the head's own config travels to every worker.
+            config.draft_model_config.hf_config.specformer_verification = verification
+        return config
 
     setattr(create_speculative_config, _MARK, True)
     EngineArgs.create_speculative_config = create_speculative_config
 
 
-def _drafts_with_us(vllm_config: Any) -> bool:
+def _drafts_with_us(vllm_config: Any, *_: Any) -> bool:
     speculative = getattr(vllm_config, "speculative_config", None)
-    draft = getattr(speculative, "draft_model_config", None)
-    return ARCHITECTURE in (getattr(getattr(draft, "hf_config", None), "architectures", None) or [])
+    return ARCHITECTURE in (getattr(_head_config(speculative), "architectures", None) or [])
 
 
-def _construct_ours(base: type, ours: str) -> None:
-    """Let `base(vllm_config, ...)` build the subclass `ours` ("module:Class") for our heads."""
+def verifies_coupled(speculative_config: Any) -> bool:
+    """Whether the user asked for coupled verification."""
+    return getattr(_head_config(speculative_config), "specformer_verification", "") == "coupled"
+
+
+def _head_config(speculative_config: Any) -> Any:
+    return getattr(getattr(speculative_config, "draft_model_config", None), "hf_config", None)
+
+
+@dataclass(frozen=True)
+class _Replaced:
+    """A class whose constructor builds our subclass when its positional arguments are `wanted`."""
+
+    name: str
+    ours: str  # "module:Class"
+    wanted: Callable[..., bool]
+
+
+_REPLACED = {
+    "vllm.v1.spec_decode.dflash": _Replaced(
+        "DFlashProposer",
+        "vllm_specformer.engine.proposer_v1:SpecFormerProposer",
+        _drafts_with_us,
+    ),
+    "vllm.v1.worker.gpu.spec_decode.dflash.speculator": _Replaced(
+        "DFlashSpeculator",
+        "vllm_specformer.engine.speculator_v2:SpecFormerSpeculator",
+        _drafts_with_us,
+    ),
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler": _Replaced(
+        "RejectionSampler",
+        "vllm_specformer.engine.coupled:CoupledSampler",
+        lambda sampler, speculative_config, *_: verifies_coupled(speculative_config),
+    ),
+}
+
+
+def _construct_ours(base: type, replaced: _Replaced) -> None:
+    """Let `base(...)` build our subclass where it is wanted."""
     if _MARK in base.__dict__:
         return
 
-    def __new__(cls: type, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        if cls is base and _drafts_with_us(vllm_config):
-            module, name = ours.split(":")
+    def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        if cls is base and replaced.wanted(*args):
+            module, name = replaced.ours.split(":")
             cls = getattr(import_module(module), name)
         return object.__new__(cls)
 
     base.__new__ = staticmethod(__new__)  # type: ignore[method-assign,assignment]
     setattr(base, _MARK, True)
-
-
-_RUNNER_CLASSES = {
-    "vllm.v1.spec_decode.dflash": (
-        "DFlashProposer",
-        "vllm_specformer.engine.proposer_v1:SpecFormerProposer",
-    ),
-    "vllm.v1.worker.gpu.spec_decode.dflash.speculator": (
-        "DFlashSpeculator",
-        "vllm_specformer.engine.speculator_v2:SpecFormerSpeculator",
-    ),
-}
 
 
 # Modules whose functions fail on the CPU build -> the repair in `cpu_sampling`.
@@ -140,7 +175,7 @@ class _PostImportHook(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in _RUNNER_CLASSES and fullname not in _REPAIRS:
+        if fullname not in _REPLACED and fullname not in _REPAIRS:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is None or spec.loader is None:
@@ -160,14 +195,14 @@ def _patch_module(module: ModuleType) -> None:
         cpu_sampling = import_module("vllm_specformer.engine.cpu_sampling")
         getattr(cpu_sampling, _REPAIRS[module.__name__])(module)
         return
-    name, ours = _RUNNER_CLASSES[module.__name__]
-    _construct_ours(getattr(module, name), ours)
+    replaced = _REPLACED[module.__name__]
+    _construct_ours(getattr(module, replaced.name), replaced)
 
 
 def _install_dispatch() -> None:
     if not any(isinstance(finder, _PostImportHook) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PostImportHook())
-    for name in (*_RUNNER_CLASSES, *_REPAIRS):
+    for name in (*_REPLACED, *_REPAIRS):
         if name in sys.modules:
             _patch_module(sys.modules[name])
 
@@ -200,6 +235,13 @@ LEDGER: tuple[Patch, ...] = (
         "subclass instead (V1 and V2 runner)",
         guard="acts only when the draft architecture is SpecFormerDraftModel; installed by a "
         "post-import hook, once (marker)",
+        apply=_install_dispatch,
+    ),
+    Patch(
+        target="vllm.v1.worker.gpu.spec_decode.rejection_sampler.RejectionSampler.__new__",
+        reason="vLLM has no way to choose another verification: builds our sampler (V2 runner)",
+        guard='acts only on "verification": "coupled" in a SpecFormer speculative config; '
+        "installed by a post-import hook, once (marker)",
         apply=_install_dispatch,
     ),
     Patch(

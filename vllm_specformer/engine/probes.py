@@ -16,9 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specformer.engine.relied_on import LAYERS, REGISTRATION, Reliance
-from vllm_specformer.engine.relied_on_runners import RUNNER_V1, RUNNER_V2
+from vllm_specformer.engine.relied_on_runners import RUNNER_V1, RUNNER_V2, VERIFICATION
 
-RELIED_ON: tuple[Reliance, ...] = (*REGISTRATION, *RUNNER_V1, *RUNNER_V2, *LAYERS)
+RELIED_ON: tuple[Reliance, ...] = (
+    *REGISTRATION,
+    *RUNNER_V1,
+    *RUNNER_V2,
+    *VERIFICATION,
+    *LAYERS,
+)
 
 # How a parameter is written in a Signature: "name", with default "name=", keyword-only "*, name".
 _KEYWORD_ONLY = "*, "

@@ -15,13 +15,14 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
-from vllm_specformer.engine.checks import check_target_class
+from vllm_specformer.engine.checks import check_target_class, check_v1_verification
 from vllm_specformer.engine.monitor import AcceptanceMonitor
 
 
 class SpecFormerProposer(DFlashProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         check_target_class(vllm_config.model_config)
+        check_v1_verification(vllm_config.speculative_config)
         super().__init__(vllm_config, device, runner)
         self.runner = runner
         self.monitor = AcceptanceMonitor(device)
@@ -54,16 +55,13 @@ class SpecFormerProposer(DFlashProposer):
         )
         positions = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
         context = self.model.combine_hidden_states(self._hooks(states))
-        qkv = self.model.store_context(context, positions, torch.full_like(positions, -1))
+        normed, first = self.model.normalise(context), positions[:requests]
+        queries = self.model.store_context(
+            normed, positions, torch.full_like(positions, -1), normed[:requests], first
+        )
         if not self.model.attn.is_bound:
-            first = positions[:requests]
             slots = self.model(
-                context[:requests],
-                tuple(rows[:requests] for rows in qkv),
-                first,
-                first,
-                None,
-                self.num_speculative_tokens,
+                context[:requests], queries, first, first, None, self.num_speculative_tokens
             )
             self.model.compute_logits(slots.flatten(0, 1))
 
@@ -112,17 +110,20 @@ class SpecFormerProposer(DFlashProposer):
             self.monitor.observe(self._num_drafted, num_rejected_tokens_gpu)
 
         context = self.model.combine_hidden_states(self._hooks(target_hidden_states))
-        qkv = self.model.store_context(context, target_positions, common.slot_mapping[:tokens])
+        normed = self.model.normalise(context)
+        rows = (normed, target_positions, common.slot_mapping[:tokens])
         if num_speculative_tokens == 0:
+            self.model.store_context(*rows)
             return torch.empty(requests, 0, dtype=torch.int64, device=self.device)
 
         last = token_indices_to_sample
         if last is None:
             last = common.query_start_loc[1 : requests + 1] - 1
+        positions = target_positions[last]
         slots = self.model(
             context[last],
-            tuple(rows[last] for rows in qkv),
-            target_positions[last],
+            self.model.store_context(*rows, normed[last], positions),
+            positions,
             next_token_ids,
             common.block_table_tensor[:requests],
             num_speculative_tokens,

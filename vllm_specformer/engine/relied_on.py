@@ -58,6 +58,7 @@ ATTENTION = "engine/attention.py"
 V1 = "engine/proposer_v1.py"
 V2 = "engine/speculator_v2.py"
 CPU_SAMPLING = "engine/cpu_sampling.py"
+COUPLED = "engine/coupled.py"
 
 _SPEC = "vllm.config.speculative"
 _ARGS = "vllm.engine.arg_utils:EngineArgs"

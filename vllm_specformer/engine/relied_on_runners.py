@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_specformer.engine.relied_on import (
     CLASS,
+    COUPLED,
     CPU_SAMPLING,
     MODEL,
     PATCHES,
@@ -253,5 +254,39 @@ RUNNER_V2: tuple[Reliance, ...] = (
         CPU_SAMPLING,
         "repaired on a CPU",
         "logits k",
+    ),
+)
+
+_SAMPLER_V2 = "vllm.v1.worker.gpu.sample.sampler:Sampler"
+_REJECTION_V2 = "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler"
+
+VERIFICATION: tuple[Reliance, ...] = (
+    Reliance(_REJECTION_V2, PATCHES, "gets our __new__", CLASS),
+    call(f"{_REJECTION_V2}.__init__", PATCHES, "tells the config", "sampler spec_config device"),
+    override(
+        f"{_REJECTION_V2}._verify",
+        COUPLED,
+        "the accepting rule",
+        "logits draft_logits draft_sampled pos cu_num_logits idx_mapping idx_mapping_np "
+        "expanded_idx_mapping expanded_local_pos seq_lens_upper_bound_np verify_draft_sampled",
+    ),
+    call(
+        f"{_SAMPLER_V2}.sample",
+        COUPLED,
+        "draws a row's token as without speculation",
+        "logits expanded_idx_mapping idx_mapping idx_mapping_np pos input_ids expanded_local_pos "
+        "seq_lens_upper_bound_np",
+    ),
+    call(
+        "vllm.v1.worker.gpu.sample.gumbel:gumbel_sample",
+        V2,
+        "draws drafts with the target's noise",
+        "logits expanded_idx_mapping temperature seed pos apply_temperature is_drafting use_fp64",
+    ),
+    call(
+        f"{_DRAFT_V2}._maybe_predict_acceptance",
+        V2,
+        "keeps adaptive verification informed",
+        "logits idx_mapping draft_step",
     ),
 )

@@ -3,7 +3,7 @@
 It is a `DFlashSpeculator` only so that `init_speculator` builds it; apart from the set-up every
 method a step goes through is here. The step is split where CUDA graphs need it to be:
 `_stage` copies what varies into buffers whose addresses never change, without waiting for the
-device; `_store_context` and `_generate_draft` read nothing else, so they can be captured.
+device; `_draft` reads nothing else, so it can be captured.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.dflash.cudagraph import DFlashCudaGraphManager
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_specformer.engine.checks import check_target_class
 from vllm_specformer.engine.monitor import AcceptanceMonitor
+from vllm_specformer.engine.patches import verifies_coupled
 
 
 class SpecFormerSpeculator(DFlashSpeculator):
@@ -31,6 +33,14 @@ class SpecFormerSpeculator(DFlashSpeculator):
         check_target_class(vllm_config.model_config)
         super().__init__(vllm_config, device)
         self._aux_staging = None  # a buffer of DFlash's own graph (0.33) that we never read
+        # Sampled drafts that share the target's noise agree with it far more often, and coupled
+        # verification asks for no draft probabilities: the cache of draft logits is not needed.
+        speculative = vllm_config.speculative_config
+        self.draws_with_target = (
+            verifies_coupled(speculative) and speculative.draft_sample_method == "probabilistic"
+        )
+        if self.draws_with_target:
+            self.draft_logits = None
         # One query row per request: its last accepted token.
         self.num_query_per_req = 1
         self.monitor = AcceptanceMonitor(device)
@@ -93,17 +103,19 @@ class SpecFormerSpeculator(DFlashSpeculator):
         )
 
     def _prepare_graph_forward(self, num_reqs: int, attn_metadata: Any = None) -> None:
-        self._store_context(0, self._num_graph_context_tokens(num_reqs))
+        """Nothing: the draft pass stores the context as it rotates its queries."""
 
     def _num_graph_context_tokens(self, num_reqs: int) -> int:
         """Context rows a captured step stores: one full verification per request."""
         return min(num_reqs * (self.num_speculative_steps + 1), self.max_num_tokens)
 
-    def _store_context(self, start: int, end: int) -> None:
-        self.model.store_context(
-            self.hidden_states[start:end],
+    def _store_context(self, start: int, end: int, *anchors: Tensor) -> Tensor | None:
+        """Store rows of the buffers; with normalised anchors and their positions, their queries."""
+        return self.model.store_context(
+            self.model.normalise(self.hidden_states[start:end]),
             self.context_positions[start:end],
             self.context_slots[start:end],
+            *anchors,
         )
 
     def _pad(self, num_reqs: int, num_tokens: int) -> None:
@@ -204,8 +216,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
             self._store_context(0, tokens)
             return self.draft_tokens[:requests]
         if dummy_run and skip_attn_for_dummy_run:
-            self._store_context(0, tokens)
-            self._generate_draft(requests, requests)
+            self._draft(requests, tokens)
             return self.draft_tokens[:requests]
         if dummy_run and dp_sync_state is not None:
             # A dummy batch of one rank may exceed what the ranks agreed on.
@@ -231,8 +242,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
             dp_sync_state=sync,
         )
         if batch_desc.cg_mode != CUDAGraphMode.FULL:
-            self._store_context(0, tokens)
-            self._generate_draft(requests, requests)
+            self._draft(requests, tokens)
             return
         # The graph stores the first rows; what a prefill brings beyond them is stored before it.
         captured = self._num_graph_context_tokens(batch_desc.num_reqs)
@@ -249,14 +259,21 @@ class SpecFormerSpeculator(DFlashSpeculator):
         num_tokens_across_dp: Any = None,
         cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
     ) -> None:
-        """The draft pass over the buffers; fills `draft_tokens[:num_reqs]`."""
+        """What a graph captures; the parameters are those its manager passes."""
+        self._draft(num_reqs, self._num_graph_context_tokens(num_reqs))
+
+    def _draft(self, num_reqs: int, num_context: int) -> None:
+        """Store the first rows of the buffers and draft from them.
+
+        Fills `draft_tokens[:num_reqs]`. Rows past `num_context` must be in the cache already.
+        """
         bonus = self.bonus_tokens[:num_reqs]
         positions = self.anchor_positions[:num_reqs]
         anchors = self.hidden_states[self.anchor_rows[:num_reqs]]
-        # Recomputed for the few anchor rows: a prefill's other rows are not part of the graph.
-        qkv = self.model.head.context_qkv(anchors, positions)
+        normed = self.model.normalise(anchors)
+        queries = self._store_context(0, num_context, normed, positions)
         table = None if self._block_table is None else self._block_table[:num_reqs]
-        slots = self.model(anchors, qkv, positions, bonus, table, self.num_speculative_steps)
+        slots = self.model(anchors, queries, positions, bonus, table, self.num_speculative_steps)
         logits = self.model.compute_logits(slots.flatten(0, 1))
         if self.model.config.markov_rank:
             self._sample_in_order(logits.unflatten(0, (num_reqs, -1)), bonus)
@@ -276,6 +293,19 @@ class SpecFormerSpeculator(DFlashSpeculator):
 
     def _sample(self, logits: Tensor, rows: slice) -> Tensor:
         """Sample from `logits` for the given rows of the flat [R * K] sampling buffers."""
+        if self.draws_with_target:
+            requests = self.sample_idx_mapping[rows].contiguous()
+            self._maybe_predict_acceptance(logits, requests, self.sample_col[rows].contiguous())
+            return gumbel_sample(
+                logits,
+                requests,
+                self.temperature,
+                self.seeds,
+                self.sample_pos[rows],
+                apply_temperature=True,
+                is_drafting=False,
+                use_fp64=self.use_fp64_gumbel,
+            )
         return self.sample_draft(
             logits,
             self.sample_pos[rows].contiguous(),

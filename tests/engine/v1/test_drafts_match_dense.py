@@ -105,9 +105,8 @@ def test_a_wrong_cache_would_be_seen(
 
     store = SpecFormerDraftModel.store_context
 
-    def store_shifted(model: Any, context: Any, positions: Any, slots: Any) -> Any:
-        store(model, context, positions + 1, slots)
-        return model.head.context_qkv(context, positions)
+    def store_shifted(model: Any, context: Any, positions: Any, *rest: Any) -> Any:
+        return store(model, context, positions + 1, *rest)
 
     monkeypatch.setattr(SpecFormerDraftModel, "store_context", store_shifted)
     watch, _ = drafts_of(TEXTS[:4], greedy(8), answers, drafting(4, head), oracle=False)

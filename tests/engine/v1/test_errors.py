@@ -21,7 +21,11 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_specformer.config import HeadConfigError, SpecFormerConfig
-from vllm_specformer.engine.checks import SpeculativeConfigError, check_target_class
+from vllm_specformer.engine.checks import (
+    SpeculativeConfigError,
+    check_target_class,
+    check_v1_verification,
+)
 from vllm_specformer.engine.compat import ALLOW_UNTESTED, IncompatibleVLLMError
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.plugin import register
@@ -323,3 +327,35 @@ def test_vllm_reads_every_preset(tmp_path: Path, preset: str) -> None:
     assert head_config(read).to_dict() == SpecFormerConfig.from_pretrained(tmp_path).to_dict()
     speculative = configured(asking(tmp_path, None)).speculative_config
     assert speculative.num_speculative_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"verification": "exact"}, "verification='exact' must be one of 'vllm', 'coupled'"),
+        (
+            {"rejection_sample_method": "block"},
+            "rejection_sample_method='block' does not keep the target's distribution",
+        ),
+        (
+            {
+                "verification": "coupled",
+                "rejection_sample_method": "synthetic",
+                "synthetic_acceptance_rate": 0.5,
+            },
+            "rejection_sample_method='synthetic' is a rule of vLLM's own verification",
+        ),
+    ],
+)
+def test_refuses_verification(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpeculativeConfigError, match=re.escape(message)):
+        configured(asking(HEAD, **more))
+
+
+def test_coupled_verification_is_for_the_v2_runner() -> None:
+    """Accepted by the configuration, which does not know the runner; refused by V1's proposer."""
+    config = configured(asking(HEAD, verification="coupled"))
+    with pytest.raises(SpeculativeConfigError, match="needs vLLM's V2 model runner"):
+        check_v1_verification(config.speculative_config)
+    check_v1_verification(configured(asking(HEAD, verification="vllm")).speculative_config)
+    check_v1_verification(configured(asking(HEAD)).speculative_config)

@@ -43,3 +43,36 @@ def provide_log1p() -> None:
         return tl.core.tensor(TensorHandle(data, x.handle.dtype), x.type)
 
     libdevice.log1p = log1p
+
+
+def patch_language_once() -> None:
+    """Call device functions without adapting `triton.language` again for every call.
+
+    The launch has adapted it; its reductions live in a module of their own that sees `tl.core`,
+    which stays adapted once it is. Repeating it takes half of the interpreter's time in kernels
+    made of small functions, such as vLLM's sampler.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    adapted: set[str] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self.fn.__module__
+        if module not in adapted and not any(value is tl for value in self.fn.__globals__.values()):
+            interpreter._patch_lang(self.fn)
+        adapted.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+def filter_with_torch() -> None:
+    """Let vLLM apply top-k and top-p with its own PyTorch code instead of its Triton kernel.
+
+    The kernel loops over `tl.range`, which hands out Python integers in the interpreter, and then
+    calls a tensor's method on one.
+    """
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False

@@ -273,9 +273,9 @@ def test_graphs_are_asked_for_when_vllm_wants_them(
         (CUDAGraphMode.FULL, 15, ["graph 4"]),
         (CUDAGraphMode.FULL, 20, ["graph 4"]),
         (CUDAGraphMode.FULL, 33, ["store 20:33", "graph 4"]),
-        (CUDAGraphMode.NONE, 15, ["store 0:15", "draft 3"]),
-        (CUDAGraphMode.NONE, 33, ["store 0:33", "draft 3"]),
-        (CUDAGraphMode.PIECEWISE, 15, ["store 0:15", "draft 3"]),
+        (CUDAGraphMode.NONE, 15, ["draft 3, store 0:15"]),
+        (CUDAGraphMode.NONE, 33, ["draft 3, store 0:33"]),
+        (CUDAGraphMode.PIECEWISE, 15, ["draft 3, store 0:15"]),
     ],
 )
 def test_choice_of_graph(
@@ -302,7 +302,7 @@ def test_choice_of_graph(
         SpecFormerSpeculator, "_store_context", lambda _, a, b: done.append(f"store {a}:{b}")
     )
     monkeypatch.setattr(
-        SpecFormerSpeculator, "_generate_draft", lambda _, n, m: done.append(f"draft {n}")
+        SpecFormerSpeculator, "_draft", lambda _, n, m: done.append(f"draft {n}, store 0:{m}")
     )
     ours._run(3, tokens, None, need_eager=mode == CUDAGraphMode.NONE)
     assert done == expected

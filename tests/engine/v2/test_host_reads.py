@@ -106,6 +106,8 @@ def test_our_triton_kernels_inside_vllm(
     assert set(launches) == OUR_KERNELS
     # Two attentions a step: the anchor over the context, then the slots.
     assert launches["_block_attention_kernel"] == 2 * watch.requests.total()
+    # Keys, values and the anchors' queries are one launch.
+    assert launches["_kv_store_kernel"] == watch.requests.total()
     assert_all_equal(reference, watch, at_least=60)
 
 
