@@ -1,0 +1,330 @@
+"""Whole runs with a made-up engine: what is written, what is refused, what survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_specformer.data.files import DirectoryInUseError, directory_lock, partial_path
+from vllm_specformer.data.manifest import DistilledDataError, read_manifest
+from vllm_specformer.data.prompts import PromptError
+from vllm_specformer.data.target import TargetError
+from vllm_specformer.distill import run
+from vllm_specformer.distill.dialogue import TOO_LONG, Dialogue
+from vllm_specformer.distill.encode import Encoder
+from vllm_specformer.distill.engine import Progress
+from vllm_specformer.distill.run import OtherSettingsError, distill, safe
+from vllm_specformer.errors import SpecFormerError
+
+from .fakes import (
+    CONTEXT,
+    FakeEngine,
+    chat,
+    mixed_records,
+    open_fake,
+    options,
+    rows_of,
+    write_lines,
+)
+
+COUNT = 23  # six shards, the last one short
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "prompts.jsonl", mixed_records(COUNT))
+
+
+@pytest.fixture(autouse=True)
+def _tokenizer_once(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading the tokenizer is most of a run's time here, and tested elsewhere."""
+    monkeypatch.setattr(run, "load_encoder", lambda *_, **__: encoder)
+
+
+def silent(_: str) -> None:
+    pass
+
+
+class StoppingEngine(FakeEngine):
+    """Ends with an error after some answers, as a killed process would, but with a traceback."""
+
+    def __init__(self, after: int, error: BaseException) -> None:
+        super().__init__(on_answer=self._count)
+        self.left = after
+        self.error = error
+
+    def _count(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise self.error
+
+
+def test_a_whole_run(target: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    manifest = distill(options(target, prompts, out), open_fake, silent)
+    assert manifest == read_manifest(out)
+    assert manifest.complete
+    assert sorted(os.listdir(out)) == [
+        "manifest.json",
+        *(f"shard-0000{n}.parquet" for n in range(6)),
+    ]
+    rows = rows_of(out)
+    assert [row.id for row in rows] == list(range(COUNT))
+    assert manifest.counts.conversations == COUNT
+    assert manifest.counts.tokens == sum(len(row.input_ids) for row in rows)
+    assert manifest.counts.sampled == sum(row.temperature > 0 for row in rows) > 0
+    assert manifest.context == CONTEXT
+    assert manifest.chat_template_sha256 is not None
+    assert manifest.versions["engine"] == "fake"
+
+
+def test_a_complete_directory_starts_no_engine(target: Path, prompts: Path, tmp_path: Path) -> None:
+    given = options(target, prompts, tmp_path / "out")
+    manifest = distill(given, open_fake, silent)
+
+    def never(*_: Any) -> FakeEngine:
+        raise AssertionError("the engine was started")
+
+    assert distill(given, never, silent) == manifest
+
+
+def test_shards_hold_what_the_input_says_whatever_else_was_distilled(
+    target: Path, prompts: Path, tmp_path: Path
+) -> None:
+    distill(options(target, prompts, tmp_path / "a", shard_size=5), open_fake, silent)
+    distill(options(target, prompts, tmp_path / "b", shard_size=100), open_fake, silent)
+    distill(options(target, prompts, tmp_path / "c", max_prompts=7), open_fake, silent)
+    rows = {row.id: row for row in rows_of(tmp_path / "a")}
+    assert list(rows.values()) == rows_of(tmp_path / "b")
+    drawn = rows_of(tmp_path / "c")
+    assert len(drawn) == 7
+    assert all(rows[row.id] == row for row in drawn)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("engine died")])
+def test_an_interrupted_run_continues(
+    target: Path, prompts: Path, tmp_path: Path, error: BaseException
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    distill(options(target, prompts, whole), open_fake, silent)
+    given = options(target, prompts, out)
+    assert safe(out) == "Nothing was begun; give the same command again."
+    for after in (0, 9, 4):
+        with pytest.raises(type(error)):
+            distill(given, lambda *_, after=after: StoppingEngine(after, error), silent)
+    assert not (out / ".lock").exists()
+    manifest = read_manifest(out, allow_incomplete=True)
+    assert 0 < len(manifest.shards) < 6
+    assert f"{len(manifest.shards)} of 6 shards are finished and safe" in safe(out)
+    engine = FakeEngine()
+    distill(given, lambda *_: engine, silent)
+    assert rows_of(out) == rows_of(whole)
+    assert len(engine.requests) < read_manifest(whole).counts.answers
+
+
+def test_a_lost_manifest_is_made_again(target: Path, prompts: Path, tmp_path: Path) -> None:
+    given = options(target, prompts, tmp_path / "out")
+    manifest = distill(given, open_fake, silent)
+    (tmp_path / "out" / "manifest.json").unlink()
+    (tmp_path / "out" / "shard-00002.parquet").unlink()
+    assert distill(given, open_fake, silent) == manifest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_tokens": 17}, "--max-tokens 16, now 17"),
+        ({"seed": 3, "top_p": 0.5}, "--top-p 1.0, now 0.5; --seed 0, now 3"),
+        ({"temperature": 0.7}, "--temperature 0.0, now 0.7"),
+        ({"sampled_share": 0.0}, "--sampled-share 0.25, now 0.0"),
+        ({"max_prompts": 5}, "--max-prompts None, now 5; number of prompts 23, now 5"),
+        ({"shard_size": 5}, "--shard-size 4, now 5"),
+        ({"dtype": "float32"}, "--dtype 'auto', now 'float32'"),
+        ({"max_model_len": 50}, "--max-model-len None, now 50"),
+        ({"chat_template_args": {"a": 1}}, "--chat-template-args {}, now {'a': 1}"),
+        ({"engine": "http://localhost:1"}, "--engine 'offline', now 'server'"),
+    ],
+)
+def test_other_arguments_are_refused(
+    target: Path, prompts: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        distill(
+            options(target, prompts, out),
+            lambda *_: StoppingEngine(9, KeyboardInterrupt()),
+            silent,
+        )
+    before = sorted(path.read_bytes() for path in out.iterdir())
+    with pytest.raises(OtherSettingsError) as error:
+        distill(options(target, prompts, out, **changes), open_fake, silent)
+    assert f"was begun with other arguments: {message}" in str(error.value)
+    assert "choose another --out" in str(error.value)
+    assert sorted(path.read_bytes() for path in out.iterdir()) == before
+
+
+def test_other_prompts_target_or_context_are_refused(
+    target: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    given = options(target, prompts, out)
+    with pytest.raises(KeyboardInterrupt):
+        distill(given, lambda *_: StoppingEngine(9, KeyboardInterrupt()), silent)
+    with pytest.raises(OtherSettingsError, match=r"begun with a context of 96 tokens.* now has 97"):
+        distill(given, lambda *_: FakeEngine(97), silent)
+    moved = shutil.copytree(target, tmp_path / "moved")
+    (moved / "config.json").write_text((moved / "config.json").read_text() + " ")
+    with pytest.raises(OtherSettingsError, match=r"--target \(its files\)"):
+        distill(options(moved, prompts, out), open_fake, silent)
+    renamed = prompts.rename(tmp_path / "renamed.jsonl")
+    distill(options(target, renamed, out), open_fake, silent)  # the content counts
+    write_lines(renamed, mixed_records(COUNT)[::-1])
+    with pytest.raises(OtherSettingsError, match=r"--prompts \(the files' content\)"):
+        distill(options(target, renamed, out), open_fake, silent)
+
+
+def test_two_runs_into_one_directory(target: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    script = (
+        "import sys, time, pathlib\n"
+        "from vllm_specformer.data.files import directory_lock\n"
+        "with directory_lock(pathlib.Path(sys.argv[1])):\n"
+        "    print('locked', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", script, str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(
+            DirectoryInUseError, match=f"in use by another run .pid {holder.pid} on"
+        ):
+            distill(options(target, prompts, out), open_fake, silent)
+        holder.kill()
+    assert (out / ".lock").exists()  # left by the killed one, and taken over
+    assert distill(options(target, prompts, out), open_fake, silent).complete
+    assert not (out / ".lock").exists()
+
+
+def test_a_failed_start_leaves_no_directory(target: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a" / "out"
+    missing = tmp_path / "missing.jsonl"
+    with pytest.raises(PromptError, match="No such file"):
+        distill(options(target, missing, out), open_fake, silent)
+    with pytest.raises(TargetError):
+        distill(options(tmp_path / "no" / "model", missing, out), open_fake, silent)
+    assert not out.exists()
+    blocked = write_lines(tmp_path / "file", [])
+    with pytest.raises(SpecFormerError, match=r"cannot be written to .* choose another directory"):
+        distill(options(target, missing, blocked), open_fake, silent)
+    with directory_lock(out):
+        (out / "kept").touch()
+    assert out.exists()
+
+
+def test_a_full_disk(target: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = options(target, prompts, out)
+
+    class Filling(FakeEngine):
+        """Lets the third shard's file be one that takes no byte."""
+
+        def answer(self, dialogues: Sequence[Dialogue], progress: Progress) -> None:
+            super().answer(dialogues, progress)
+            if dialogues[0].prompt.id == 8:
+                partial_path(out / "shard-00002.parquet").symlink_to("/dev/full")
+
+    with pytest.raises(SpecFormerError) as error:
+        distill(given, lambda *_: Filling(), silent)
+    message = str(error.value)
+    assert "shard-00002.parquet: No space left on device while writing" in message
+    assert "2 of 6 shards are finished and safe" in message
+    assert "give the same command again" in message
+    distill(given, open_fake, silent)
+    distill(options(target, prompts, tmp_path / "whole"), open_fake, silent)
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+
+
+def test_damaged_shards_are_named_and_made_again(
+    target: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    given = options(target, prompts, out)
+    manifest = distill(given, open_fake, silent)
+    shard = out / "shard-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DistilledDataError, match=r"shard-00001\.parquet: .*delete the file"):
+        distill(given, open_fake, silent)
+    shard.unlink()
+    assert distill(given, open_fake, silent) == manifest
+
+
+def test_prompts_longer_than_the_context_are_counted(target: Path, tmp_path: Path) -> None:
+    records = [{"text": "a"}, {"text": "b c d " * 100}, chat("e", "f " * 200), {"text": "g"}]
+    prompts = write_lines(tmp_path / "prompts.jsonl", records)
+    engine = FakeEngine()
+    given = options(target, prompts, tmp_path / "out", sampled_share=0.0)
+    manifest = distill(given, lambda *_: engine, silent)
+    assert manifest.counts.skipped == {TOO_LONG: 1}
+    assert manifest.counts.cut in ({TOO_LONG: 1}, {"answer reached the maximum length": 1})
+    assert [row.id for row in rows_of(tmp_path / "out")] == [0, 2, 3]
+    only_long = write_lines(tmp_path / "long.jsonl", records[1:2])
+    with pytest.raises(SpecFormerError, match=f"not one of 1 prompts could be used: 1 {TOO_LONG}"):
+        distill(options(target, only_long, tmp_path / "none"), open_fake, silent)
+
+
+def test_bad_lines_are_reported(target: Path, prompts: Path, tmp_path: Path) -> None:
+    with prompts.open("a") as file:
+        file.write("{\n")
+    said: list[str] = []
+    manifest = distill(options(target, prompts, tmp_path / "out"), open_fake, said.append)
+    assert "1 malformed records left out" in said[0]
+    assert f"{prompts}, line 24: not valid JSON" in said[0]
+    assert manifest.prompts[0].bad == 1
+
+
+def test_a_template_that_refuses_everything_is_found_before_the_engine_starts(
+    target: Path, tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = Encoder(encoder.tokenizer, "{{ raise_exception('not like this') }}")
+    monkeypatch.setattr(run, "load_encoder", lambda *_, **__: strict)
+    prompts = write_lines(tmp_path / "prompts.jsonl", [chat("a"), chat("b")])
+    with pytest.raises(SpecFormerError, match="each of the first 2 conversations: not like this"):
+        distill(options(target, prompts, tmp_path / "out"), lambda *_: 1 / 0, silent)  # type: ignore[arg-type, return-value]
+
+
+def test_killed_between_any_two_steps(target: Path, prompts: Path, tmp_path: Path) -> None:
+    """SIGKILL before some eighty lines of the run's own code, and a second run that finishes."""
+    write_lines(prompts, mixed_records(9))
+    result = subprocess.run(
+        [sys.executable, str(HERE / "kill_points.py"), str(target), str(prompts), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = json.loads(result.stdout)
+    expected, complete = rows_of(tmp_path / "reference"), read_manifest(tmp_path / "reference")
+    assert len(expected) == 9
+    assert len(found["results"]) > 50
+    for name, killed, resumed_killed, requests in found["results"]:
+        assert (killed, resumed_killed) == (True, False), name
+        assert rows_of(tmp_path / name) == expected, name
+        assert read_manifest(tmp_path / name) == complete, name
+        assert requests <= found["requests"], name
+        assert {p.name for p in (tmp_path / name).iterdir()} == {
+            "manifest.json",
+            *(shard.file for shard in complete.shards),
+        }, name
+    assert min(requests for *_, requests in found["results"]) < found["requests"]

@@ -1,0 +1,200 @@
+"""`specformer distill`: prompts in, the target's own answers out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from vllm_specformer.data.manifest import Manifest
+    from vllm_specformer.distill.run import Options
+
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what")
+    what.add_argument("--target", required=True, help="directory or hub name of the model")
+    what.add_argument("--revision", help="branch, tag or commit of a model of the hub")
+    what.add_argument(
+        "--prompts",
+        nargs="+",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="JSONL, JSON or Parquet with messages, conversations, prompt or text",
+    )
+    what.add_argument("--out", required=True, type=Path, metavar="DIR", help="result directory")
+    what.add_argument(
+        "--max-prompts", type=_positive, metavar="N", help="draw N of the prompts by --seed"
+    )
+    what.add_argument(
+        "--max-bad-lines",
+        type=_count,
+        metavar="N",
+        help="malformed records that may be left out (default: 1%%, 10 in small files)",
+    )
+    what.add_argument(
+        "--shard-size", type=_positive, default=1000, metavar="N", help="prompts per file (1000)"
+    )
+    how = parser.add_argument_group("how answers are drawn")
+    how.add_argument("--temperature", type=_temperature, default=0.0, help="default: 0, greedy")
+    how.add_argument(
+        "--sampled-share",
+        type=_share,
+        default=0.25,
+        metavar="S",
+        help="share of the prompts answered at --sampled-temperature instead (0.25)",
+    )
+    how.add_argument(
+        "--sampled-temperature", type=_temperature, default=1.0, metavar="T", help="default: 1"
+    )
+    how.add_argument("--top-p", type=_top_p, default=1.0, help="where the temperature is not 0 (1)")
+    how.add_argument(
+        "--max-tokens", type=_positive, default=1024, metavar="N", help="longest answer (1024)"
+    )
+    how.add_argument("--seed", type=int, default=0, help="of drawing prompts and answers (0)")
+    how.add_argument(
+        "--chat-template", type=Path, metavar="FILE", help="Jinja template instead of the target's"
+    )
+    how.add_argument(
+        "--chat-template-args",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help="variables for the template, such as '{\"enable_thinking\": false}'",
+    )
+    engine = parser.add_argument_group("what answers")
+    engine.add_argument(
+        "--engine",
+        default="offline",
+        metavar="offline|URL",
+        help="vLLM in this process (default), or an OpenAI-compatible server",
+    )
+    engine.add_argument("--dtype", default="auto", help="of the offline engine (auto)")
+    engine.add_argument(
+        "--max-model-len", type=_positive, metavar="N", help="context, if shorter than the model's"
+    )
+    engine.add_argument(
+        "--engine-args",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help="more arguments for the offline engine, such as '{\"tensor_parallel_size\": 2}'",
+    )
+    engine.add_argument("--served-model", metavar="NAME", help="the target's name on the server")
+    engine.add_argument(
+        "--concurrency", type=_positive, default=64, metavar="N", help="of a server's requests (64)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Distill; exit code 0 when the directory is complete, 130 when interrupted."""
+    from vllm_specformer.distill.run import Options, distill, safe
+    from vllm_specformer.errors import SpecFormerError
+
+    fields = Options.__dataclass_fields__
+    request = Options(**{k: v for k, v in vars(options).items() if k in fields})
+    _check(request)
+    # Batch systems send SIGTERM before SIGKILL: end as on Ctrl-C, with the engine shut down.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        manifest = distill(request, report=_say)
+    except KeyboardInterrupt:
+        _say(f"\ninterrupted. {safe(request.out)}")
+        return INTERRUPTED
+    except SpecFormerError:
+        raise
+    except Exception:
+        _say(f"\nunexpected error, see below. {safe(request.out)}")
+        raise
+    print(summary(request, manifest))
+    return 0
+
+
+def _check(options: Options) -> None:
+    """Refuse options that would have no effect."""
+    from vllm_specformer.errors import SpecFormerError
+
+    idle = {
+        "--engine-args": options.engine_args,
+        "--dtype": options.dtype != "auto",
+    }
+    other = {"--served-model": options.served_model}
+    for name, given in (other if options.offline else idle).items():
+        if given:
+            raise SpecFormerError(
+                f"{name} has no effect with --engine {options.engine}; leave it out"
+            )
+
+
+def summary(options: Options, manifest: Manifest) -> str:
+    """What the directory holds and what to do with it."""
+    from vllm_specformer.distill.run import in_words
+
+    counts = manifest.counts
+    lines = [
+        f"{options.out}: {counts.conversations:,} conversations, {counts.tokens:,} tokens, "
+        f"{counts.answer_tokens:,} of them in {counts.answers:,} answers of the target; "
+        f"{counts.sampled:,} conversations drawn at a temperature above 0"
+    ]
+    if counts.skipped:
+        lines.append(f"warning: left out: {in_words(counts.skipped)}")
+    if counts.cut:
+        lines.append(f"without their later turns: {in_words(counts.cut)}")
+    command = ["specformer", "train", "--target", options.target, "--data", str(options.out)]
+    lines.append(f"next: {shlex.join(command)} --out HEAD")
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _number(text: str, kind: type, low: float, high: float, wanted: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
+    return value
+
+
+def _positive(text: str) -> int:
+    return int(_number(text, int, 1, float("inf"), "a whole number above 0"))
+
+
+def _count(text: str) -> int:
+    return int(_number(text, int, 0, float("inf"), "a whole number, 0 or more"))
+
+
+def _share(text: str) -> float:
+    return float(_number(text, float, 0, 1, "a number from 0 to 1"))
+
+
+def _temperature(text: str) -> float:
+    return float(_number(text, float, 0, 2, "a number from 0 to 2"))
+
+
+def _top_p(text: str) -> float:
+    return float(_number(text, float, 1e-6, 1, "a number above 0, at most 1"))
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not valid JSON ({error}): {text!r}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text!r}")
+    return value

@@ -1,0 +1,1 @@
+"""Prompts and distilled answers on disk. Knows neither vLLM nor training."""
