@@ -190,7 +190,8 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 2
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert all(name in capsys.readouterr().out for name in COMMANDS)
+    usage = capsys.readouterr().out
+    assert all(name in usage for name in COMMANDS)
 
 
 def test_real_run_imports_no_vllm() -> None:

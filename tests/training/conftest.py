@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from training_texts import make_texts, write_distilled, write_toy_target
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a toy `target` and distilled `data` of it."""
+    folder = tmp_path_factory.mktemp("pair")
+    write_toy_target(folder / "target")
+    write_distilled(folder / "data", make_texts(60, 40), folder / "target")
+    return folder
 
 
 @pytest.fixture

@@ -12,15 +12,18 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from vllm_specformer import __version__
+from vllm_specformer.errors import SpecFormerError
 
 # Subcommand -> (module, one line of help).
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("vllm_specformer.cli.doctor", "check whether SpecFormer can run in this vLLM"),
+    "distill": ("vllm_specformer.cli.distill", "let the target answer prompts, for training"),
+    "train": ("vllm_specformer.cli.train", "train a head on the target's own answers"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit code; argparse exits by itself on a wrong usage."""
+    """Run one subcommand and return its exit code, 2 when the user has something to put right."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="specformer", description="SpecFormer speculative decoding for vLLM."
@@ -35,7 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)
     options = parser.parse_args(arguments)
-    return int(options.run(options))
+    try:
+        return int(options.run(options))
+    except SpecFormerError as error:
+        print(f"specformer {options.command}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -36,10 +36,22 @@ class HookedTarget:
         return hook
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor) -> tuple[list[Tensor], Tensor]:
-        """int64 [batch, T] -> hooked states G x [batch, T, H], normed last states [batch, T, H]."""
-        last = self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+    def __call__(
+        self, input_ids: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """int64 [batch, T] -> hooked states G x [batch, T, H], normed last states [batch, T, H].
+
+        Where `position_ids` [batch, T] restart, another text begins: Transformers then confines
+        attention to each text, in every family whose masks it makes itself (see `target.py`).
+        """
+        last = self.decoder(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
         return [self._states.pop(i) for i in self.hook_ids], last
+
+    def forget(self) -> None:
+        """Drop the states of a run that failed halfway."""
+        self._states.clear()
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Target embeddings of int64 tokens [...]: [..., H]."""
@@ -47,4 +59,8 @@ class HookedTarget:
 
     def logits(self, states: Tensor) -> Tensor:
         """Slot states [..., H] -> logits [..., V], through the target's final norm and lm_head."""
-        return self.target.get_output_embeddings()(self.decoder.norm(states))
+        return self.lm_head(self.decoder.norm(states))
+
+    def lm_head(self, normed: Tensor) -> Tensor:
+        """States behind the final norm [..., H] -> logits [..., V]."""
+        return self.target.get_output_embeddings()(normed)

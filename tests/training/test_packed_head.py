@@ -1,0 +1,132 @@
+"""Packed rows, part by part and slot by slot, give the losses and gradients of single texts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from training_texts import make_texts
+from transformers import PreTrainedModel
+
+from vllm_specformer.config import SpecFormerConfig
+from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.training.hidden_states import HookedTarget
+from vllm_specformer.training.objective import IGNORED, backward_slots
+from vllm_specformer.training.packed_head import Objective, PackedHead, Rows
+from vllm_specformer.training.packing import collate
+from vllm_specformer.training.texts import Texts
+
+# Losses are summed in float32, as in training; everything else here is float64.
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+WEIGHTS = (1.0, 0.7, 0.2)
+SMALL = 20_000  # bytes: about one anchor at a time
+KINDS = {
+    "default": {},
+    "markov": {"markov_rank": 4},
+    "paper": {"slot_mask": "slots", "use_bonus_embedding": False, "nested_slots": False},
+}
+
+
+@pytest.fixture(params=sorted(KINDS))
+def head(request: pytest.FixtureRequest, target_model: PreTrainedModel) -> PackedHead:
+    torch.manual_seed(1)
+    fields = {"num_draft_slots": 3} | KINDS[request.param]
+    head = PackedHead(SpecFormerConfig.preset("default", target_model.config, "t", **fields))
+    for parameter in head.double().parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return head
+
+
+@pytest.fixture
+def target(head: PackedHead, target_model: PreTrainedModel) -> HookedTarget:
+    return HookedTarget(target_model, head.config.aux_hidden_state_layer_ids)
+
+
+def rows_of(target: HookedTarget, texts: Texts, batch: list[list[int]]) -> Rows:
+    fields = collate(texts, batch, None, None)
+    states, last = target(fields["input_ids"], fields["position_ids"])
+    return Rows(states, last, **fields)
+
+
+def gradients(head: PackedHead) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in head.named_parameters() if p.grad is not None}
+    head.zero_grad()
+    return found
+
+
+def test_gradients_are_those_of_all_logits_at_once(head: PackedHead, target: HookedTarget) -> None:
+    """Against one plain backward pass; and no gradient leaks to the target."""
+    rows = rows_of(target, make_texts(5, 40), [[0, 1], [2, 3], [4]])
+    loss, per_slot = head(rows, target, 3, Objective(WEIGHTS, memory=SMALL))
+    loss.backward()
+    got = gradients(head)
+
+    labels = rows.labels(3)
+    context = head._context(rows)
+    slots = head.slot_states(context, rows, target, slice(None), 3)
+    logits = target.logits(slots)
+    if head.config.markov_rank:
+        previous = torch.cat([rows.bonus_tokens[..., None], labels[..., :-1].clamp(min=0)], -1)
+        logits = logits + head.markov_logits(previous)
+    plain = [
+        F.cross_entropy(logits[:, :, i].flatten(0, 1), labels[:, :, i].flatten()) for i in range(3)
+    ]
+    total = sum(w * x for w, x in zip(WEIGHTS, plain, strict=True)) / sum(WEIGHTS)
+    total.backward()
+
+    torch.testing.assert_close(loss.double(), total.detach(), **CLOSE)
+    torch.testing.assert_close(per_slot.double(), torch.stack(plain).detach(), **CLOSE)
+    expected = gradients(head)
+    assert got.keys() == expected.keys() == dict(head.named_parameters()).keys()
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], **CLOSE)
+        assert got[name].any(), name
+    assert all(p.grad is None for p in target.target.parameters())
+
+
+def test_it_is_the_published_head_on_single_texts(head: PackedHead, target: HookedTarget) -> None:
+    """`SpecFormerHead.forward` and the objective of the reference, on one text."""
+    rows = rows_of(target, make_texts(1, 40), [[0]])
+    loss, per_slot = head(rows, target, 3, Objective(WEIGHTS))
+    loss.backward()
+    got = gradients(head)
+
+    bonus = rows.bonus_tokens
+    slots = SpecFormerHead.forward(head, rows.hooked_states, rows.anchors, target.embed(bonus))
+    losses = backward_slots(head, target, slots, bonus, rows.labels(3), WEIGHTS)
+    torch.testing.assert_close(per_slot, torch.tensor(losses), **CLOSE)
+    for name, expected in gradients(head).items():
+        torch.testing.assert_close(got[name], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.4])
+def test_packed_is_unpacked(head: PackedHead, target: HookedTarget, kl_weight: float) -> None:
+    """Sums over packed rows equal the sums over the same texts, each in a row of its own."""
+    texts = make_texts(7, 40)
+    objective = Objective(WEIGHTS, kl_weight)
+    packed = rows_of(target, texts, [[0, 1, 2], [3, 4], [5, 6]])
+    alone = [rows_of(target, texts, [[i]]) for i in range(7)]
+    counts = torch.stack([(r.labels(3) != IGNORED).sum((0, 1)) for r in alone])
+    loss, per_slot = head(packed, target, 3, objective)
+    loss.backward()
+    got = gradients(head)
+
+    # One slot at a time, as only then means over texts add up to the mean over all.
+    expected = torch.zeros((), dtype=torch.double)
+    for slot in range(3):
+        only = tuple(float(i == slot) for i in range(3))
+        share = (counts[:, slot] / counts[:, slot].sum()).double()
+        means = []
+        for rows, part in zip(alone, share, strict=True):
+            one, each = head(rows, target, 3, Objective(only, kl_weight))
+            weight = WEIGHTS[slot] / sum(WEIGHTS)
+            (one * part * weight).backward()
+            expected += one.detach() * part * weight
+            means.append(each[slot])
+        torch.testing.assert_close(
+            per_slot[slot].double(), share @ torch.stack(means).double(), **CLOSE
+        )
+    torch.testing.assert_close(loss.double(), expected, **CLOSE)
+    for name, gradient in gradients(head).items():
+        torch.testing.assert_close(got[name], gradient, **CLOSE)

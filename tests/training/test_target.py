@@ -1,0 +1,127 @@
+"""Targets are asked by running them; what cannot be trained for is refused with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from vllm_specformer.training.hidden_states import HookedTarget
+from vllm_specformer.training.target import (
+    UnsupportedTargetError,
+    can_pack,
+    check_parts,
+    head_config,
+    load_target,
+    read_config,
+)
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SHAPE),
+    "mistral-sliding": MistralConfig(**SHAPE, sliding_window=6),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE),
+    "qwen3-moe": Qwen3MoeConfig(**SHAPE, num_experts=4, num_experts_per_tok=2,
+                                moe_intermediate_size=16, decoder_sparse_step=1),
+}  # fmt: skip
+
+
+def hooked(config: Any) -> HookedTarget:
+    torch.manual_seed(0)
+    return HookedTarget(AutoModelForCausalLM.from_config(config), (0, 2, 3, 4))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_pass_and_pack(family: str) -> None:
+    target = hooked(FAMILIES[family])
+    check_parts(target, "t")
+    assert can_pack(target)
+
+
+class _Deaf(nn.Module):
+    """A decoder that takes no notice of positions, as one with masks of its own would."""
+
+    def __init__(self, decoder: PreTrainedModel) -> None:
+        super().__init__()
+        self.inner, self.layers, self.norm = decoder, decoder.layers, decoder.norm
+
+    def forward(self, input_ids: Any, position_ids: Any = None, use_cache: bool = False) -> Any:
+        return self.inner(input_ids=input_ids, use_cache=False)
+
+
+class _Strict(_Deaf):
+    """A decoder that does not know positions at all."""
+
+    def forward(self, input_ids: Any, use_cache: bool = False) -> Any:  # type: ignore[override]
+        return self.inner(input_ids=input_ids, use_cache=False)
+
+
+@pytest.mark.parametrize("kind", [_Deaf, _Strict])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_that_see_each_other_are_noticed(family: str, kind: type[_Deaf]) -> None:
+    target = hooked(FAMILIES[family])
+    target.decoder = kind(target.decoder)
+    assert not can_pack(target)
+    assert not target._states
+
+
+def test_softcapped_logits_are_refused() -> None:
+    target = hooked(Gemma2Config(**SHAPE, final_logit_softcapping=30.0))
+    with pytest.raises(UnsupportedTargetError, match="final_logit_softcapping=30"):
+        check_parts(target, "gemma")
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ({"logits_scaling": 8.0}, "does something more"),
+        ({"embedding_multiplier": 12.0}, "does not read the embedding as it is"),
+    ],
+)
+def test_scales_are_refused(scale: dict[str, float], message: str) -> None:
+    with pytest.raises(UnsupportedTargetError, match=message):
+        check_parts(hooked(GraniteConfig(**SHAPE, **scale)), "granite")
+
+
+def test_unsuitable_configurations_are_refused() -> None:
+    with pytest.raises(UnsupportedTargetError, match=r"GPT2Config.*has no 'intermediate_size'"):
+        head_config("default", GPT2Config(), "gpt2")
+    shallow = LlamaConfig(**(SHAPE | {"num_hidden_layers": 3}))
+    with pytest.raises(UnsupportedTargetError, match="target small: num_hidden_layers=3"):
+        head_config("default", shallow, "small")
+    with pytest.raises(UnsupportedTargetError, match=r"aux_hidden_state_layer_ids=\[0, 9\]"):
+        head_config("default", FAMILIES["llama"], "t", aux_hidden_state_layer_ids=(0, 9))
+
+
+def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "unheard-of", "architectures": ["X"]}')
+    with pytest.raises(UnsupportedTargetError, match="cannot read its configuration"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
+    with pytest.raises(UnsupportedTargetError, match="cannot load it as a causal language model"):
+        load_target(tmp_path, torch.float32, torch.device("cpu"))

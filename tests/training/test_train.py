@@ -1,0 +1,147 @@
+"""`specformer train` from data to a servable head, on a toy target: what it writes and refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_runs import ENVIRONMENT, command, train
+
+from vllm_specformer.config import read_config
+from vllm_specformer.data.files import sha256_of
+from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.weights import check_weights
+
+# Weights are stored in bfloat16, and sums over two processes are rounded in another order.
+CLOSE = {"rtol": 0.02, "atol": 2e-3}
+RESULT = {
+    "README.md",
+    "config.json",
+    "log.csv",
+    "log.jsonl",
+    "model.safetensors",
+    "provenance.json",
+    "run.json",
+    "training.png",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "out"
+    train(pair, out)
+    return out
+
+
+# --- what comes out ---
+
+
+def test_the_result_is_a_head(pair: Path, finished: Path) -> None:
+    assert {p.name for p in finished.iterdir()} == RESULT
+    config = read_config(finished)
+    assert (config.num_draft_slots, config.markov_rank) == (3, 4)
+    assert config.target_name_or_path == str(pair / "target")
+    check_weights(finished, config)
+    head = SpecFormerHead.from_pretrained(finished)
+    assert head.dtype == torch.bfloat16  # the target's
+    assert all(parameter.isfinite().all() for parameter in head.parameters())
+
+
+def test_provenance_says_where_it_came_from(pair: Path, finished: Path) -> None:
+    provenance = json.loads((finished / "provenance.json").read_text())
+    manifest = json.loads((pair / "data" / "manifest.json").read_text())
+    assert provenance["target"]["fingerprint"] == manifest["target"]["fingerprint"]
+    assert provenance["settings"]["max_steps"] == provenance["result"]["steps"] == 12
+    assert provenance["texts"]["trained_on"] + provenance["texts"]["evaluated"] <= 60
+    assert provenance["texts"]["evaluated_greedy"] is True
+    assert provenance["result"]["weights"]["sha256"] == sha256_of(finished / "model.safetensors")
+    assert {"torch", "transformers", "vllm-specformer"} <= provenance["versions"].keys()
+    assert provenance["packed"] is True
+
+
+def test_log_table_and_card_agree(finished: Path) -> None:
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log if "loss" in row] == [2, 3, 4, 6, 8, 9, 10, 12]
+    evaluated = [row for row in log if "eval_tokens_per_step" in row]
+    assert [row["step"] for row in evaluated] == [4, 8, 12]
+    for row in evaluated:
+        assert len(row["eval_acceptance_per_position"]) == len(row["eval_slot_losses"]) == 3
+        assert 1.0 <= row["eval_tokens_per_step"] <= 4.0
+    with (finished / "log.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [int(line["step"]) for line in table] == [2, 3, 4, 6, 8, 9, 10, 12]
+    assert float(table[2]["eval_tokens_per_step_by_drafts_3"]) >= 1.0
+    assert float(table[0]["slot_losses_0"]) > 0
+    best = json.loads((finished / "provenance.json").read_text())["result"]["evaluation"]
+    assert best["tokens_per_step"] == max(row["eval_tokens_per_step"] for row in evaluated)
+    card = (finished / "README.md").read_text()
+    assert f"| 3 | {best['tokens_per_step']:.2f} |" in card
+    assert f"the weights of\nstep {best['step']}." in card
+    assert (finished / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_seed_gives_the_same_head(pair: Path, finished: Path, tmp_path: Path) -> None:
+    again = train(pair, tmp_path / "again")
+    other = train(pair, tmp_path / "other", seed=1)
+    first = json.loads((finished / "provenance.json").read_text())["result"]["weights"]
+    assert again["result"]["weights"] == first
+    assert other["result"]["weights"]["sha256_of_last_step"] != first["sha256_of_last_step"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"preset": "paper", "optimizer": "adamw", "markov_rank": None},
+        {"kl_weight": 0.5, "slot_weights": "1,0.5,0.1", "anchors_per_text": "all"},
+        {"batch_size": 5, "max_steps": None, "epochs": 1, "scheduler": "cosine"},
+        {"dtype": "bfloat16", "hooks": "0,1,4", "nested_slots": False, "eval_share": 0},
+        {"accumulate": 2, "scheduler": "linear", "max_length": 16, "memory": 1},
+        {"scheduler": "constant", "slot_counts": "1,3", "target_name": "somewhere/else"},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_settings(pair: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    provenance = train(pair, tmp_path / "out", **changes)
+    config = read_config(tmp_path / "out")
+    check_weights(tmp_path / "out", config)
+    assert config.use_bonus_embedding is (changes.get("preset") != "paper")
+    if "hooks" in changes:
+        assert config.aux_hidden_state_layer_ids == [0, 1, 4]
+    if "eval_share" in changes:
+        assert provenance["result"]["evaluation"] is None
+    if "target_name" in changes:
+        assert config.target_name_or_path == "somewhere/else"
+
+
+def test_targets_that_cannot_pack_are_padded(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vllm_specformer.training.run.can_pack", lambda target: False)
+    provenance = train(pair, tmp_path / "out")
+    assert provenance["packed"] is False
+    assert "does not keep texts apart that share a row" in capsys.readouterr().out
+
+
+def test_two_processes_are_one_with_two_batches(pair: Path, tmp_path: Path) -> None:
+    """Data parallelism sees the same texts and gives, up to rounding, the same head."""
+    options = {"device": "cpu", "scheduler": "constant", "eval_share": 0}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    module = ["-m", "vllm_specformer.cli.main", *command(pair, tmp_path / "two", **options)]
+    subprocess.run([sys.executable, *launcher, *module], check=True, env=ENVIRONMENT)
+    train(pair, tmp_path / "one", accumulate=2, **options)
+    train(pair, tmp_path / "half", **options)
+    one, two, half = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("one", "two", "half")
+    )
+    for name in one:
+        torch.testing.assert_close(two[name].float(), one[name].float(), **CLOSE)
+    # What the comparison relies on: half of the texts give another head.
+    weight = "positional_proj.weight"
+    assert not torch.allclose(half[weight].float(), one[weight].float(), **CLOSE)

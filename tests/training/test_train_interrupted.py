@@ -1,0 +1,372 @@
+"""A training that is killed continues and ends as if it had never stopped; nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_runs import ENVIRONMENT, command, refusal, train
+from training_texts import make_texts, write_distilled
+
+from vllm_specformer.cli.main import main
+from vllm_specformer.data.files import directory_lock
+from vllm_specformer.training import report, run_directory
+from vllm_specformer.training.settings import TrainSettings, option
+from vllm_specformer.training.trainer import HeadTrainer
+
+# Long enough to be killed in the middle of.
+LONG = {"max_steps": 60, "save_every": 5, "eval_every": 6, "log_every": 2}
+SAME = ("README.md", "config.json", "model.safetensors", "run.json")
+
+
+def weights(out: Path) -> dict[str, str]:
+    return json.loads((out / "provenance.json").read_text())["result"]["weights"]
+
+
+def log(out: Path) -> list[dict[str, Any]]:
+    """The log without what depends on the clock."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def assert_same(out: Path, whole: Path) -> None:
+    assert weights(out) == weights(whole)
+    for name in SAME:
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert log(out) == log(whole)
+    assert {p.name for p in out.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_drawing() -> Iterator[None]:
+    """Drawing the curves takes as long as everything else in these short runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot", lambda history: b"")
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    train(pair, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def begun(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that broke off after its first checkpoint; to be copied before use."""
+    out = tmp_path_factory.mktemp("begun") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, HeadTrainer, "_save_checkpoint", 2)
+        with pytest.raises(Killed):
+            main(command(pair, out))
+    return out
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing may catch it and tidy up."""
+
+
+def interrupt(patch: pytest.MonkeyPatch, where: Any, name: str, call: int) -> None:
+    """Let the `call`-th call of a function kill the run."""
+    real: Callable[..., Any] = getattr(where, name)
+    calls = [0]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == call:
+            raise Killed
+        return real(*args, **kwargs)
+
+    patch.setattr(where, name, counted)
+
+
+# --- killed ---
+
+
+def run_until(line: list[str], reached: Callable[[], bool]) -> None:
+    """Start the command in a process of its own and kill it as soon as something is there."""
+    module = [sys.executable, "-m", "vllm_specformer.cli.main", *line]
+    process = subprocess.Popen(
+        module, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def logged(out: Path, step: int) -> bool:
+    path = out / "log.jsonl"
+    return path.exists() and f'"step": {step},' in path.read_text()
+
+
+def test_kill_and_continue(pair: Path, tmp_path: Path) -> None:
+    """SIGKILL, twice; the uninterrupted run has one thread too, so sums are rounded alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(pair, tmp_path / "whole", **LONG)
+        out = tmp_path / "out"
+        run_until(
+            command(pair, out, **LONG), lambda: (out / "checkpoints" / "checkpoint-10").exists()
+        )
+        assert not (out / "model.safetensors").exists()
+        run_until(command(pair, out, **LONG), lambda: logged(out, 26))
+        train(pair, out, **LONG)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(out, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_kill_at_many_moments(pair: Path, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(pair, tmp_path / "whole", **LONG)
+        out = tmp_path / "out"
+        for step in range(3, 60, 7):
+            run_until(command(pair, out, **LONG), lambda step=step: logged(out, step - step % 2))
+        train(pair, out, **LONG)
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(out, tmp_path / "whole")
+
+
+WRITES = [
+    *((run_directory.os, "replace", call) for call in (1, 2, 4, 6, 8)),
+    (HeadTrainer, "save_head", 2),
+    (run_directory.RunDirectory, "publish_checkpoint", 2),
+    (run_directory.RunDirectory, "clean_up", 2),
+    (run_directory, "_sync", 9),
+    (report, "write_log", 1),
+    (report, "write_table", 3),
+    (report, "model_card", 1),
+]
+
+
+@pytest.mark.parametrize(("where", "name", "call"), WRITES, ids=lambda value: str(value)[:40])
+def test_a_kill_between_any_two_writes(
+    pair: Path, whole: Path, tmp_path: Path, where: Any, name: str, call: int
+) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, where, name, call)
+        with pytest.raises(Killed):
+            main(command(pair, out))
+    train(pair, out)
+    assert_same(out, whole)
+
+
+def test_a_complete_run_is_left_alone(
+    pair: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p.name: p.stat().st_mtime_ns for p in whole.iterdir()}
+    assert main(command(pair, whole)) == 0
+    assert "is complete: nothing to do" in capsys.readouterr().out
+    assert {p.name: p.stat().st_mtime_ns for p in whole.iterdir()} == before
+
+
+# --- refused ---
+
+
+def test_other_settings_are_refused(
+    pair: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(begun, out)
+    message = refusal(capsys, command(pair, out, learning_rate=0.01, max_steps=20))
+    assert "learning_rate null, now 0.01" in message
+    assert "max_steps 12, now 20" in message
+    assert "choose another directory" in message
+    train(pair, out)  # what it was begun with still continues it
+
+
+def test_settings_may_change_before_the_first_checkpoint(pair: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, HeadTrainer, "_save_checkpoint", 1)
+        with pytest.raises(Killed):
+            main(command(pair, out, learning_rate=0.3))
+    assert train(pair, out, learning_rate=0.01)["settings"]["learning_rate"] == 0.01
+
+
+def test_a_moved_run_continues(pair: Path, begun: Path, whole: Path, tmp_path: Path) -> None:
+    """Paths are no settings."""
+    shutil.copytree(pair, tmp_path / "pair")
+    shutil.copytree(begun, tmp_path / "out")
+    moved = train(tmp_path / "pair", tmp_path / "out")["result"]["weights"]
+    assert moved == weights(whole)
+
+
+def test_two_runs_in_one_directory_are_refused(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    script = (
+        "import pathlib, sys, time\n"
+        "from vllm_specformer.data.files import directory_lock\n"
+        "with directory_lock(pathlib.Path(sys.argv[1])):\n"
+        "    print('locked', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", script, str(out)], stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        assert f"{out} is in use by another run (pid {other.pid}" in refusal(
+            capsys, command(pair, out)
+        )
+    finally:
+        other.kill()
+        other.wait()
+    with directory_lock(out):
+        pass  # the killed owner keeps nobody out
+
+
+def test_other_peoples_directories_are_refused(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    assert "holds 'thesis.tex' but no run.json" in refusal(capsys, command(pair, tmp_path))
+
+
+def test_answers_of_another_target_are_refused(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_distilled(tmp_path / "data", make_texts(20, 40))  # the bundled target's
+    line = command(pair, tmp_path / "out", data=tmp_path / "data")
+    assert "learns from its own target's answers only" in refusal(capsys, line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_and_unfinished_data(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = command(pair, tmp_path / "out", data=tmp_path / "data")
+    assert "no such file; name a directory that `specformer distill" in refusal(capsys, line)
+    shutil.copytree(pair / "data", tmp_path / "data")
+    shard = tmp_path / "data" / "shard-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert f"{shard}: its sha256 is not the one in manifest.json" in refusal(capsys, line)
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    manifest["complete"] = False
+    del manifest["shards"][1]
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    assert "only 1 of 2 shards are there" in refusal(capsys, line)
+    assert train(pair, tmp_path / "out", data=tmp_path / "data", partial_data=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slots": "many"}, "--slots many: "),
+        ({"slots": 65}, "--slots 65: "),
+        ({"slot_weights": "1,2"}, "--slot-weights 1,2: expected 'decay', 'uniform' or 3 numbers"),
+        ({"slot_weights": "0,1,1"}, "the first above 0"),
+        ({"slot_counts": "2,4"}, "--slot-counts 2,4: expected numbers from 1 to 3"),
+        ({"optimizer": "sgd"}, "--optimizer sgd: Input should be 'muon' or 'adamw'"),
+        ({"kl_weight": 2}, "--kl-weight 2: "),
+        ({"hooks": "4,0"}, "must be strictly increasing"),
+        ({"eval_share": 0.99999}, "leaves none of the 60 texts to train on"),
+        ({"device": "cuda"}, "--device cuda: PyTorch sees no GPU"),
+        ({"target": "/nowhere"}, "target /nowhere"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_unusable_settings_are_refused(
+    pair: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    if "device" in changes and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert message in refusal(capsys, command(pair, tmp_path / "out", **changes))
+
+
+def test_sharding_is_refused(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    message = refusal(capsys, command(pair, tmp_path / "out"))
+    assert "ACCELERATE_USE_FSDP=true: heads are not sharded" in message
+
+
+# --- failures of the machine and of the training ---
+
+
+def fail_with(error: BaseException) -> Callable[..., None]:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed: No space "
+                     "left on device"),
+    ],
+    ids=["system", "torch"],
+)  # fmt: skip
+def test_a_full_disk_leaves_the_last_checkpoint(
+    pair: Path,
+    begun: Path,
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(begun, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeadTrainer, "_save_optimizer_and_scheduler", fail_with(error))
+        message = refusal(capsys, command(pair, out))
+    assert "is full, the checkpoint of step 6 could not be written" in message
+    assert "The last checkpoint, checkpoint-3, is whole." in message
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["checkpoint-3"]
+    train(pair, out)
+    assert_same(out, whole)
+
+
+def test_divergence_is_reported(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = command(pair, tmp_path / "out", learning_rate=1e30, scheduler="constant", warmup=0)
+    assert "the training has diverged; lower --learning-rate" in refusal(capsys, line)
+
+
+def test_ctrl_c_is_no_traceback(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HeadTrainer, "training_step", fail_with(KeyboardInterrupt()))
+    assert main(command(pair, tmp_path / "out")) == 130
+    assert "give the same command again, and it continues" in capsys.readouterr().err
+
+
+def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    for name in TrainSettings.model_fields:
+        assert option(name) in text

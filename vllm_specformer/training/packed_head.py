@@ -1,0 +1,315 @@
+"""The head as it is trained: packed rows in, one loss out, in memory that does not grow with K.
+
+Source: Shi et al. (arXiv 2511.20340), "Implementation Improvements": each slot goes through the
+frozen norm and lm_head by itself, and its loss is propagated into the detached slot states. Here
+the anchors are taken in parts as well, sized so that slot states, attention scores and one slot's
+logits together stay within a fixed amount of memory. All of it happens inside one autograd
+function, so that a training loop (and data parallelism) sees one loss and one backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.training.hidden_states import HookedTarget
+from vllm_specformer.training.objective import IGNORED
+
+DEFAULT_MEMORY = 256 << 20
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the head is trained for.
+
+    `slot_weights`: one weight per slot; in a step they are normalised over the slots that have
+    labels. `kl_weight`: share of the divergence from the target's own distribution, the rest is
+    cross entropy. `memory`: bytes that logits and slot activations may take, about.
+    """
+
+    slot_weights: tuple[float, ...]
+    kl_weight: float = 0.0
+    memory: int = DEFAULT_MEMORY
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows and what the target made of them.
+
+    `hooked_states` G x [rows, T, H] and `last_states` [rows, T, H], after the final norm;
+    `input_ids`, `position_ids`, `segments` int64 [rows, T]; `anchors`, `ends` int64 [rows, A] (see
+    `packing.collate`).
+    """
+
+    hooked_states: list[Tensor]
+    last_states: Tensor
+    input_ids: Tensor
+    position_ids: Tensor
+    segments: Tensor
+    anchors: Tensor
+    ends: Tensor
+
+    def at(self, values: Tensor, positions: Tensor) -> Tensor:
+        """Values [rows, T, ...] at int64 positions [rows, A]: [rows, A, ...]."""
+        rows = torch.arange(len(values), device=values.device).unsqueeze(-1)
+        return values[rows, positions]
+
+    @property
+    def bonus_tokens(self) -> Tensor:
+        """The token after each anchor, int64 [rows, A]."""
+        return self.at(self.input_ids, self.after_anchors(1))
+
+    def after_anchors(self, distance: int) -> Tensor:
+        """Positions so far behind the anchors, kept within the row."""
+        return (self.anchors + distance).clamp(max=self.input_ids.shape[1] - 1)
+
+    def labels(self, num_slots: int) -> Tensor:
+        """Token `t+2+i` of the same answer, else `IGNORED`: int64 [rows, A, num_slots]."""
+        slots = torch.arange(num_slots, device=self.anchors.device)
+        positions = self.anchors.unsqueeze(-1) + 2 + slots
+        tokens = self.input_ids.gather(
+            1, positions.clamp(max=self.input_ids.shape[1] - 1).flatten(1)
+        )
+        return tokens.view_as(positions).masked_fill(positions >= self.ends.unsqueeze(-1), IGNORED)
+
+
+@dataclass(frozen=True)
+class _Context:
+    """The context layer's states at the anchors, and its keys and values everywhere."""
+
+    anchor: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class PackedHead(SpecFormerHead):
+    """A `SpecFormerHead`, weight for weight, whose forward pass takes packed rows.
+
+    It is saved and loaded as its base class is.
+    """
+
+    # The Trainer divides by the number of accumulated batches, as the loss is a mean.
+    accepts_loss_kwargs = False
+
+    def forward(  # type: ignore[override]
+        self,
+        rows: Rows,
+        target: HookedTarget,
+        num_slots: int,
+        objective: Objective,
+    ) -> tuple[Tensor, Tensor]:
+        """The objective's loss, and the cross entropy of each slot, float32 [num_slots].
+
+        A slot without labels has the cross entropy NaN. Unlike other losses this one can pass its
+        gradient back once only.
+        """
+        labels = rows.labels(num_slots)
+        context = self._context(rows)
+
+        def run(leaves: list[Tensor], gradients: _Gradients) -> tuple[Tensor, Tensor]:
+            return self._accumulate(_Context(*leaves), gradients, rows, target, labels, objective)
+
+        leaves = [context.anchor, context.query, context.key, context.value]
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return cast(tuple[Tensor, Tensor], _Accumulated.apply(run, 4, *leaves, *parameters))
+
+    def _context(self, rows: Rows) -> _Context:
+        context = self.combine(rows.hooked_states)
+        query, key, value = self.context_qkv(context, rows.position_ids)
+        return _Context(rows.at(context, rows.anchors), rows.at(query, rows.anchors), key, value)
+
+    def slot_states(
+        self, context: _Context, rows: Rows, target: HookedTarget, part: slice, num_slots: int
+    ) -> Tensor:
+        """What `SpecFormerHead.forward` gives for some of the anchors: [rows, part, K, H].
+
+        The context of an anchor are the tokens up to it in its own text.
+        """
+        anchors = rows.anchors[:, part]
+        own = rows.at(rows.segments, anchors).unsqueeze(-1) == rows.segments.unsqueeze(1)
+        places = torch.arange(rows.segments.shape[1], device=anchors.device)
+        visible = own & (places <= anchors.unsqueeze(-1))
+        query = context.query[:, part].unsqueeze(2)
+        attended = self._attend(query, context.key, context.value, visible)
+        bonus = None
+        if self.config.use_bonus_embedding:
+            bonus = target.embed(rows.bonus_tokens[:, part])
+        slots = self.expand(context.anchor[:, part], attended.squeeze(2), bonus, num_slots)
+        query, own_key, own_value = self.slot_qkv(slots, rows.at(rows.position_ids, anchors))
+        if self.mixed:
+            attended = self._attend(query, context.key, context.value, visible, own_key, own_value)
+        else:
+            attended = self._attend(query, own_key=own_key, own_value=own_value)
+        return self.finish(slots, attended)
+
+    def _parts(self, rows: Rows, num_slots: int, logits: int, memory: int) -> Iterator[slice]:
+        """Split the anchors so that each part's activations take `memory` bytes, about.
+
+        Args:
+            logits: numbers of 4 bytes per vocabulary entry and anchor that are held at once.
+        """
+        config = self.config
+        length = rows.segments.shape[1]
+        scores = 3 * config.num_attention_heads * length  # scores, weights, one gradient
+        widths = 16 * config.hidden_size + 6 * config.intermediate_size
+        per_anchor = 4 * (logits * config.vocab_size + num_slots * (scores + widths))
+        total = rows.anchors.shape[1]
+        size = max(1, memory // (per_anchor * len(rows.anchors)))
+        # Of equal size, as a small rest would cost a whole pass over the weights.
+        size = math.ceil(total / math.ceil(total / size))
+        for first in range(0, total, size):
+            yield slice(first, min(first + size, total))
+
+    def _accumulate(
+        self,
+        context: _Context,
+        gradients: _Gradients,
+        rows: Rows,
+        target: HookedTarget,
+        labels: Tensor,
+        objective: Objective,
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and loss per slot; adds to `gradients`, part by part and slot by slot."""
+        num_slots = labels.shape[-1]
+        counts = (labels != IGNORED).sum((0, 1))
+        weights = torch.tensor(objective.slot_weights[:num_slots], device=labels.device)
+        weights = weights * (counts > 0)
+        scales = weights / (weights.sum() * counts.clamp(min=1))
+        losses = torch.zeros(2, num_slots, device=labels.device)
+        markov = self._markov_parameters()
+        logits = 8 if objective.kl_weight else 4
+        for part in self._parts(rows, num_slots, logits, objective.memory):
+            slots = self.slot_states(context, rows, target, part, num_slots)
+            slot_gradients = []
+            for slot, scale in enumerate(scales):
+                states = slots[:, :, slot].detach().requires_grad_()
+                mixed, cross_entropy = self._slot_loss(
+                    states, slot, rows, target, labels, part, objective.kl_weight
+                )
+                losses[:, slot] += torch.stack([mixed, cross_entropy]).detach()
+                gradient, *rest = torch.autograd.grad(mixed * scale, [states, *markov])
+                slot_gradients.append(gradient)
+                gradients.add(markov, rest)
+            gradients.backward(slots, torch.stack(slot_gradients, dim=2))
+        return losses[0] @ scales, losses[1] / counts
+
+    def _markov_parameters(self) -> list[Tensor]:
+        if not self.config.markov_rank:
+            return []
+        return [self.markov_embed.weight, self.markov_lm_head.weight]
+
+    def _slot_loss(
+        self,
+        states: Tensor,
+        slot: int,
+        rows: Rows,
+        target: HookedTarget,
+        labels: Tensor,
+        part: slice,
+        kl_weight: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Sums over one slot of some anchors: the loss that is trained, and its cross entropy."""
+        own = labels[:, part, slot]
+        logits = target.logits(states)
+        if self.config.markov_rank:
+            previous = rows.bonus_tokens[:, part] if slot == 0 else labels[:, part, slot - 1]
+            logits = logits + self.markov_logits(previous.clamp(min=0))
+        log_q = logits.float().log_softmax(-1)
+        cross_entropy = F.nll_loss(
+            log_q.flatten(0, 1), own.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        if not kl_weight:
+            return cross_entropy, cross_entropy
+        # The state that has seen the text up to the label decides the label's distribution.
+        seen = rows.at(rows.last_states, rows.after_anchors(1 + slot)[:, part])
+        with torch.no_grad():
+            log_p = target.lm_head(seen).float().log_softmax(-1)
+        divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        divergence = divergence.masked_fill(own == IGNORED, 0).sum()
+        return (1 - kl_weight) * cross_entropy + kl_weight * divergence, cross_entropy
+
+    @torch.no_grad()
+    def drafts(
+        self, rows: Rows, target: HookedTarget, wanted: int, memory: int = DEFAULT_MEMORY
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Greedy drafts as the engine makes them when asked for `wanted` tokens.
+
+        Returns:
+            int64 [rows, A, wanted]; the sum of each slot's cross entropies, float32 [wanted]; the
+            number of labels of each slot, int64 [wanted].
+        """
+        labels = rows.labels(wanted)
+        context = self._context(rows)
+        running = self.slots_to_run(wanted)
+        found = []
+        losses = torch.zeros(wanted, device=labels.device)
+        for part in self._parts(rows, running, 3 * wanted, memory):
+            slots = self.slot_states(context, rows, target, part, running)[:, :, :wanted]
+            for slot in range(wanted):
+                losses[slot] += self._slot_loss(
+                    slots[:, :, slot], slot, rows, target, labels, part, 0.0
+                )[1]
+            found.append(self.draft(target.logits(slots), rows.bonus_tokens[:, part]))
+        return torch.cat(found, dim=1), losses, (labels != IGNORED).sum((0, 1))
+
+
+class _Gradients:
+    """Sums of gradients with respect to fixed inputs, which may be leaves with hooks of others."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self.inputs = inputs
+        self.sums: dict[int, Tensor] = {}
+
+    def add(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        for tensor, gradient in zip(inputs, gradients, strict=True):
+            if gradient is None:
+                continue
+            if id(tensor) in self.sums:
+                self.sums[id(tensor)] += gradient
+            else:
+                self.sums[id(tensor)] = gradient
+
+    def backward(self, outputs: Tensor, gradient: Tensor) -> None:
+        """Add what `outputs` pass back. Unlike `Tensor.backward`, no hook of a parameter fires."""
+        found = torch.autograd.grad(outputs, self.inputs, gradient, allow_unused=True)
+        self.add(self.inputs, found)
+
+    def in_order(self) -> list[Tensor | None]:
+        return [self.sums.get(id(tensor)) for tensor in self.inputs]
+
+
+class _Accumulated(torch.autograd.Function):
+    """A loss whose gradients are computed together with it and kept until they are asked for.
+
+    Args:
+        run: inputs -> loss, a tensor to report, and the gradients of the inputs.
+        inputs: the first `activations` of them are cut off from their graph inside, the others are
+            parameters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, activations: int, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs[:activations]]
+        gradients = _Gradients([*leaves, *inputs[activations:]])
+        with torch.enable_grad():
+            loss, report = run(leaves, gradients)
+        ctx.gradients = gradients.in_order()
+        loss, report = loss.detach(), report.detach()
+        ctx.mark_non_differentiable(report)
+        return loss, report
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Any, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # a second pass would find them scaled
+        return None, None, *(g if g is None else g.mul_(scale) for g in gradients)
+
+
+Run = Callable[[list[Tensor], _Gradients], tuple[Tensor, Tensor]]

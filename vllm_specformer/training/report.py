@@ -1,0 +1,248 @@
+"""What a training leaves for people: log, curves, provenance and a model card."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from vllm_specformer.config import SpecFormerConfig
+from vllm_specformer.data.files import write_atomic
+from vllm_specformer.training.run_directory import RunDirectory
+
+Rows = list[dict[str, Any]]
+_WIDTH = 98
+_SECONDS_BETWEEN_PLOTS = 30.0
+
+
+class Reporter(TrainerCallback):
+    """Writes log and curves while the head trains, and shows a progress bar.
+
+    The log is made from the Trainer's history, which its checkpoints carry, so after a kill it
+    shows every step once.
+    """
+
+    def __init__(self, directory: RunDirectory, quiet: bool = False) -> None:
+        self.directory, self.quiet = directory, quiet
+        self.bar: tqdm | None = None
+        self._drawn = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", disable=self.quiet
+            )
+            write_log(self.directory.log, state.log_history)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        last = state.global_step == state.max_steps
+        # Figures of a window that a checkpoint cuts in two would be lost with a kill.
+        control.should_log = control.should_log or control.should_save or last
+        control.should_evaluate = control.should_evaluate or last
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is None:
+            return
+        row = state.log_history[-1]
+        with self.directory.log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if "loss" in row:
+            speed = f"{row['tokens_per_second']:,.0f}"
+            self.bar.set_postfix({"loss": f"{row['loss']:.3f}", "tokens/s": speed})
+        elif not self.quiet:
+            tqdm.write(_in_words(row))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is None:
+            return
+        write_table(self.directory.path, state.log_history)
+        if time.monotonic() - self._drawn > _SECONDS_BETWEEN_PLOTS:
+            write_plot(self.directory.path, state.log_history)
+            self._drawn = time.monotonic()
+
+    def close(self) -> None:
+        """End the line of the progress bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    by_drafts = row["eval_tokens_per_step_by_drafts"].items()
+    steps = ", ".join(f"{value:.2f} at K={k}" for k, value in by_drafts)
+    accepted = " ".join(f"{x:.2f}" for x in row["eval_acceptance_per_position"])
+    return f"step {row['step']}: tokens per step {steps}; accepted per position {accepted}"
+
+
+def write_log(path: Path, history: Rows) -> None:
+    """The whole log anew, a JSON object per line."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in history).encode())
+
+
+def write_table(directory: Path, history: Rows) -> None:
+    """`log.csv`, one line per logged step with lists spread over columns."""
+    write_atomic(directory / "log.csv", as_csv(history).encode())
+
+
+def write_plot(directory: Path, history: Rows) -> None:
+    """`training.png`; drawing takes about half a second."""
+    write_atomic(directory / "training.png", plot(history))
+
+
+def as_csv(history: Rows) -> str:
+    """The log as a table; an evaluation stands in the line of its step."""
+    lines: dict[int, dict[str, Any]] = {}
+    for row in history:
+        line = lines.setdefault(row["step"], {})
+        for name, value in row.items():
+            if isinstance(value, list):
+                line |= {f"{name}_{i}": item for i, item in enumerate(value)}
+            elif isinstance(value, dict):
+                line |= {f"{name}_{key}": item for key, item in value.items()}
+            else:
+                line[name] = value
+    columns = list(dict.fromkeys(name for line in lines.values() for name in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines.values())
+    return text.getvalue()
+
+
+def plot(history: Rows) -> bytes:
+    """Loss per slot, tokens per step and acceptance per position over the steps, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    losses, steps, accepted = figure.subplots(1, 3)
+    trained = [row for row in history if "loss" in row]
+    evaluated = [row for row in history if "eval_tokens_per_step" in row]
+    _curves(losses, trained, "slot_losses", "slot {}", "cross entropy, nats")
+    for drafts in evaluated[0]["eval_tokens_per_step_by_drafts"] if evaluated else ():
+        values = [row["eval_tokens_per_step_by_drafts"][drafts] for row in evaluated]
+        steps.plot([row["step"] for row in evaluated], values, label=f"K={drafts}", marker=".")
+    steps.set(xlabel="step", ylabel="tokens per step, held out")
+    _curves(accepted, evaluated, "eval_acceptance_per_position", "{}", "accepted, held out")
+    for axes in (losses, steps, accepted):
+        axes.grid(alpha=0.3)
+        if axes.get_lines():
+            axes.legend(fontsize=7, ncols=2)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
+    return content.getvalue()
+
+
+def _curves(axes: Any, rows: Rows, field: str, label: str, title: str) -> None:
+    for index in range(len(rows[0][field]) if rows else 0):
+        values = [math.nan if row[field][index] is None else row[field][index] for row in rows]
+        axes.plot([row["step"] for row in rows], values, label=label.format(index))
+    axes.set(xlabel="step", ylabel=title)
+
+
+def model_card(config: SpecFormerConfig, provenance: dict[str, Any]) -> str:
+    """README.md of the head, in Markdown with the hub's metadata."""
+    target, name = provenance["target"], config.target_name_or_path
+    speculation = {
+        "method": "specformer",
+        "model": "HEAD",
+        "num_speculative_tokens": min(4, config.num_draft_slots),
+    }
+    about = (
+        f"A draft head for speculative decoding in vLLM with the plugin vllm-specformer: "
+        f"{_kind(config)}; {provenance['parameters']:,} parameters. It drafts K tokens in one "
+        "pass; output stays lossless, as vLLM verifies every draft. It fits this target only "
+        f"(fingerprint `{target['fingerprint'][:16]}`)."
+    )
+    return f"""---
+base_model: {name}
+library_name: vllm
+tags: [speculative-decoding, specformer, vllm-specformer]
+---
+# SpecFormer head of {name}
+
+{_filled(about)}
+
+```bash
+vllm serve {name} --speculative-config '{json.dumps(speculation)}'
+```
+
+## How it was trained
+{_training(provenance)}
+
+## Figures
+{_figures(provenance)}
+Acceptance depends on what the target is asked: measure on your own prompts before you rely on it.
+"""
+
+
+def _filled(text: str, **options: Any) -> str:
+    return textwrap.fill(text, _WIDTH, break_on_hyphens=False, break_long_words=False, **options)
+
+
+def _kind(config: SpecFormerConfig) -> str:
+    parts = [
+        f"{config.num_draft_slots} draft slots",
+        f"hooks at {list(config.aux_hidden_state_layer_ids)}",
+        f'"{config.slot_mask}" mask',
+        "bonus-token embedding" if config.use_bonus_embedding else "blind to the bonus token",
+    ]
+    if config.markov_rank:
+        parts.append(f"Markov term of rank {config.markov_rank}")
+    return ", ".join(parts)
+
+
+def _training(provenance: dict[str, Any]) -> str:
+    settings, data = provenance["settings"], provenance["data"]
+    sampled = data["sampled"] / max(1, data["conversations"])
+    batches = provenance["processes"] * settings["accumulate"]
+    size = f"up to {settings['batch_tokens']:,} tokens"
+    if settings["batch_size"]:
+        size = f"{settings['batch_size']} texts"
+    texts, result = provenance["texts"], provenance["result"]
+    items = {
+        "Data": f"{data['conversations']:,} conversations whose answers ({data['answer_tokens']:,} "
+        f"tokens) the target itself wrote (self-distillation), {sampled:.0%} of them sampled, the "
+        f"rest greedy; {texts['trained_on']:,} were trained on, cut at "
+        f"{settings['max_length']:,} tokens.",
+        "Steps": f"{result['steps']:,}, each of {batches} x {size}, {_anchors(settings)} anchors "
+        f"per text; {settings['optimizer']}, {provenance['dtype']}, seed {settings['seed']}.",
+        "Package": f"vllm-specformer {provenance['versions']['vllm-specformer']}. "
+        "`provenance.json` has all settings, versions and hashes, `log.csv` and `training.png` "
+        "the curves.",
+    }
+    return "\n".join(
+        _filled(f"- **{name}**: {text}", subsequent_indent="  ") for name, text in items.items()
+    )
+
+
+def _anchors(settings: dict[str, Any]) -> str:
+    return str(settings["anchors_per_text"] or "all")
+
+
+def _figures(provenance: dict[str, Any]) -> str:
+    best, texts = provenance["result"]["evaluation"], provenance["texts"]
+    if best is None:
+        return "Nothing was held out (`--eval-share 0`), so there are none.\n"
+    kind = "greedy" if texts["evaluated_greedy"] else "sampled"
+    rows = "\n".join(
+        f"| {k} | {value:.2f} |" for k, value in best["tokens_per_step_by_drafts"].items()
+    )
+    accepted = ", ".join(f"{x:.3f}" for x in best["acceptance_per_position"])
+    return f"""Replayed on {texts["evaluated"]} held-out {kind} answers; these are the weights of
+step {best["step"]}.
+
+| drafted tokens K | tokens per step, bonus included |
+|---|---|
+{rows}
+
+Accepted per position: {accepted}.
+"""

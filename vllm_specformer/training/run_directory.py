@@ -1,0 +1,201 @@
+"""The directory of a run: what it was begun with, its checkpoints, the best head so far.
+
+    run.json            settings, target and data it was begun with
+    log.jsonl, log.csv  what was measured while it trained
+    checkpoints/        the last checkpoint; removed when the run is complete
+    best/               the head with the best acceptance so far; likewise
+    config.json, model.safetensors, README.md, provenance.json, training.png: the result
+
+Everything appears whole or not at all, so a run may be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from vllm_specformer.data.files import DiskFullError, write_atomic
+from vllm_specformer.errors import SpecFormerError
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Less than this was left when a write failed: whatever the library says, the disk is full.
+_NOTHING_LEFT = 1 << 20
+
+
+class RunDiskFullError(DiskFullError):
+    """The disk is full; the message says what continuing would start from."""
+
+
+class DirectoryMismatchError(SpecFormerError):
+    """The directory was begun with something else; the message names the difference."""
+
+
+class RunDirectory:
+    """Paths and state of one run's directory. Only one process of a run may change it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
+        self.best_staging = path / ".best.partial"
+        self.staging = self.checkpoints / ".partial"
+        self.log = path / "log.jsonl"
+        self.provenance = path / "provenance.json"
+
+    def begin(self, record: dict[str, Any], versions: dict[str, str]) -> list[str]:
+        """Compare what the run is begun with to what the directory was begun with, or remember it.
+
+        Nothing is lost by beginning anew where no checkpoint was reached.
+
+        Returns:
+            What has another version now, so that results may differ in their last bits.
+
+        Raises:
+            DirectoryMismatchError: begun with something else, or the directory holds other things.
+        """
+        path = self.path / "run.json"
+        if path.exists() and (self.complete or self.last_checkpoint()):
+            begun = json.loads(path.read_text())
+            old = begun.pop("versions", {})
+            differences = _differences(begun, json.loads(json.dumps(record)))
+            if differences:
+                raise DirectoryMismatchError(
+                    f"--out {self.path} was begun with {'; '.join(differences)}; repeat what it "
+                    "was begun with, or choose another directory"
+                )
+            return [f"{n} {old[n]} -> {v}" for n, v in versions.items() if old.get(n, v) != v]
+        others = [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
+        if others and not path.exists():
+            raise DirectoryMismatchError(
+                f"--out {self.path} holds {min(others)!r} but no run.json; choose a directory "
+                "that is new, empty or of the same training"
+            )
+        self.clean_up()
+        content = json.dumps(record | {"versions": versions}, indent=2) + "\n"
+        write_atomic(path, content.encode())
+        return []
+
+    @property
+    def complete(self) -> bool:
+        """Whether the result is there. The provenance is written last."""
+        return self.provenance.exists()
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint; unfinished ones have another name."""
+        found = {}
+        for path in self.checkpoints.glob("checkpoint-*"):
+            if match := _CHECKPOINT.fullmatch(path.name):
+                found[int(match[1])] = path
+        return found[max(found)] if found else None
+
+    def clear_staging(self) -> None:
+        """Remove what a killed run left half written, and make room for the next checkpoint."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self.staging.mkdir(parents=True)
+
+    def publish_checkpoint(self) -> None:
+        """Give the finished checkpoint its name, then remove older ones."""
+        (finished,) = self.staging.iterdir()
+        publish(finished, self.checkpoints / finished.name)
+        shutil.rmtree(self.staging, ignore_errors=True)
+        for path in self.checkpoints.iterdir():
+            if path.name != finished.name:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def best_record(self) -> dict[str, Any] | None:
+        """Step and figures of the best head so far."""
+        path = self.best / "evaluation.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def keep_best(self, save: Callable[[Path], None], record: dict[str, Any]) -> None:
+        """Replace the best head by what `save` writes, with its figures."""
+        shutil.rmtree(self.best_staging, ignore_errors=True)
+        self.best_staging.mkdir()
+        save(self.best_staging)
+        content = json.dumps(record, indent=2) + "\n"
+        (self.best_staging / "evaluation.json").write_text(content)
+        publish(self.best_staging, self.best)
+
+    def clean_up(self) -> None:
+        """Remove what only a run in progress needs."""
+        for path in (self.checkpoints, self.best, self.best_staging):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def publish(source: Path, destination: Path) -> None:
+    """Rename a directory, its content safely on the disk, over another one.
+
+    Between the removal of the old one and the renaming a kill leaves `destination` missing; what
+    is published here is made again by continuing from the checkpoint.
+    """
+    for path in source.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(source)
+    if destination.exists():
+        shutil.rmtree(destination)
+    os.replace(source, destination)
+    _sync(destination.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(
+    directory: Path, what: str, safe: Callable[[], str], remove: Path
+) -> Iterator[None]:
+    """Turn a failed write into a message that says what is safe.
+
+    Libraries report a full disk in ways of their own; the space left tells.
+
+    Args:
+        what: what was being written.
+        safe: says what is whole on the disk, asked for when it is needed.
+        remove: what the failure leaves half written.
+
+    Raises:
+        RunDiskFullError: the disk is full.
+    """
+    try:
+        yield
+    except RunDiskFullError:
+        raise
+    except (OSError, RuntimeError, SafetensorError, DiskFullError) as error:
+        full = isinstance(error, OSError) and error.errno in _FULL
+        full = full or isinstance(error, DiskFullError)
+        full = full or "No space left" in str(error) or "os error 28" in str(error)
+        full = full or shutil.disk_usage(directory).free < _NOTHING_LEFT
+        shutil.rmtree(remove, ignore_errors=True)
+        if not full:
+            raise
+        raise RunDiskFullError(
+            f"the disk of {directory} is full, {what} could not be written. {safe()} Free some "
+            "space and give the same command again"
+        ) from error
+
+
+def _differences(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    found = []
+    for key in sorted(begun.keys() | now.keys()):
+        old, new = begun.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new)
+        elif old != new:
+            found.append(f"{key} {json.dumps(old)}, now {json.dumps(new)}")
+    return found

@@ -1,0 +1,219 @@
+"""What one can say to a training: every setting described once, checked, and kept with the result.
+
+The command line is made from these fields. All of them decide what comes out (apart from the paths,
+see `PLACES`), so a directory remembers them and a continued run must repeat them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_specformer.config import MAX_SLOTS
+from vllm_specformer.errors import SpecFormerError
+
+# They may move between the beginning of a run and its continuation.
+PLACES = ("target", "data", "out")
+SLOT_DECAY = 0.85
+COSINE_FLOOR = 0.02  # of the highest rate: 5e-4 falls to 1e-5, as in the paper
+DECAY_SHARE = 0.5  # of the steps of a trapezoid
+LEARNING_RATES = {"adamw": 5e-4, "muon": 0.02}
+
+
+class SettingsError(SpecFormerError):
+    """A setting is unusable; the message names it as it is written on the command line."""
+
+
+def _list(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+def _all(value: Any) -> Any:
+    return None if value == "all" else value
+
+
+IntList = Annotated[tuple[int, ...], BeforeValidator(_list)]
+
+
+class TrainSettings(BaseModel):
+    """One training. A field that is None is decided by the preset, the target or the machine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str = Field(description="Model the head is for: a directory or a name on the hub.")
+    data: str = Field(description="Directory that `specformer distill` wrote for this target.")
+    out: str = Field(description="Directory of the run; in the end it is the head.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a target on the hub.")
+    target_name: str | None = Field(
+        None, description="Where a served head finds its target; default: as in --target."
+    )
+    partial_data: bool = Field(
+        False, description="Train on what an unfinished distillation has written so far."
+    )
+
+    preset: Literal["default", "paper"] = Field("default", description="Kind of head.")
+    slots: int = Field(8, ge=1, le=MAX_SLOTS, description="K, tokens drafted in one pass.")
+    markov_rank: int | None = Field(
+        None, ge=0, description="Rank of the term that sees the previous draft; 0: none."
+    )
+    hooks: IntList | None = Field(
+        None, description="Hooked states in vLLM's numbering, as in 0,3,5,6; default: the paper's."
+    )
+    slot_mask: Literal["slots", "mixed"] | None = Field(
+        None, description="What slots see: each other, or the context too."
+    )
+    bonus_embedding: bool | None = Field(None, description="Whether slots see the bonus token.")
+    nested_slots: bool | None = Field(
+        None, description="Train with varying numbers of slots, so that any fewer can be served."
+    )
+    intermediate_size: int | None = Field(
+        None, gt=0, description="Width of the slots' feed-forward layer; default: the target's."
+    )
+
+    epochs: int = Field(3, ge=1, description="Times through the data.")
+    max_steps: int | None = Field(None, ge=1, description="Steps; takes the place of --epochs.")
+    batch_tokens: int = Field(
+        4096, ge=1, description="Tokens in one batch of one process, several texts to a row."
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="Texts in a batch, one to a row; takes the place of --batch-tokens."
+    )
+    max_length: int = Field(2048, ge=4, description="Longer texts are cut.")
+    accumulate: int = Field(1, ge=1, description="Batches per process and step.")
+    anchors_per_text: Annotated[int | None, BeforeValidator(_all)] = Field(
+        32, ge=1, description="Positions drawn from a text at which the head drafts; or 'all'."
+    )
+
+    optimizer: Literal["muon", "adamw"] = Field(
+        "muon", description="Muon for matrices with AdamW for the rest, or AdamW (the paper)."
+    )
+    learning_rate: float | None = Field(
+        None, gt=0, description="Highest rate; default: 0.02 for muon, 5e-4 for adamw."
+    )
+    vector_learning_rate: float | None = Field(
+        None, gt=0, description="With muon, of vectors and tables; default: a tenth of the other."
+    )
+    weight_decay: float = Field(0.01, ge=0, description="Of matrices.")
+    scheduler: Literal["trapezoid", "cosine", "linear", "constant"] | None = Field(
+        None, description="Shape of the rate over time; default: trapezoid, cosine for adamw."
+    )
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps that warm up.")
+    clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+
+    slot_weights: str = Field(
+        "decay", description="'decay' (0.85**i), 'uniform', or one number per slot, as in 1,1,0.5."
+    )
+    slot_counts: IntList | None = Field(
+        None, description="Numbers of slots drawn from in each step; default for 8: 2,4,4,8."
+    )
+    kl_weight: float = Field(
+        0.0, ge=0, le=1, description="Share of the divergence from the target's distribution."
+    )
+
+    eval_share: float = Field(0.05, ge=0, lt=1, description="Share of the texts held out.")
+    eval_texts: int = Field(64, ge=1, description="Most held-out texts evaluated.")
+    eval_every: int | None = Field(
+        None, ge=1, description="Steps between evaluations; default: 10 in a run."
+    )
+    save_every: int | None = Field(
+        None, ge=1, description="Steps between checkpoints; default: at each evaluation."
+    )
+    log_every: int = Field(10, ge=1, description="Steps between lines of the log.")
+
+    seed: int = Field(0, ge=0, description="Decides all draws.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="Arithmetic; auto: bfloat16 on a GPU, float32 on a CPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
+    memory: int | None = Field(
+        None, ge=1, description="MiB for logits and slots; default: 2048 on a GPU, 256 on a CPU."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSettings:
+        self.weights()
+        if self.slot_counts is not None:
+            _within("--slot-counts", self.slot_counts, self.slots)
+        return self
+
+    def weights(self) -> tuple[float, ...]:
+        """One weight per slot.
+
+        Raises:
+            ValueError: the list has another length or holds what is no weight.
+        """
+        if self.slot_weights == "decay":
+            return tuple(SLOT_DECAY**slot for slot in range(self.slots))
+        if self.slot_weights == "uniform":
+            return (1.0,) * self.slots
+        try:
+            weights = tuple(float(part) for part in self.slot_weights.split(","))
+        except ValueError:
+            weights = ()
+        usable = all(math.isfinite(w) and w >= 0 for w in weights) and any(weights[:1])
+        if len(weights) != self.slots or not usable:
+            raise ValueError(
+                f"--slot-weights {self.slot_weights}: expected 'decay', 'uniform' or "
+                f"{self.slots} numbers (one per slot) from 0 on, the first above 0"
+            )
+        return weights
+
+    def counts(self, nested: bool) -> tuple[int, ...]:
+        """Numbers of slots that a step may run."""
+        if not nested:
+            return (self.slots,)
+        half, quarter = max(1, self.slots // 2), max(1, self.slots // 4)
+        return self.slot_counts or (quarter, half, half, self.slots)
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate."""
+        return self.learning_rate or LEARNING_RATES[self.optimizer]
+
+    @property
+    def shape(self) -> str:
+        """The scheduler in force."""
+        return self.scheduler or ("trapezoid" if self.optimizer == "muon" else "cosine")
+
+    def head_fields(self) -> dict[str, Any]:
+        """Fields of the head's configuration that differ from the preset's."""
+        fields = {
+            "num_draft_slots": self.slots,
+            "markov_rank": self.markov_rank,
+            "aux_hidden_state_layer_ids": self.hooks,
+            "slot_mask": self.slot_mask,
+            "use_bonus_embedding": self.bonus_embedding,
+            "nested_slots": self.nested_slots,
+            "intermediate_size": self.intermediate_size,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    @classmethod
+    def read(cls, **values: Any) -> TrainSettings:
+        """Settings from the command line's values.
+
+        Raises:
+            SettingsError: the first that is unusable.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            item = error.errors()[0]
+            message = item["msg"].removeprefix("Value error, ")
+            if item["loc"]:
+                message = f"{option(str(item['loc'][0]))} {item['input']}: {message}"
+            raise SettingsError(message) from None
+
+
+def option(field: str) -> str:
+    """A field as it is written on the command line."""
+    return "--" + field.replace("_", "-")
+
+
+def _within(name: str, counts: tuple[int, ...], slots: int) -> None:
+    if not counts or min(counts) < 1 or max(counts) > slots:
+        raise ValueError(
+            f"{name} {','.join(map(str, counts))}: expected numbers from 1 to {slots} (--slots)"
+        )
