@@ -96,12 +96,20 @@ def interrupt(patch: pytest.MonkeyPatch, where: Any, name: str, call: int) -> No
 # --- killed ---
 
 
-def run_until(line: list[str], reached: Callable[[], bool]) -> None:
-    """Start the command in a process of its own and kill it as soon as something is there."""
-    module = [sys.executable, "-m", "vllm_specformer.cli.main", *line]
-    process = subprocess.Popen(
-        module, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+def start(line: list[str]) -> subprocess.Popen[bytes]:
+    """The command in a process of its own, where sums are rounded alike: one thread, and none of
+    the settings that other tests have left in this one."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "vllm_specformer.cli.main", *line],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
+
+
+def run_until(line: list[str], reached: Callable[[], bool]) -> None:
+    """Start the command and kill it as soon as something is there."""
+    process = start(line)
     deadline = time.monotonic() + 120
     while not reached():
         assert process.poll() is None, "the run ended before it was killed"
@@ -117,36 +125,26 @@ def logged(out: Path, step: int) -> bool:
 
 
 def test_kill_and_continue(pair: Path, tmp_path: Path) -> None:
-    """SIGKILL, twice; the uninterrupted run has one thread too, so sums are rounded alike."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        train(pair, tmp_path / "whole", **LONG)
-        out = tmp_path / "out"
-        run_until(
-            command(pair, out, **LONG), lambda: (out / "checkpoints" / "checkpoint-10").exists()
-        )
-        assert not (out / "model.safetensors").exists()
-        run_until(command(pair, out, **LONG), lambda: logged(out, 26))
-        train(pair, out, **LONG)
-    finally:
-        torch.set_num_threads(threads)
-    assert_same(out, tmp_path / "whole")
+    """SIGKILL, twice."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    undisturbed = start(command(pair, whole, **LONG))
+    line = command(pair, out, **LONG)
+    run_until(line, lambda: (out / "checkpoints" / "checkpoint-10").exists())
+    assert not (out / "model.safetensors").exists()
+    run_until(line, lambda: logged(out, 26))
+    assert start(line).wait() == undisturbed.wait() == 0
+    assert_same(out, whole)
 
 
 @pytest.mark.slow
 def test_kill_at_many_moments(pair: Path, tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        train(pair, tmp_path / "whole", **LONG)
-        out = tmp_path / "out"
-        for step in range(3, 60, 7):
-            run_until(command(pair, out, **LONG), lambda step=step: logged(out, step - step % 2))
-        train(pair, out, **LONG)
-    finally:
-        torch.set_num_threads(threads)
-    assert_same(out, tmp_path / "whole")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    undisturbed = start(command(pair, whole, **LONG))
+    line = command(pair, out, **LONG)
+    for step in range(3, 60, 7):
+        run_until(line, lambda step=step: logged(out, step - step % 2))
+    assert start(line).wait() == undisturbed.wait() == 0
+    assert_same(out, whole)
 
 
 WRITES = [

@@ -81,6 +81,7 @@ def train(settings: TrainSettings, quiet: bool = False) -> Path:
             if processes.is_main_process:
                 directory.clean_up()
                 _say(f"{out} is complete: nothing to do")
+            _leave(processes)
             return out
         if not processes.is_main_process:
             transformers.utils.logging.disable_progress_bar()
@@ -93,7 +94,15 @@ def train(settings: TrainSettings, quiet: bool = False) -> Path:
             ) from None
         if processes.is_main_process:
             _say(f"{out} holds the head; README.md says how it did and how to serve it")
+    _leave(processes)
     return out
+
+
+def _leave(processes: PartialState) -> None:
+    """Wait for the others and close the group: its threads must not outlive the interpreter."""
+    if processes.num_processes > 1:
+        processes.wait_for_everyone()
+        processes.destroy_process_group()
 
 
 def _run(inputs: Inputs, directory: RunDirectory, main: bool, quiet: bool) -> None:
