@@ -1,7 +1,7 @@
-"""Two repairs of vLLM's CPU build, without which sampling under speculation fails there.
+"""Three repairs of vLLM's CPU build, without which sampling fails there.
 
-Both defects are in vLLM 0.32 and 0.33, with every speculative method; its GPU kernels are not
-concerned.
+The defects are in vLLM 0.32 and 0.33; its GPU kernels are not concerned. The first two come with
+every speculative method, the third without any, too.
 
 `_expand_kernel_impl`, which spreads a request's temperature, top-k and top-p over its draft rows,
 hands the C++ kernel an int64 COPY of the result tensor, so nothing arrives in a float or int32 one.
@@ -10,6 +10,10 @@ batch with sampled ones suffer as well.
 
 `apply_top_k_only` takes the maximum of an empty tensor in a step without any draft rows, such as
 the first one of a request: a request with top-k and without top-p ends the engine.
+
+`_bookkeeping_sync` takes back the noise of rows whose sample is thrown away, those of a prompt that
+is not yet computed to its end, by moving their generator's offset. A CPU generator has none: a
+request with a seed and a prompt computed in two steps ends the engine.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import functools
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -56,3 +61,38 @@ def repair_top_k(module: ModuleType) -> None:
         return original(logits, k) if len(logits) else logits
 
     vars(module)["apply_top_k_only"] = apply_top_k_only
+
+
+def repair_generators(module: ModuleType) -> None:
+    """Let `CPUModelRunner` of `vllm.v1.worker.cpu_model_runner` take noise back, by state."""
+    runner = getattr(module, "CPUModelRunner", None)
+    if runner is None or "_bookkeeping_sync" in vars(runner):
+        return
+    sample, bookkeep = runner._sample, runner._bookkeeping_sync
+
+    @functools.wraps(sample)
+    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+        states = {generator: generator.get_state() for _, generator in _discarded(self)}
+        result = sample(self, *args, **kwargs)
+        for generator, state in states.items():
+            generator.set_state(state)
+        return result
+
+    @functools.wraps(bookkeep)
+    def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generators, hidden = self.input_batch.generators, dict(_discarded(self))
+        for row in hidden:
+            del generators[row]
+        try:
+            return bookkeep(self, *args, **kwargs)
+        finally:
+            generators.update(hidden)
+
+    runner._sample, runner._bookkeeping_sync = _sample, _bookkeeping_sync
+
+
+def _discarded(runner: Any) -> list[tuple[int, torch.Generator]]:
+    """Rows whose sample will be thrown away, with their generators."""
+    generators = runner.input_batch.generators
+    rows = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0]
+    return [(int(row), generators[int(row)]) for row in rows if int(row) in generators]

@@ -166,6 +166,7 @@ def _construct_ours(base: type, replaced: _Replaced) -> None:
 _REPAIRS = {
     "vllm.utils.cpu_triton_utils": "repair_expand",
     "vllm.v1.sample.ops.topk_topp_sampler": "repair_top_k",
+    "vllm.v1.worker.cpu_model_runner": "repair_generators",
 }
 
 
@@ -256,6 +257,13 @@ LEDGER: tuple[Patch, ...] = (
         reason="a step without draft rows ends the engine when a request sets top-k on the CPU "
         "build, with any speculation (see engine/cpu_sampling.py)",
         guard="acts on empty logits only, which the original cannot take; wrapped once",
+        apply=_install_dispatch,
+    ),
+    Patch(
+        target="vllm.v1.worker.cpu_model_runner.CPUModelRunner._sample, ._bookkeeping_sync",
+        reason="a seeded request whose prompt takes two steps ends the engine on the CPU build, "
+        "with or without speculation (see engine/cpu_sampling.py)",
+        guard="the CPU's runner alone; acts on rows whose sample is thrown away, wrapped once",
         apply=_install_dispatch,
     ),
 )

@@ -255,6 +255,15 @@ RUNNER_V2: tuple[Reliance, ...] = (
         "repaired on a CPU",
         "logits k",
     ),
+    Reliance("vllm.v1.worker.cpu_model_runner:CPUModelRunner", CPU_SAMPLING, "repaired", CLASS),
+    call(
+        f"{_RUNNER_V1}._bookkeeping_sync",
+        CPU_SAMPLING,
+        "repaired on a CPU",
+        "scheduler_output sampler_output logits hidden_states num_scheduled_tokens",
+    ),
+    call(f"{_RUNNER_V1}._sample", CPU_SAMPLING, "repaired on a CPU", "logits spec_decode_metadata"),
+    *members(_RUNNER_V1, CPU_SAMPLING, "which samples are thrown away", "discard_request_mask"),
 )
 
 _SAMPLER_V2 = "vllm.v1.worker.gpu.sample.sampler:Sampler"

@@ -1,4 +1,4 @@
-"""The two repairs of vLLM's CPU sampling do what the kernels they stand in for are to do."""
+"""The repairs of vLLM's CPU sampling do what the kernels they stand in for are to do."""
 
 from __future__ import annotations
 
@@ -6,22 +6,37 @@ import sys
 
 import pytest
 import torch
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
 
-from .engines import drafting, engine, prompts
+from .engines import Job, drafting, engine, prompts, token_ids
 
 SUMS = torch.tensor([2, 2, 5], dtype=torch.int32)  # two rows, none, three
 
 
+SEEDED = SamplingParams(temperature=1, seed=11, max_tokens=12)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _an_engine_has_run() -> None:
+def seeded_text() -> list[list[tuple[int, ...]]]:
     """vLLM puts its CPU kernels in place when a worker starts; a request with top-k survives."""
     with engine(drafting(4)) as llm:
         params = SamplingParams(temperature=1, top_k=5, max_tokens=3)
         (output,) = llm.generate(list(prompts()[:1]), params, use_tqdm=False)
         assert output.outputs[0].token_ids
+        return seeded(llm)
+
+
+def seeded(llm: LLM) -> list[list[tuple[int, ...]]]:
+    """One after the other, so that both engines verify the same number of drafts in every step."""
+    return [token_ids(Job([prompt], SEEDED).run(llm))[0] for prompt in prompts()[:4]]
+
+
+def test_a_seeded_prompt_in_several_steps(seeded_text: list[list[tuple[int, ...]]]) -> None:
+    """The noise of samples that are thrown away is not used up: the text is the same."""
+    with engine(drafting(4), max_num_batched_tokens=16, max_num_seqs=4) as llm:
+        assert seeded(llm) == seeded_text
 
 
 @pytest.mark.parametrize(
