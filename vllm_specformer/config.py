@@ -20,6 +20,7 @@ ARCHITECTURE = "SpecFormerDraftModel"
 SPECULATORS_TYPE = "specformer"
 FORMAT_VERSION = "1"
 MAX_SLOTS = 64
+MAX_SLOT_LAYERS = 8
 MIN_TARGET_LAYERS = 4
 
 # Written by Transformers or the speculators format itself; they carry no choice of ours.
@@ -52,7 +53,10 @@ class HeadConfigError(ValueError):
 
 
 class HeadFields(BaseModel):
-    """All choices that define a head. `H` is the hidden size, `K` the number of draft slots."""
+    """All choices that define a head. `H` is the hidden size, `K` the number of draft slots.
+
+    A field with a default may be absent from files; it is always written.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=False, frozen=True)
 
@@ -81,6 +85,13 @@ class HeadFields(BaseModel):
     )
     use_bonus_embedding: bool = Field(
         description="Condition the slots on the sampled (bonus) token's embedding."
+    )
+    num_slot_layers: int = Field(
+        1,  # heads written before the field was there have one
+        ge=1,
+        le=MAX_SLOT_LAYERS,
+        description="Layers of slot attention and SwiGLU. Under the mixed mask all of them read "
+        "the one context K/V of the head; queries, and the slots' own K/V, are each layer's.",
     )
     slot_mask: Literal["slots", "mixed"] = Field(
         description="What a slot attends to: the other slots only (the paper), or the whole "

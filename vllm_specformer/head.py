@@ -12,7 +12,7 @@ head drafts: token `t+1` is the bonus token the target has just sampled, slot `i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,21 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(gate) * up)
 
 
+class SlotLayer(nn.Module):
+    """Weights of one layer over the slots: attention and SwiGLU, both pre-norm and residual."""
+
+    def __init__(self, config: SpecFormerConfig) -> None:
+        super().__init__()
+        self.slot_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.slot_attn = Projections(config)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
+
+
+# Query, key and value of the slots -> what the slots' attention gives, shaped as the query.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 def rotary_table(positions: int, head_dim: int, theta: float) -> Tensor:
     """Cosines and sines of every position, float32 [positions, head_dim]: cos first, then sin."""
     inverse = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
@@ -131,10 +146,12 @@ class SpecFormerHead(PreTrainedModel):
         if config.use_bonus_embedding:
             self.bonus_norm = RMSNorm(size, eps)
             self.bonus_proj = nn.Linear(size, size, bias=False)
-        self.slot_norm = RMSNorm(size, eps)
-        self.slot_attn = Projections(config)
-        self.ffn_norm = RMSNorm(size, eps)
-        self.ffn = SwiGLU(size, config.intermediate_size)
+        first, *more = (SlotLayer(config) for _ in range(config.num_slot_layers))
+        # The first layer's parts are the head's own: that is what a file of weights calls them.
+        for name, part in first.named_children():
+            self.add_module(name, part)
+        self.more_slot_layers = nn.ModuleList(more)
+        self.slot_layers = (first, *more)  # a tuple: nothing is registered twice
         if config.markov_rank:
             self.markov_embed = nn.Embedding(config.vocab_size, config.markov_rank)
             self.markov_lm_head = nn.Linear(config.markov_rank, config.vocab_size, bias=False)
@@ -209,23 +226,38 @@ class SpecFormerHead(PreTrainedModel):
             slots = F.linear(normed, proj.weight[:rows], proj.bias[:rows])
         return slots.unflatten(-1, (num_slots, -1))
 
-    def slot_qkv(self, slots: Tensor, anchor_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Slots [..., K, H] -> query, key, value [..., K, heads, D].
+    def run_slots(self, slots: Tensor, anchor_positions: Tensor, attend: Attend) -> Tensor:
+        """All slot layers: [..., K, H] -> slot states [..., K, H], before the final norm.
+
+        Args:
+            attend: one softmax over the slots and, under the mixed mask, the context too. Its keys
+                and values are the same in every layer, those of `context_qkv`: further layers cost
+                no cache and no context rows.
+        """
+        for layer in self.slot_layers:
+            attended = attend(*self.slot_qkv(layer, slots, anchor_positions))
+            slots = self.finish(layer, slots, attended)
+        return slots
+
+    def slot_qkv(
+        self, layer: SlotLayer, slots: Tensor, anchor_positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots [..., K, H] -> a layer's query, key, value [..., K, heads, D].
 
         Under the mixed mask slot `i` stands at position `t+1+i`, as a decoder that predicts token
         `t+2+i` would; the paper's slots carry no rotary position.
         """
-        normed = self.slot_norm(slots)
+        normed = layer.slot_norm(slots)
         if not self.mixed:
-            return self.slot_attn(normed)
+            return layer.slot_attn(normed)
         offsets = torch.arange(1, slots.shape[-2] + 1, device=slots.device)
         table = self.rotary(slots.device)
-        return self.slot_attn(normed, table, anchor_positions.unsqueeze(-1) + offsets)
+        return layer.slot_attn(normed, table, anchor_positions.unsqueeze(-1) + offsets)
 
-    def finish(self, slots: Tensor, attended: Tensor) -> Tensor:
-        """Slots and their attention output -> slot states [..., K, H], before the final norm."""
-        slots = slots + self.slot_attn.output(attended)
-        return slots + self.ffn(self.ffn_norm(slots))
+    def finish(self, layer: SlotLayer, slots: Tensor, attended: Tensor) -> Tensor:
+        """Slots and their attention output in a layer -> the layer's result [..., K, H]."""
+        slots = slots + layer.slot_attn.output(attended)
+        return slots + layer.ffn(layer.ffn_norm(slots))
 
     def markov_logits(self, previous_tokens: Tensor) -> Tensor:
         """Low-rank term `U[x_{i-1}] V` of the tokens one slot earlier: int64 [...] -> [..., V]."""
@@ -261,12 +293,13 @@ class SpecFormerHead(PreTrainedModel):
         attended = self._attend(query.unsqueeze(2), key, value, visible)
         num_slots = num_slots or self.config.num_draft_slots
         slots = self.expand(anchor, attended.squeeze(2), bonus_embeds, num_slots)
-        query, own_key, own_value = self.slot_qkv(slots, anchors)
+        return self.run_slots(slots, anchors, self._attend_slots(key, value, visible))
+
+    def _attend_slots(self, key: Tensor, value: Tensor, visible: Tensor) -> Attend:
+        """The slots' attention, given the context's K/V and what each anchor sees of it."""
         if self.mixed:
-            attended = self._attend(query, key, value, visible, own_key, own_value)
-        else:
-            attended = self._attend(query, own_key=own_key, own_value=own_value)
-        return self.finish(slots, attended)
+            return lambda query, *own: self._attend(query, key, value, visible, *own)
+        return lambda query, *own: self._attend(query, None, None, None, *own)
 
     def _attend(
         self,

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, Qwen3Config
 
 from vllm_specformer.config import (
     ARCHITECTURE,
+    MAX_SLOT_LAYERS,
     MAX_SLOTS,
     HeadConfigError,
     HeadFields,
@@ -85,7 +86,9 @@ def test_shallow_target_is_refused(layers: int) -> None:
         SpecFormerConfig.preset("default", target(num_hidden_layers=layers), "t")
 
 
-@pytest.mark.parametrize("changes", [{}, {"markov_rank": 4, "num_draft_slots": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"markov_rank": 4, "num_draft_slots": 1, "num_slot_layers": 2}]
+)
 def test_survives_saving(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = head(**changes)
     config.save_pretrained(tmp_path)
@@ -116,6 +119,8 @@ def test_file_states_every_field_once(tmp_path: Path) -> None:
         ({"num_key_value_heads": 3}, r"num_key_value_heads=3 must divide num_attention_heads=4"),
         ({"slot_mask": "causal"}, r"'slot_mask' with value 'causal'.*'slots' or 'mixed'"),
         ({"markov_rank": -1}, r"'markov_rank' with value -1"),
+        ({"num_slot_layers": 0}, r"'num_slot_layers' with value 0"),
+        ({"num_slot_layers": MAX_SLOT_LAYERS + 1}, r"'num_slot_layers' with value 9"),
         ({"rope_theta": 0}, r"'rope_theta' with value 0"),
         ({"aux_hidden_state_layer_ids": []}, r"'aux_hidden_state_layer_ids' with value \[\]"),
         (
@@ -134,12 +139,22 @@ def test_bad_field_is_named(changes: dict[str, Any], message: str) -> None:
         head(**changes)
 
 
-@pytest.mark.parametrize("name", sorted(HeadFields.model_fields))
+OPTIONAL = {name for name, field in HeadFields.model_fields.items() if not field.is_required()}
+
+
+@pytest.mark.parametrize("name", sorted(HeadFields.model_fields.keys() - OPTIONAL))
 def test_missing_field_is_named(name: str) -> None:
     fields = fields_of(head())
     del fields[name]
     with pytest.raises(HeadConfigError, match=f"field '{name}' is missing; add it"):
         SpecFormerConfig(**fields)
+
+
+def test_files_without_later_fields_are_read(tmp_path: Path) -> None:
+    """Heads written before a field was there are what they were."""
+    assert {"num_slot_layers"} == OPTIONAL
+    config = read_config(edited(tmp_path, **dict.fromkeys(OPTIONAL)))
+    assert fields_of(config) == fields_of(head())
 
 
 def edited(tmp_path: Path, **changes: Any) -> Path:

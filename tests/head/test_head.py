@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_specformer.config import SpecFormerConfig
-from vllm_specformer.head import SpecFormerHead, rotary_table, rotate
+from vllm_specformer.head import Attend, SpecFormerHead, rotary_table, rotate
 
 SIZE, VOCAB, LENGTH, BATCH = 16, 23, 9, 2
 KINDS = {
@@ -23,6 +24,16 @@ KINDS = {
         "slot_mask": "mixed",
         "num_draft_slots": 7,
         "num_key_value_heads": 1,
+    },
+    "default-two-slot-layers": {
+        "use_bonus_embedding": True,
+        "slot_mask": "mixed",
+        "num_slot_layers": 2,
+    },
+    "paper-three-slot-layers": {
+        "use_bonus_embedding": False,
+        "slot_mask": "slots",
+        "num_slot_layers": 3,
     },
 }
 
@@ -102,12 +113,15 @@ def separate(head: SpecFormerHead) -> dict[str, Tensor]:
     config, weights = head.config, dict(head.named_parameters())
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     rows = [heads * config.head_dim, kv_heads * config.head_dim, kv_heads * config.head_dim]
-    for name in ("context_attn", "slot_attn"):
-        parts = weights.pop(f"{name}.qkv_proj.weight").split(rows)
+    for name in [n for n in weights if n.endswith("qkv_proj.weight")]:
+        parts = weights.pop(name).split(rows)
         for part, letter in zip(parts, "qkv", strict=True):
-            weights[f"{name}.{letter}_proj.weight"] = part
-    gate, up = weights.pop("ffn.gate_up_proj.weight").chunk(2)
-    return weights | {"ffn.gate_proj.weight": gate, "ffn.up_proj.weight": up}
+            weights[name.replace("qkv_proj", f"{letter}_proj")] = part
+    for name in [n for n in weights if n.endswith("gate_up_proj.weight")]:
+        gate, up = weights.pop(name).chunk(2)
+        weights[name.replace("gate_up", "gate")] = gate
+        weights[name.replace("gate_up", "up")] = up
+    return weights
 
 
 def naive(
@@ -138,26 +152,28 @@ def naive(
         hidden = hidden + w["bonus_proj.weight"] @ norm(bonus, w["bonus_norm.weight"], eps)
     opened = w["positional_proj.weight"] @ norm(hidden, w["positional_norm.weight"], eps)
     slots = list((opened + w["positional_proj.bias"]).view(config.num_draft_slots, -1))[:count]
-
-    queries, own_keys, own_values = [], [], []
-    for index, slot in enumerate(slots):
-        x = norm(slot, w["slot_norm.weight"], eps)
-        q, k = heads(x, "slot_attn.q_proj.weight"), heads(x, "slot_attn.k_proj.weight")
+    for layer in range(config.num_slot_layers):
+        at = f"more_slot_layers.{layer - 1}." if layer else ""
+        queries, own_keys, own_values = [], [], []
+        for index, slot in enumerate(slots):
+            x = norm(slot, w[f"{at}slot_norm.weight"], eps)
+            q, k, v = (heads(x, f"{at}slot_attn.{letter}_proj.weight") for letter in "qkv")
+            if config.slot_mask == "mixed":
+                q, k = rotated(q, anchor + 1 + index), rotated(k, anchor + 1 + index)
+            queries.append(q)
+            own_keys.append(k)
+            own_values.append(v)
         if config.slot_mask == "mixed":
-            q, k = rotated(q, anchor + 1 + index), rotated(k, anchor + 1 + index)
-        queries.append(q)
-        own_keys.append(k)
-        own_values.append(heads(x, "slot_attn.v_proj.weight"))
-    if config.slot_mask == "mixed":
-        own_keys, own_values = keys + own_keys, values + own_values
-    out = []
-    for slot, q in zip(slots, queries, strict=True):
-        y = slot + w["slot_attn.o_proj.weight"] @ attention(q, own_keys, own_values)
-        x = norm(y, w["ffn_norm.weight"], eps)
-        gate = w["ffn.gate_proj.weight"] @ x
-        inner = gate * torch.sigmoid(gate) * (w["ffn.up_proj.weight"] @ x)
-        out.append(y + w["ffn.down_proj.weight"] @ inner)
-    return torch.stack(out)
+            own_keys, own_values = keys + own_keys, values + own_values
+        out = []
+        for slot, q in zip(slots, queries, strict=True):
+            y = slot + w[f"{at}slot_attn.o_proj.weight"] @ attention(q, own_keys, own_values)
+            x = norm(y, w[f"{at}ffn_norm.weight"], eps)
+            gate = w[f"{at}ffn.gate_proj.weight"] @ x
+            inner = gate * torch.sigmoid(gate) * (w[f"{at}ffn.up_proj.weight"] @ x)
+            out.append(y + w[f"{at}ffn.down_proj.weight"] @ inner)
+        slots = out
+    return torch.stack(slots)
 
 
 @torch.no_grad()
@@ -224,12 +240,15 @@ def test_anchors_and_sequences_do_not_mix(head: SpecFormerHead) -> None:
             torch.testing.assert_close(alone[0, 0], together[b, a])
 
 
+def attend_each_other(head: SpecFormerHead) -> Attend:
+    return lambda query, *own: head._attend(query, None, None, None, *own)
+
+
 def test_every_slot_sees_every_slot() -> None:
     for kind in ("paper", "default"):
         head = make(**KINDS[kind])
         slots = torch.randn(1, 1, 3, SIZE, dtype=torch.double, requires_grad=True)
-        query, key, value = head.slot_qkv(slots, torch.tensor([[2]]))
-        out = head.finish(slots, head._attend(query, own_key=key, own_value=value))
+        out = head.run_slots(slots, torch.tensor([[2]]), attend_each_other(head))
         for slot in range(3):
             (grad,) = torch.autograd.grad(out[0, 0, slot].pow(2).sum(), slots, retain_graph=True)
             assert (grad[0, 0].abs().sum(-1) > 0).all()
@@ -327,9 +346,11 @@ def test_markov_term_starts_at_zero() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("markov_rank", [0, 4])
-def test_survives_saving(tmp_path: Path, markov_rank: int) -> None:
-    head = make(markov_rank=markov_rank).float()
+@pytest.mark.parametrize(
+    "changes", [{}, {"markov_rank": 4}, {"num_slot_layers": 3}], ids=lambda changes: str(changes)
+)
+def test_survives_saving(tmp_path: Path, changes: dict[str, Any]) -> None:
+    head = make(**changes).float()
     head.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     loaded = SpecFormerHead.from_pretrained(tmp_path)
@@ -337,3 +358,18 @@ def test_survives_saving(tmp_path: Path, markov_rank: int) -> None:
     states, anchors, bonus = inputs(head)
     arguments = [s.float() for s in states], anchors, bonus.float()
     assert torch.equal(loaded(*arguments), head(*arguments))
+
+
+@torch.no_grad()
+def test_further_slot_layers_only_add_names(tmp_path: Path) -> None:
+    """A file of a head with one layer, from before there could be more, is read as it was."""
+    one, two = (make(num_slot_layers=number).state_dict().keys() for number in (1, 2))
+    assert {name.split(".")[0] for name in two - one} == {"more_slot_layers"}
+    head = make().float()
+    head.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("num_slot_layers") == 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = SpecFormerHead.from_pretrained(tmp_path)
+    assert loaded.config.num_slot_layers == 1
+    assert loaded.state_dict().keys() == one

@@ -101,7 +101,8 @@ def check(
     if is_alone:
         alone = context.attend(rows[0], 0.25)
         assert_close(alone, from_reference(rows, cache, table, lens, sees_block=False))
-    context.append(rows[1], rows[2])
+    context.append(rows[2], rows[1])
+    context.append(rows[1], rows[2])  # a second slot layer's take the place of the first one's
     both = context.attend(rows[0], 0.25)
     assert_close(both, from_reference(rows, cache, table, lens, sees_block=True))
     assert torch.equal(cache.nan_to_num(), before.nan_to_num()), "the pages were written to"

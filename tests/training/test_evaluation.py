@@ -21,7 +21,7 @@ from vllm_specformer.training.texts import Texts
 
 SLOTS = 5
 KINDS = {
-    "nested": {"markov_rank": 4},
+    "nested": {"markov_rank": 4, "num_slot_layers": 2},
     "whole": {"nested_slots": False},
     "paper": {"slot_mask": "slots", "use_bonus_embedding": False, "nested_slots": False},
 }

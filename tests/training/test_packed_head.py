@@ -24,6 +24,7 @@ SMALL = 20_000  # bytes: about one anchor at a time
 KINDS = {
     "default": {},
     "markov": {"markov_rank": 4},
+    "two-slot-layers": {"num_slot_layers": 2},
     "paper": {"slot_mask": "slots", "use_bonus_embedding": False, "nested_slots": False},
 }
 

@@ -104,6 +104,7 @@ def test_the_same_seed_gives_the_same_head(pair: Path, finished: Path, tmp_path:
         {"dtype": "bfloat16", "hooks": "0,1,4", "nested_slots": False, "eval_share": 0},
         {"accumulate": 2, "scheduler": "linear", "max_length": 16, "memory": 1},
         {"scheduler": "constant", "slot_counts": "1,3", "target_name": "somewhere/else"},
+        {"slot_layers": 2, "optimizer": "adamw"},
     ],
     ids=lambda changes: ",".join(changes),
 )
@@ -114,6 +115,9 @@ def test_settings(pair: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     assert config.use_bonus_embedding is (changes.get("preset") != "paper")
     if "hooks" in changes:
         assert config.aux_hidden_state_layer_ids == [0, 1, 4]
+    assert config.num_slot_layers == changes.get("slot_layers", 1)
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert ("2 slot layers" in card) is ("slot_layers" in changes)
     if "eval_share" in changes:
         assert provenance["result"]["evaluation"] is None
     if "target_name" in changes:

@@ -209,7 +209,10 @@ class DraftAttention(nn.Module, AttentionLayerBase):
 
 
 class DraftContext(Protocol):
-    """One step's context, attended to by the anchors first and by the slots afterwards."""
+    """One step's context, attended to by the anchors first and by the slots afterwards.
+
+    The slots attend once in every slot layer, with other K/V of their own each time.
+    """
 
     def anchors(self, query: Tensor) -> Tensor:
         """Anchor rows [R, heads, D] over their context, themselves included: [R, heads, D]."""

@@ -136,8 +136,8 @@ class SpecFormerDraftModel(nn.Module):
         attended = context.anchors(queries)
         bonus = self._target["embed"](bonus_tokens) if self.config.use_bonus_embedding else None
         slots = head.expand(anchors, attended, bonus, num_slots)
-        attended = context.slots(*head.slot_qkv(slots, positions), head.mixed)
-        slots = head.finish(slots, attended)[:, :num_tokens]
+        slots = head.run_slots(slots, positions, partial(context.slots, mixed=head.mixed))
+        slots = slots[:, :num_tokens]
         return self._target["norm"](slots.flatten(0, 1)).view_as(slots)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:

@@ -143,12 +143,8 @@ class PackedHead(SpecFormerHead):
         if self.config.use_bonus_embedding:
             bonus = target.embed(rows.bonus_tokens[:, part])
         slots = self.expand(context.anchor[:, part], attended.squeeze(2), bonus, num_slots)
-        query, own_key, own_value = self.slot_qkv(slots, rows.at(rows.position_ids, anchors))
-        if self.mixed:
-            attended = self._attend(query, context.key, context.value, visible, own_key, own_value)
-        else:
-            attended = self._attend(query, own_key=own_key, own_value=own_value)
-        return self.finish(slots, attended)
+        attend = self._attend_slots(context.key, context.value, visible)
+        return self.run_slots(slots, rows.at(rows.position_ids, anchors), attend)
 
     def _parts(self, rows: Rows, num_slots: int, logits: int, memory: int) -> Iterator[slice]:
         """Split the anchors so that each part's activations take `memory` bytes, about.
@@ -160,7 +156,8 @@ class PackedHead(SpecFormerHead):
         length = rows.segments.shape[1]
         scores = 3 * config.num_attention_heads * length  # scores, weights, one gradient
         widths = 16 * config.hidden_size + 6 * config.intermediate_size
-        per_anchor = 4 * (logits * config.vocab_size + num_slots * (scores + widths))
+        activations = num_slots * config.num_slot_layers * (scores + widths)
+        per_anchor = 4 * (logits * config.vocab_size + activations)
         total = rows.anchors.shape[1]
         size = max(1, memory // (per_anchor * len(rows.anchors)))
         # Of equal size, as a small rest would cost a whole pass over the weights.

@@ -195,6 +195,8 @@ def _kind(config: SpecFormerConfig) -> str:
         f'"{config.slot_mask}" mask',
         "bonus-token embedding" if config.use_bonus_embedding else "blind to the bonus token",
     ]
+    if config.num_slot_layers > 1:
+        parts.insert(1, f"{config.num_slot_layers} slot layers")
     if config.markov_rank:
         parts.append(f"Markov term of rank {config.markov_rank}")
     return ", ".join(parts)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from vllm_specformer.config import MAX_SLOTS
+from vllm_specformer.config import MAX_SLOT_LAYERS, MAX_SLOTS
 from vllm_specformer.errors import SpecFormerError
 
 # They may move between the beginning of a run and its continuation.
@@ -55,6 +55,9 @@ class TrainSettings(BaseModel):
 
     preset: Literal["default", "paper"] = Field("default", description="Kind of head.")
     slots: int = Field(8, ge=1, le=MAX_SLOTS, description="K, tokens drafted in one pass.")
+    slot_layers: int | None = Field(
+        None, ge=1, le=MAX_SLOT_LAYERS, description="Layers over the slots; default: 1."
+    )
     markov_rank: int | None = Field(
         None, ge=0, description="Rank of the term that sees the previous draft; 0: none."
     )
@@ -181,6 +184,7 @@ class TrainSettings(BaseModel):
         """Fields of the head's configuration that differ from the preset's."""
         fields = {
             "num_draft_slots": self.slots,
+            "num_slot_layers": self.slot_layers,
             "markov_rank": self.markov_rank,
             "aux_hidden_state_layer_ids": self.hooks,
             "slot_mask": self.slot_mask,

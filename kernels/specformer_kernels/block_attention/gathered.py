@@ -54,7 +54,10 @@ class GatheredContext:
             _spare[:] = [self._memory]
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        """Put the block's own rows [R, n, kv_heads, D] behind each context; n <= room."""
+        """Put the block's own rows [R, n, kv_heads, D] behind each context; n <= room.
+
+        Called again with as many rows it replaces them.
+        """
         requests, rows = key.shape[:2]
         request = torch.arange(requests)[:, None]
         position = self.lens[:, None] + torch.arange(rows)  # [R, n]
