@@ -145,6 +145,22 @@ def paper_hooks(num_layers: int) -> tuple[int, ...]:
     return (0, num_layers // 2, num_layers - 1, num_layers)
 
 
+def _narrowest_layer(text: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of the layer whose attention heads are smallest, where layers differ.
+
+    Gemma 4's full-attention layers have heads of 512, which is beyond our kernels and needless.
+    """
+    if not getattr(text, "is_heterogeneous", False):
+        return text
+    return min(text.per_layer_config, key=lambda layer: layer.head_dim)
+
+
+def _rope_theta(text: PreTrainedConfig) -> float:
+    """Base of the rotary embedding; where layers differ, that of full attention, as ours is."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    return float(rope.get("full_attention", rope).get("rope_theta", 10_000.0))
+
+
 def _explain(error: ValidationError, where: str) -> HeadConfigError:
     lines = []
     for item in error.errors():
@@ -218,18 +234,17 @@ class SpecFormerConfig(PreTrainedConfig):
         if name not in choices:
             raise HeadConfigError(f"preset={name!r} is unknown; choose one of {sorted(choices)}")
         text = target.get_text_config()
-        heads = text.num_attention_heads
+        layer = _narrowest_layer(text)
+        heads = layer.num_attention_heads
         fields = {
             "vocab_size": text.vocab_size,
             "hidden_size": text.hidden_size,
             "num_attention_heads": heads,
-            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
-            "intermediate_size": text.intermediate_size,
+            "num_key_value_heads": getattr(layer, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(layer, "head_dim", None) or text.hidden_size // heads,
+            "intermediate_size": layer.intermediate_size,
             "rms_norm_eps": text.rms_norm_eps,
-            "rope_theta": (getattr(text, "rope_parameters", None) or {}).get(
-                "rope_theta", 10_000.0
-            ),
+            "rope_theta": _rope_theta(text),
             "max_position_embeddings": text.max_position_embeddings,
             "num_draft_slots": 8,
             "aux_hidden_state_layer_ids": paper_hooks(text.num_hidden_layers),

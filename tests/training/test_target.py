@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
@@ -21,7 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from vllm_specformer.training.hidden_states import HookedTarget
+from vllm_specformer.training.hidden_states import HookedTarget, logit_changes
 from vllm_specformer.training.target import (
     UnsupportedTargetError,
     can_pack,
@@ -90,22 +91,43 @@ def test_texts_that_see_each_other_are_noticed(family: str, kind: type[_Deaf]) -
     assert not target._states
 
 
-def test_softcapped_logits_are_refused() -> None:
-    target = hooked(Gemma2Config(**SHAPE, final_logit_softcapping=30.0))
-    with pytest.raises(UnsupportedTargetError, match="final_logit_softcapping=30"):
-        check_parts(target, "gemma")
-
-
 @pytest.mark.parametrize(
-    ("scale", "message"),
+    ("config", "changes"),
     [
-        ({"logits_scaling": 8.0}, "does something more"),
-        ({"embedding_multiplier": 12.0}, "does not read the embedding as it is"),
+        (Gemma2Config(**SHAPE, final_logit_softcapping=3.0), (3.0, 1.0)),
+        (GraniteConfig(**SHAPE, logits_scaling=8.0), (0.0, 0.125)),
+        (CohereConfig(**SHAPE, logit_scale=0.5), (0.0, 0.5)),
+        (GraniteConfig(**SHAPE, embedding_multiplier=12.0), (0.0, 1.0)),
     ],
+    ids=["softcapped", "divided", "multiplied", "scaled-embedding"],
 )
-def test_scales_are_refused(scale: dict[str, float], message: str) -> None:
-    with pytest.raises(UnsupportedTargetError, match=message):
-        check_parts(hooked(GraniteConfig(**SHAPE, **scale)), "granite")
+def test_scales_and_caps_are_reproduced(config: Any, changes: tuple[float, float]) -> None:
+    target = hooked(config)
+    assert logit_changes(config) == changes
+    check_parts(target, "t")
+    target._softcap, target._scale = 0.0, 1.0
+    if changes != (0.0, 1.0):
+        with pytest.raises(UnsupportedTargetError, match="does something more"):
+            check_parts(target, "t")
+
+
+def test_other_changes_of_the_logits_are_refused() -> None:
+    target = hooked(FAMILIES["llama"])
+    target.target.register_forward_hook(lambda *call: _with_logits(call[-1], call[-1].logits ** 3))
+    with pytest.raises(UnsupportedTargetError, match="does something more"):
+        check_parts(target, "t")
+
+
+def _with_logits(output: Any, logits: Any) -> Any:
+    output.logits = logits
+    return output
+
+
+def test_an_embedding_with_something_added_is_refused() -> None:
+    target = hooked(FAMILIES["llama"])
+    target.decoder.embed_tokens.register_forward_hook(lambda *call: call[-1] + 0.01)
+    with pytest.raises(UnsupportedTargetError, match="does not read the embedding"):
+        check_parts(target, "t")
 
 
 def test_unsuitable_configurations_are_refused() -> None:

@@ -23,6 +23,21 @@ from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.weights import HeadWeightError
 
 
+# What decoders of vLLM call their embedding table (gpt-oss: embedding) and their final norm.
+EMBEDDING_NAMES = ("embed_tokens", "embedding")
+NORM_NAMES = ("norm",)
+
+
+def _part(decoder: Any, names: Sequence[str], target: Any) -> Any:
+    for name in names:
+        if hasattr(decoder, name):
+            return getattr(decoder, name)
+    raise ValueError(
+        f"target {type(target).__name__} has no {' or '.join(names)} in its decoder; SpecFormer "
+        "cannot share it, serve this target without speculation"
+    )
+
+
 def unwrapped(layer: Any) -> Any:
     """The layer under a LoRA wrapper: the head drafts without adapters (lossless all the same)."""
     return getattr(layer, "base_layer", layer)
@@ -60,16 +75,10 @@ class SpecFormerDraftModel(nn.Module):
         """
         language = target.get_language_model() if hasattr(target, "get_language_model") else target
         decoder = getattr(language, "model", language)
-        missing = [n for n in ("embed_tokens", "norm") if not hasattr(decoder, n)]
-        if missing:
-            raise ValueError(
-                f"target {type(target).__name__} has no {', '.join(missing)} in its decoder; "
-                "SpecFormer cannot share them, serve this target without speculation"
-            )
         self._target = {
-            "embed": unwrapped(decoder.embed_tokens),
-            "norm": decoder.norm,
-            "logits": language.compute_logits,
+            "embed": unwrapped(_part(decoder, EMBEDDING_NAMES, target)),
+            "norm": _part(decoder, NORM_NAMES, target),
+            "logits": getattr(language, "compute_logits", target.compute_logits),
         }
         self.head.rotary(self.head.fc.weight.device)
 

@@ -3,6 +3,8 @@
 Id 0 is the embedding output, id `i` the residual stream after layer `i`, id `L` the state after the
 last layer BEFORE the final norm. Transformers' own `hidden_states[-1]` is taken after that norm; a
 head trained on it and served by vLLM would be silently wrong, so the states are captured by hooks.
+A scaled embedding (Gemma, Granite) is scaled in state 0, as vLLM hands it out, and unscaled in
+`HookedTarget.embed`, as the engine looks it up.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 class HookedTarget:
@@ -21,6 +24,7 @@ class HookedTarget:
         self.target = target.eval().requires_grad_(False)
         self.decoder = target.get_decoder()
         self.hook_ids = tuple(hook_ids)
+        self._softcap, self._scale = logit_changes(target.config)
         self._states: dict[int, Tensor] = {}
         for layer_id, layer in enumerate(self.decoder.layers):
             if layer_id in self.hook_ids:
@@ -54,13 +58,32 @@ class HookedTarget:
         self._states.clear()
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Target embeddings of int64 tokens [...]: [..., H]."""
-        return self.target.get_input_embeddings()(tokens)
+        """Rows of the target's embedding table for int64 tokens [...]: [..., H].
+
+        Without the scale that some families multiply them by: vLLM applies it in one place or
+        another, and the head's norm takes it out again.
+        """
+        return F.embedding(tokens, self.target.get_input_embeddings().weight)
 
     def logits(self, states: Tensor) -> Tensor:
         """Slot states [..., H] -> logits [..., V], through the target's final norm and lm_head."""
         return self.lm_head(self.decoder.norm(states))
 
     def lm_head(self, normed: Tensor) -> Tensor:
-        """States behind the final norm [..., H] -> logits [..., V]."""
-        return self.target.get_output_embeddings()(normed)
+        """States behind the final norm [..., H] -> logits [..., V], scaled and capped if they are."""
+        logits = self.target.get_output_embeddings()(normed)
+        if self._softcap:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits if self._scale == 1 else logits * self._scale
+
+
+def logit_changes(config: PreTrainedConfig) -> tuple[float, float]:
+    """What a family does to its logits: the cap (0: none), and the factor applied after it.
+
+    The fields and the order are those of vLLM's `LogitsProcessor` calls; `target.check_parts` holds
+    the outcome against the model's own.
+    """
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None) or 1.0
+    scale /= getattr(text, "logits_scaling", None) or 1.0
+    return getattr(text, "final_logit_softcapping", None) or 0.0, scale

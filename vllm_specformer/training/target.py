@@ -95,32 +95,26 @@ def check_parts(target: HookedTarget, name: str) -> None:
     Raises:
         UnsupportedTargetError: naming what is different.
     """
-    config = target.target.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if softcap:
-        raise UnsupportedTargetError(
-            f"target {name}: it softcaps its logits (final_logit_softcapping={softcap}), which "
-            "the head's drafts would lack; this family is not supported yet"
-        )
     tokens = _probe_tokens(target)[:, :_PROBE_LENGTH]
     states, last = target(tokens)
     whole = target.target(input_ids=tokens, use_cache=False).logits
-    if not _close(target.target.get_output_embeddings()(last), whole, _SAME):
+    if not _close(target.lm_head(last), whole, _SAME):
         raise UnsupportedTargetError(
-            f"target {name}: its logits are not lm_head(norm(state)); it does something more to "
-            "them, which the head's drafts would lack; this family is not supported yet"
+            f"target {name}: its logits are not lm_head(norm(state)), scaled or capped; it does "
+            "something more to them, which the head's drafts would lack; this family is not "
+            "supported"
         )
-    if target.hook_ids[0] == 0 and not _close(target.embed(tokens), states[0], _SAME):
+    if target.hook_ids[0] == 0 and not _parallel(target.embed(tokens), states[0]):
         raise UnsupportedTargetError(
-            f"target {name}: its first layer does not read the embedding as it is (a scale or a "
-            "position is added); this family is not supported yet"
+            f"target {name}: its first layer does not read the embedding, up to one factor (a "
+            "position is added, or a norm comes first); this family is not supported"
         )
     if target.hook_ids[-1] == len(target.decoder.layers) and not _close(
         target.decoder.norm(states[-1]), last, _SAME
     ):
         raise UnsupportedTargetError(
             f"target {name}: its last state does not pass through its final norm alone; this "
-            "family is not supported yet"
+            "family is not supported"
         )
 
 
@@ -153,6 +147,13 @@ def _probe_tokens(target: HookedTarget) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (2, 2 * _PROBE_LENGTH), generator=generator)
     return tokens.to(target.target.device)
+
+
+def _parallel(a: Tensor, b: Tensor) -> bool:
+    """Whether one is the other times a positive factor."""
+    a, b = a.float(), b.float()
+    factor = (a * b).sum() / a.square().sum()
+    return bool(factor > 0) and _close(factor * a, b, _SAME)
 
 
 def _close(a: Tensor, b: Tensor, share: float) -> bool:
