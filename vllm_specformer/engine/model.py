@@ -22,7 +22,6 @@ from vllm_specformer.engine.attention import DraftAttention
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.weights import HeadWeightError
 
-
 # What decoders of vLLM call their embedding table (gpt-oss: embedding) and their final norm.
 EMBEDDING_NAMES = ("embed_tokens", "embedding")
 NORM_NAMES = ("norm",)
@@ -68,10 +67,10 @@ class SpecFormerDraftModel(nn.Module):
         self._target: dict[str, Callable[..., Tensor]] = {}
 
     def bind_target(self, target: Any) -> None:
-        """Share the target's embedding, final norm and logits, by reference and unregistered.
+        """Share the target's embedding table, final norm and logits, by reference, unregistered.
 
         Raises:
-            ValueError: the target has no `embed_tokens` and `norm` where decoders keep them.
+            ValueError: the target's decoder has none of the names that decoders give them.
         """
         language = target.get_language_model() if hasattr(target, "get_language_model") else target
         decoder = getattr(language, "model", language)

@@ -70,7 +70,7 @@ class HookedTarget:
         return self.lm_head(self.decoder.norm(states))
 
     def lm_head(self, normed: Tensor) -> Tensor:
-        """States behind the final norm [..., H] -> logits [..., V], scaled and capped if they are."""
+        """States behind the final norm [..., H] -> logits [..., V], with the family's changes."""
         logits = self.target.get_output_embeddings()(normed)
         if self._softcap:
             logits = torch.tanh(logits / self._softcap) * self._softcap
