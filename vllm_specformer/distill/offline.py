@@ -126,9 +126,11 @@ def _forward_to(progress: Progress) -> Callable[..., tqdm]:
             super().__init__(*args, **(options | {"file": io.StringIO()}))
 
         def update(self, n: float | None = 1) -> bool | None:
-            # vLLM writes "... output: 123.45 toks/s" before it updates.
-            speed = str(self.postfix).rpartition("output: ")[2].replace("toks", "tokens")
-            progress.answered(int(n or 0), 0, speed)
+            # A bar over the prompts, with something to iterate, tells how far rendering is.
+            if self.iterable is None:
+                # vLLM writes "... output: 123.45 toks/s" before it updates.
+                speed = str(self.postfix).rpartition("output: ")[2].replace("toks", "tokens")
+                progress.answered(int(n or 0), 0, speed)
             return super().update(n)
 
     return _Silent
