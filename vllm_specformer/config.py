@@ -155,6 +155,21 @@ def _narrowest_layer(text: PreTrainedConfig) -> PreTrainedConfig:
     return min(text.per_layer_config, key=lambda layer: layer.head_dim)
 
 
+def _intermediate_size(layer: PreTrainedConfig) -> int:
+    """Width of the feed-forward layer; where all are mixtures, of the experts a token runs."""
+    if getattr(layer, "intermediate_size", None):
+        return int(layer.intermediate_size)
+    if getattr(layer, "moe_intermediate_size", None):
+        return int(layer.moe_intermediate_size * layer.num_experts_per_tok)
+    return 4 * int(layer.hidden_size)
+
+
+def _norm_eps(text: PreTrainedConfig) -> float:
+    """Epsilon of the target's norms, whatever their kind."""
+    names = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon", "norm_eps")
+    return next((float(eps) for n in names if (eps := getattr(text, n, None))), 1e-6)
+
+
 def _rope_theta(text: PreTrainedConfig) -> float:
     """Base of the rotary embedding; where layers differ, that of full attention, as ours is."""
     rope = getattr(text, "rope_parameters", None) or {}
@@ -242,8 +257,8 @@ class SpecFormerConfig(PreTrainedConfig):
             "num_attention_heads": heads,
             "num_key_value_heads": getattr(layer, "num_key_value_heads", None) or heads,
             "head_dim": getattr(layer, "head_dim", None) or text.hidden_size // heads,
-            "intermediate_size": layer.intermediate_size,
-            "rms_norm_eps": text.rms_norm_eps,
+            "intermediate_size": _intermediate_size(layer),
+            "rms_norm_eps": _norm_eps(text),
             "rope_theta": _rope_theta(text),
             "max_position_embeddings": text.max_position_embeddings,
             "num_draft_slots": 8,

@@ -10,22 +10,28 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     CohereConfig,
     Gemma2Config,
-    GPT2Config,
+    Gemma4TextConfig,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Starcoder2Config,
 )
 
 from vllm_specformer.training.hidden_states import HookedTarget, logit_changes
 from vllm_specformer.training.target import (
     UnsupportedTargetError,
     can_pack,
+    check_decoder,
     check_parts,
     head_config,
     load_target,
@@ -131,13 +137,35 @@ def test_an_embedding_with_something_added_is_refused() -> None:
 
 
 def test_unsuitable_configurations_are_refused() -> None:
-    with pytest.raises(UnsupportedTargetError, match=r"GPT2Config.*has no 'intermediate_size'"):
-        head_config("default", GPT2Config(), "gpt2")
+    with pytest.raises(UnsupportedTargetError, match=r"MambaConfig.*has no 'num_attention_heads'"):
+        head_config("default", MambaConfig(), "mamba")
     shallow = LlamaConfig(**(SHAPE | {"num_hidden_layers": 3}))
     with pytest.raises(UnsupportedTargetError, match="target small: num_hidden_layers=3"):
         head_config("default", shallow, "small")
     with pytest.raises(UnsupportedTargetError, match=r"aux_hidden_state_layer_ids=\[0, 9\]"):
         head_config("default", FAMILIES["llama"], "t", aux_hidden_state_layer_ids=(0, 9))
+
+
+def test_shapes_of_unusual_configurations() -> None:
+    """Layers that differ, mixtures without a dense layer, norms of another kind."""
+    gemma = head_config("default", Gemma4TextConfig(num_hidden_layers=6), "gemma")
+    assert (gemma.head_dim, gemma.num_key_value_heads) == (256, 4)  # not the 512 of full attention
+    assert gemma.rope_theta == 1e6  # but its base
+    moe = head_config("default", Qwen3_5MoeTextConfig(), "moe")
+    assert moe.intermediate_size == 512 * 8
+    assert head_config("default", Starcoder2Config(), "sc").rms_norm_eps == 1e-5
+
+
+def test_decoders_that_keep_their_parts_elsewhere() -> None:
+    shape = {**SHAPE, "layer_norm_eps": 1e-5}
+    del shape["head_dim"]
+    target = hooked(GPTNeoXConfig(**shape))
+    check_parts(target, "neox")
+    bloom = AutoModelForCausalLM.from_config(BloomConfig(hidden_size=32, n_layer=4, n_head=4))
+    check_decoder(bloom, "bloom")
+    del bloom.transformer.h
+    with pytest.raises(UnsupportedTargetError, match="BloomModel has none of: layers"):
+        check_decoder(bloom, "bloom")
 
 
 def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:

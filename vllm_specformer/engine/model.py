@@ -16,30 +16,31 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.engine.attention import DraftAttention
 from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.parts import NORM_NAMES, find_part
 from vllm_specformer.weights import HeadWeightError
 
-# What decoders of vLLM call their embedding table (gpt-oss: embedding) and their final norm.
-EMBEDDING_NAMES = ("embed_tokens", "embedding")
-NORM_NAMES = ("norm",)
+# What decoders of vLLM call their embedding; those that Transformers wrote answer for themselves.
+EMBEDDING_NAMES = ("embed_tokens", "embedding", "embeddings")
 
 
-def _part(decoder: Any, names: Sequence[str], target: Any) -> Any:
-    for name in names:
-        if hasattr(decoder, name):
-            return getattr(decoder, name)
-    raise ValueError(
-        f"target {type(target).__name__} has no {' or '.join(names)} in its decoder; SpecFormer "
-        "cannot share it, serve this target without speculation"
-    )
+def embedding_table(decoder: Any) -> nn.Module:
+    """The vocabulary's table under whatever is put around it.
 
+    A LoRA wrapper (the head drafts without adapters, lossless all the same), or a scale.
 
-def unwrapped(layer: Any) -> Any:
-    """The layer under a LoRA wrapper: the head drafts without adapters (lossless all the same)."""
-    return getattr(layer, "base_layer", layer)
+    Raises:
+        AttributeError: the decoder has no such table.
+    """
+    if hasattr(decoder, "get_input_embeddings"):
+        embedding = decoder.get_input_embeddings()
+    else:
+        embedding = find_part(decoder, EMBEDDING_NAMES)
+    return next(m for m in embedding.modules() if isinstance(m, VocabParallelEmbedding))
 
 
 class SpecFormerDraftModel(nn.Module):
@@ -74,11 +75,15 @@ class SpecFormerDraftModel(nn.Module):
         """
         language = target.get_language_model() if hasattr(target, "get_language_model") else target
         decoder = getattr(language, "model", language)
-        self._target = {
-            "embed": unwrapped(_part(decoder, EMBEDDING_NAMES, target)),
-            "norm": _part(decoder, NORM_NAMES, target),
-            "logits": getattr(language, "compute_logits", target.compute_logits),
-        }
+        try:
+            embedding, norm = embedding_table(decoder), find_part(decoder, NORM_NAMES)
+        except AttributeError as error:
+            raise ValueError(
+                f"target {type(target).__name__}: {error}; SpecFormer cannot share it, serve this "
+                "target without speculation"
+            ) from None
+        logits = getattr(language, "compute_logits", target.compute_logits)
+        self._target = {"embed": embedding, "norm": norm, "logits": logits}
         self.head.rotary(self.head.fc.weight.device)
 
     def combine_hidden_states(self, hooked_states: Sequence[Tensor]) -> Tensor:

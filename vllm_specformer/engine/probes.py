@@ -85,13 +85,13 @@ def probe(root: Path) -> dict[str, Signature]:
     found = {}
     for reliance in RELIED_ON:
         module, _, qualified = reliance.symbol.partition(":")
-        tree = _parse(root, module)
+        tree = parse(root, module)
         signature = _find(tree, qualified.split(".")) if tree is not None else None
         if signature is not None:
             # A registry's whole content would only make snapshots long.
             keep = signature.strings if reliance.contains else ()
             found[reliance.symbol] = replace(signature, strings=keep)
-    _parse.cache_clear()
+    parse.cache_clear()
     return found
 
 
@@ -147,7 +147,7 @@ def _compare(reliance: Reliance, signature: Signature) -> Iterator[str]:
 
 
 @cache
-def _parse(root: Path, module: str) -> ast.Module | None:
+def parse(root: Path, module: str) -> ast.Module | None:
     below = root.joinpath(*module.split(".")[1:])
     for path in (below.with_suffix(".py"), below / "__init__.py"):
         if path.is_file():
@@ -157,11 +157,11 @@ def _parse(root: Path, module: str) -> ast.Module | None:
 
 def _find(tree: ast.Module, names: list[str]) -> Signature | None:
     if len(names) == 1:
-        return _describe(_definition(tree.body, names[0]), tree)
-    owner = _definition(tree.body, names[0])
+        return _describe(definition(tree.body, names[0]), tree)
+    owner = definition(tree.body, names[0])
     if not isinstance(owner, ast.ClassDef):
         return None
-    node = _definition(owner.body, names[1])
+    node = definition(owner.body, names[1])
     if isinstance(node, _Function):
         if _decorated(node, "property"):
             return Signature("attribute", where="property")
@@ -189,7 +189,7 @@ def _describe(node: ast.stmt | None, tree: ast.Module) -> Signature | None:
     return Signature("value", strings=tuple(sorted(_strings(node, tree))))
 
 
-def _definition(body: list[ast.stmt], name: str) -> ast.stmt | None:
+def definition(body: list[ast.stmt], name: str) -> ast.stmt | None:
     """The last statement that binds `name`: of `@overload`s the one with the body."""
     result: ast.stmt | None = None
     for node in body:
@@ -247,7 +247,7 @@ def _strings(node: ast.stmt, tree: ast.Module) -> set[str]:
         if isinstance(child, ast.Constant) and isinstance(child.value, str):
             result.add(child.value)
         elif isinstance(child, ast.Name):
-            inner = _definition(tree.body, child.id)
+            inner = definition(tree.body, child.id)
             if isinstance(inner, ast.Assign | ast.AnnAssign) and inner is not node:
                 result |= _strings(inner, tree)
     return result

@@ -13,8 +13,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from vllm_specformer.parts import LAYER_NAMES, NORM_NAMES, find_part
 
 
 class HookedTarget:
@@ -22,16 +24,18 @@ class HookedTarget:
 
     def __init__(self, target: PreTrainedModel, hook_ids: Sequence[int]) -> None:
         self.target = target.eval().requires_grad_(False)
-        self.decoder = target.get_decoder()
+        self.decoder = find_decoder(target)
+        self.layers = find_part(self.decoder, LAYER_NAMES)
+        self.norm = find_part(self.decoder, NORM_NAMES)
         self.hook_ids = tuple(hook_ids)
         self._softcap, self._scale = logit_changes(target.config)
         self._states: dict[int, Tensor] = {}
-        for layer_id, layer in enumerate(self.decoder.layers):
+        for layer_id, layer in enumerate(self.layers):
             if layer_id in self.hook_ids:
                 layer.register_forward_pre_hook(self._keep_input(layer_id), with_kwargs=True)
-        if len(self.decoder.layers) in self.hook_ids:
-            last = len(self.decoder.layers)
-            self.decoder.norm.register_forward_pre_hook(self._keep_input(last), with_kwargs=True)
+        if len(self.layers) in self.hook_ids:
+            last = len(self.layers)
+            self.norm.register_forward_pre_hook(self._keep_input(last), with_kwargs=True)
 
     def _keep_input(self, hook_id: int):  # type: ignore[no-untyped-def]
         def hook(module, args, kwargs):  # type: ignore[no-untyped-def]
@@ -67,7 +71,7 @@ class HookedTarget:
 
     def logits(self, states: Tensor) -> Tensor:
         """Slot states [..., H] -> logits [..., V], through the target's final norm and lm_head."""
-        return self.lm_head(self.decoder.norm(states))
+        return self.lm_head(self.norm(states))
 
     def lm_head(self, normed: Tensor) -> Tensor:
         """States behind the final norm [..., H] -> logits [..., V], with the family's changes."""
@@ -75,6 +79,12 @@ class HookedTarget:
         if self._softcap:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits if self._scale == 1 else logits * self._scale
+
+
+def find_decoder(target: PreTrainedModel) -> nn.Module:
+    """The stack of layers between embedding and lm_head; some classes hand out themselves."""
+    decoder = target.get_decoder()
+    return decoder.model if decoder is target else decoder
 
 
 def logit_changes(config: PreTrainedConfig) -> tuple[float, float]:

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from vllm_specformer.config import HeadConfigError, SpecFormerConfig
 from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.training.hidden_states import HookedTarget
+from vllm_specformer.parts import LAYER_NAMES, NORM_NAMES, find_part
+from vllm_specformer.training.hidden_states import HookedTarget, find_decoder
 
 # The same operation on the same values; only another order of summation may differ.
 _SAME = 1e-4
@@ -44,8 +45,8 @@ def head_config(
         raise UnsupportedTargetError(f"target {name}: {error}") from None
     except AttributeError as error:
         raise UnsupportedTargetError(
-            f"target {name}: its configuration ({type(target).__name__}) has no {error.name!r}; "
-            "only decoders with RMSNorm and rotary positions are supported"
+            f"target {name}: its configuration ({type(target).__name__}) has no {error.name!r}, "
+            "which the head's shape is taken from; this family is not supported"
         ) from None
 
 
@@ -78,14 +79,24 @@ def load_target(directory: Path, dtype: torch.dtype, device: torch.device) -> Pr
         raise UnsupportedTargetError(
             f"target {directory}: Transformers cannot load it as a causal language model ({reason})"
         ) from None
-    decoder = model.get_decoder()
-    for part in ("layers", "norm"):
-        if not hasattr(decoder, part):
-            raise UnsupportedTargetError(
-                f"target {directory}: its decoder ({type(decoder).__name__}) has no {part!r}; "
-                "hidden states can be hooked in decoders with 'layers' and a final 'norm' only"
-            )
+    check_decoder(model, str(directory))
     return model.to(device).eval().requires_grad_(False)
+
+
+def check_decoder(model: PreTrainedModel, name: str) -> None:
+    """The decoder must have layers and a final norm to hook.
+
+    Raises:
+        UnsupportedTargetError: it has not.
+    """
+    for part in (LAYER_NAMES, NORM_NAMES):
+        try:
+            find_part(find_decoder(model), part)
+        except AttributeError as error:
+            raise UnsupportedTargetError(
+                f"target {name}: its decoder keeps its parts elsewhere ({error}); hidden states "
+                "cannot be hooked there, this family is not supported"
+            ) from None
 
 
 @torch.no_grad()
@@ -109,8 +120,8 @@ def check_parts(target: HookedTarget, name: str) -> None:
             f"target {name}: its first layer does not read the embedding, up to one factor (a "
             "position is added, or a norm comes first); this family is not supported"
         )
-    if target.hook_ids[-1] == len(target.decoder.layers) and not _close(
-        target.decoder.norm(states[-1]), last, _SAME
+    if target.hook_ids[-1] == len(target.layers) and not _close(
+        target.norm(states[-1]), last, _SAME
     ):
         raise UnsupportedTargetError(
             f"target {name}: its last state does not pass through its final norm alone; this "
