@@ -1,92 +1,123 @@
 """The recipe of the bundled pair: one command from the interpreter's sources to served models.
 
-    python examples/training/bundled_pair/build.py            # about three hours on two quiet cores
+    make pair                                                # hours on two cores
+    python examples/training/bundled_pair/build.py --data-only   # for the ablation
 
-Stages: corpus, target, unloop, distill, head, evaluate, install. Every stage shows a progress bar,
-is seeded, and continues where it stopped when the command is given again.
+The target is made here; its head is made by `specformer distill`, `train` and `eval`, as anybody's
+is. Every stage shows a progress bar, is seeded, and continues where it stopped when the command is
+given again.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parents[2]
-TARGET_NAME, HEAD_NAME = "python-target", "python-specformer"
+REPOSITORY = Path(__file__).resolve().parents[3]
+# Relative paths, as they end up in the records and cards of the pair.
+HERE = Path("examples", "training", "bundled_pair")
+MODELS = Path("examples", "models")
+TARGET = MODELS / "python-target"
+SPECFORMER = ("-m", "vllm_specformer.cli.main")
+MAX_TOKENS = 160
+# A small model in a small cache; several processes of a machine then fit side by side.
+ENGINE = '{"kv_cache_memory_bytes": 536870912, "enforce_eager": true}'
 
 
-def run(script: str, *arguments: object, processes: int = 1) -> None:
-    """Run a script of this folder; single-threaded data-parallel processes beat threads here."""
+@dataclass(frozen=True)
+class Stage:
+    """Commands, as arguments of Python; `parallel` ones run once per core, data-parallel."""
+
+    name: str
+    commands: tuple[tuple[str | Path, ...], ...]
+    parallel: bool = False
+
+
+def target_stages(work: Path) -> list[Stage]:
+    corpus, pretrained = work / "corpus", work / "target"
+    train = (HERE / "train_target.py", "--corpus", corpus, "--out", pretrained)
+    unloop = (HERE / "unloop.py", "--corpus", corpus, "--target", pretrained / "model")
+    return [
+        Stage("target", (train,), parallel=True),
+        Stage("unloop", ((*unloop, "--out", work / "unloop"),), parallel=True),
+    ]
+
+
+def data_stages(work: Path, target: Path) -> list[Stage]:
+    """Answers to training prompts, and greedy and sampled ones to held-out prompts."""
+
+    def distill(split: str, out: str, *options: str) -> tuple[str | Path, ...]:
+        prompts = work / "prompts" / f"{split}.jsonl"
+        what = ("--target", target, "--prompts", prompts, "--out", work / out)
+        limits = ("--max-tokens", str(MAX_TOKENS), "--engine-args", ENGINE)
+        return (*SPECFORMER, "distill", *what, *limits, *options)
+
+    prompts = (HERE / "prompts.py", "--corpus", work / "corpus", "--out", work / "prompts")
+    greedy = distill("held_out", "held_out_greedy", "--sampled-share", "0")
+    sampled = distill("held_out", "held_out_sampled", "--sampled-share", "0", "--temperature", "1")
+    return [
+        Stage("prompts", (prompts,)),
+        Stage("held-out answers", (greedy, sampled)),
+        Stage("answers", (distill("train", "answers"),)),
+    ]
+
+
+def head_stages(work: Path, target: Path) -> list[Stage]:
+    head = work / "head"
+    train = (*SPECFORMER, "train", "--target", target, "--data", work / "answers", "--out", head)
+    options = ("--target-name", TARGET, "--markov-rank", "64", "--device", "cpu")
+    measure = (*SPECFORMER, "eval", head, "--target", target, "--max-prompts", "384")
+    figures = [
+        (*measure, "--data", work / f"held_out_{kind}", "--json", work / f"eval-{kind}.json")
+        for kind in ("greedy", "sampled")
+    ]
+    return [
+        Stage("head", ((*train, *options),), parallel=True),
+        Stage("figures", tuple(figures)),
+        Stage("install", ((HERE / "install.py", "--work", work, "--models", MODELS),)),
+    ]
+
+
+def run(stage: Stage, processes: int) -> None:
+    """Single-threaded data-parallel processes beat threads on models of this size."""
     launcher = [sys.executable]
     environment = dict(os.environ)
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    if stage.parallel and processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc-per-node", str(processes)]
         environment["OMP_NUM_THREADS"] = "1"
-    command = [*launcher, str(HERE / script), *map(str, arguments)]
-    print("+", " ".join(command), flush=True)
-    subprocess.run(command, check=True, env=environment)
-
-
-def stages(work: Path, processes: int) -> dict[str, tuple[Path, Callable[[], None]]]:
-    """Name -> (file that proves the stage is complete, function that runs it)."""
-    corpus, models = work / "corpus", REPOSITORY / "examples" / "models"
-    pretrained, target = work / "target" / "model", work / "unloop" / "model"
-    answers, head = work / "answers", work / "head" / "model"
-    report = work / "evaluation.json"
-
-    def train_target() -> None:
-        run("train_target.py", "--corpus", corpus, "--out", work / "target", processes=processes)
-
-    def unloop() -> None:
-        arguments = ("--corpus", corpus, "--target", pretrained, "--out", work / "unloop")
-        run("unloop.py", *arguments, processes=processes)
-
-    def distill() -> None:
-        arguments = ("--corpus", corpus, "--target", target, "--out", answers)
-        run("distill.py", *arguments, processes=processes)
-        (answers / "complete").touch()
-
-    def train_head() -> None:
-        arguments = ("--target", target, "--data", answers, "--out", work / "head")
-        run("train_head.py", *arguments, processes=processes)
-
-    def evaluate() -> None:
-        arguments = ("--corpus", corpus, "--target", target, "--head", head, "--json", report)
-        run("evaluate.py", *arguments)
-
-    def install() -> None:
-        for source, name in ((target, TARGET_NAME), (head, HEAD_NAME)):
-            shutil.copytree(source, models / name, dirs_exist_ok=True)
-        run("cards.py", "--work", work, "--models", models)
-
-    return {
-        "corpus": (corpus / "manifest.json", lambda: run("corpus.py", "--out", corpus)),
-        "target": (pretrained / "config.json", train_target),
-        "unloop": (target / "tokenizer.json", unloop),
-        "distill": (answers / "complete", distill),
-        "head": (head / "model.safetensors", train_head),
-        "evaluate": (report, evaluate),
-        "install": (work / "installed", install),
-    }
+    for command in stage.commands:
+        print("+", " ".join(map(str, command)), flush=True)
+        subprocess.run([*launcher, *map(str, command)], check=True, env=environment)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "pair")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("build", "pair"))
     parser.add_argument("--processes", type=int, default=max(1, os.cpu_count() or 1))
+    parser.add_argument(
+        "--data-only", action="store_true", help="answers of the bundled target, no new pair"
+    )
     args = parser.parse_args(argv)
-    for name, (proof, action) in stages(args.work, args.processes).items():
-        if proof.exists():
-            print(f"[{name}] complete: {proof}")
+    os.chdir(REPOSITORY)
+    work = args.work
+    target = TARGET if args.data_only else work / "unloop" / "model"
+    stages = [Stage("corpus", ((HERE / "corpus.py", "--out", work / "corpus"),))]
+    stages += [] if args.data_only else target_stages(work)
+    stages += data_stages(work, target)
+    stages += [] if args.data_only else head_stages(work, target)
+    for stage in stages:
+        done = work / "done" / stage.name
+        if done.exists():
             continue
-        print(f"[{name}]", flush=True)
-        action()
+        print(f"[{stage.name}]", flush=True)
+        run(stage, args.processes)
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.touch()
 
 
 if __name__ == "__main__":

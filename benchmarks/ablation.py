@@ -1,0 +1,195 @@
+"""What each part of the head and of its training brings: one head per arm and seed.
+
+    make ablation                                      # bundled pair; hours on two cores
+    python benchmarks/ablation.py --steps 20 --seeds 0 --arms default paper    # a look at it
+
+All heads see the same texts in the same number of steps. What is missing of the data is made first,
+by the recipe of the bundled pair. A head that is complete is not trained again, so the command may
+be interrupted at any time; it runs seed by seed, so that a first seed of all arms is there early.
+Results: benchmarks/results/ablation.csv, one row per head, ablation.png and ablation.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ablation_report import write_plot, write_table
+from safetensors import safe_open
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TARGET = ROOT / "examples" / "models" / "python-target"
+COMMAND = (sys.executable, "-m", "vllm_specformer.cli.main")
+BUDGETS = (2, 4, 8)
+KINDS = ("greedy", "sampled")  # of the held-out answers
+
+_ALL = ("--preset", "paper", "--bonus-embedding", "--slot-mask", "mixed", "--markov-rank", "64")
+# Arm -> options of `specformer train`, in the order of the table. Later options win.
+ARMS: dict[str, tuple[str, ...]] = {
+    # Parts of the head, each alone on top of the paper's, then together.
+    "paper": _ALL[:2],
+    "paper + bonus": _ALL[:3],
+    "paper + mixed mask": (*_ALL[:2], *_ALL[3:5]),
+    "paper + Markov": (*_ALL[:2], *_ALL[5:]),
+    "paper + all three": _ALL,
+    "default": (),  # all three, and trained with varying numbers of slots
+    # The rest changes one thing of the default each.
+    "no Markov": ("--markov-rank", "0"),
+    "Markov, rank 16": ("--markov-rank", "16"),
+    "hook: last": ("--hooks", "6"),
+    "hooks: last two": ("--hooks", "5,6"),
+    "hooks: 1, 3, 5": ("--hooks", "1,3,5"),
+    "hooks: all seven": ("--hooks", "0,1,2,3,4,5,6"),
+    "4 slots": ("--slots", "4"),
+    "16 slots": ("--slots", "16"),
+    "slots weigh alike": ("--slot-weights", "uniform"),
+    "slots weigh 0.7^i": ("--slot-weights", ",".join(f"{0.7**i:.4f}" for i in range(8))),
+    "half KL": ("--kl-weight", "0.5"),
+    "all KL": ("--kl-weight", "1"),
+    "2 slot layers": ("--slot-layers", "2"),
+    "draft vocabulary 1,024": ("--draft-vocab", "1024"),
+    "draft vocabulary 512": ("--draft-vocab", "512"),
+    "AdamW": ("--optimizer", "adamw"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    recipe(args.pair)
+    heads = [(seed, arm) for seed in args.seeds for arm in args.arms]
+    rows = []
+    for seed, arm in tqdm(heads, desc="heads", unit="head"):
+        head = args.work / f"{list(ARMS).index(arm):02d}-seed{seed}"
+        train(head, arm, seed, args)
+        rows.append({"arm": arm, "seed": seed, "steps": args.steps} | measure(head, args))
+        write_results(rows, args)
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pair", type=Path, default=ROOT / "build" / "pair")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "ablation")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--anchors-per-text", type=int, default=32)
+    return parser.parse_args(arguments)
+
+
+def recipe(pair: Path) -> None:
+    """The data, made by the recipe of the bundled pair if it is not there."""
+    build = ROOT / "examples" / "training" / "bundled_pair" / "build.py"
+    subprocess.run([sys.executable, str(build), "--work", str(pair), "--data-only"], check=True)
+
+
+def run(*options: str | Path) -> None:
+    """One subcommand of `specformer`, silent unless it fails; one thread, so seeds repeat."""
+    command = [*COMMAND, *map(str, options)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+
+
+def train(head: Path, arm: str, seed: int, args: argparse.Namespace) -> None:
+    options = {
+        "--target": TARGET,
+        "--data": args.pair / "answers",
+        "--out": head,
+        "--max-steps": args.steps,
+        "--batch-tokens": args.batch_tokens,
+        "--anchors-per-text": args.anchors_per_text,
+        "--eval-every": args.steps,
+        "--dtype": "bfloat16",
+        "--seed": seed,
+    }
+    run("train", *(str(part) for item in options.items() for part in item), *ARMS[arm])
+
+
+def measure(head: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One row of figures about a trained head; kept beside it."""
+    known = head / "ablation.json"
+    if known.exists():
+        row: dict[str, Any] = json.loads(known.read_text())
+        return row
+    slots = json.loads((head / "config.json").read_text())["num_draft_slots"]
+    greedy, sampled = (evaluate(head, args.pair / f"held_out_{kind}", slots) for kind in KINDS)
+    texts = greedy["offline"]["greedy"]
+    row = {"parameters": parameters(head), "draft_ms": draft_milliseconds(head, min(4, slots))}
+    for k in BUDGETS:
+        row[f"tokens_per_step_k{k}"] = tokens_per_step(texts["all"], "head", k)
+    row["less_repetitive_half_k4"] = tokens_per_step(texts["less_repetitive_half"], "head", 4)
+    row["lookup_3_k4"] = tokens_per_step(texts["all"], "lookup_3", 4)
+    row["lookup_3_less_repetitive_half_k4"] = tokens_per_step(
+        texts["less_repetitive_half"], "lookup_3", 4
+    )
+    at_one = sampled["offline"]["temperature_1"]
+    row["temperature_1_k4"] = tokens_per_step(at_one["all"], "head", 4)
+    row["share_of_bound_k4"] = at_one["share_of_bound"]["K=4"]
+    known.write_text(json.dumps(row) + "\n")
+    return row
+
+
+def evaluate(head: Path, data: Path, slots: int) -> dict[str, Any]:
+    result = head / f"eval-{data.name}.json"
+    budgets = [str(k) for k in BUDGETS if k <= slots]
+    run(
+        "eval", head, "--target", TARGET, "--data", data, "--json", result,
+        "--max-prompts", "384", "--num-speculative-tokens", *budgets,
+    )  # fmt: skip
+    figures: dict[str, Any] = json.loads(result.read_text())
+    return figures
+
+
+def tokens_per_step(figures: dict[str, Any], method: str, k: int) -> float | None:
+    """None where the head has fewer slots."""
+    found = figures[method].get(f"K={k}")
+    return found and found["tokens_per_step"]
+
+
+def parameters(head: Path) -> int:
+    with safe_open(head / "model.safetensors", "pt") as tensors:
+        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def draft_milliseconds(head: Path, drafts: int) -> float:
+    """Of one draft step for 16 requests with 512 tokens of context, on one thread of this CPU."""
+    result = head / "draft-step.json"
+    script = ROOT / "benchmarks" / "draft_step_cpu.py"
+    options = ("--requests", "16", "--dtype", "float32", "--repeats", "100")
+    command = [sys.executable, script, "--head", head, "--out", result, *options]
+    subprocess.run(
+        [*map(str, command), "--num-speculative-tokens", str(drafts)],
+        check=True,
+        capture_output=True,
+    )
+    microseconds: float = json.loads(result.read_text())["microseconds"][0]["step"]
+    return round(microseconds / 1000, 2)
+
+
+def write_results(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
+    args.results.mkdir(parents=True, exist_ok=True)
+    with (args.results / "ablation.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    write_table(rows, args.results / "ablation.md")
+    write_plot(rows, args.results / "ablation.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

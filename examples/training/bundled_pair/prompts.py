@@ -1,0 +1,47 @@
+"""Cut the corpus's functions into prompts, as files that `specformer distill` and `eval` read.
+
+A prompt is a signature with its docstring or, without one, its first statement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from corpus import split_prompt
+from transformers import AutoTokenizer
+
+MAX_TOKENS = 160
+# The last training prompts are left to unloop.py.
+COUNTS = {"train": 40_000, "held_out": 384}
+
+
+def prompts(corpus: Path, split: str, count: int) -> list[str]:
+    """The first prompts of a split that are not too long and have a rest to be written."""
+    tokenizer = AutoTokenizer.from_pretrained(corpus / "tokenizer")
+    texts = []
+    for line in (corpus / f"{split}.jsonl").read_text().splitlines():
+        prompt, rest = split_prompt(json.loads(line)["text"])
+        if rest:
+            texts.append(prompt)
+        if len(texts) == 2 * count:
+            break
+    lengths = map(len, tokenizer(texts)["input_ids"])
+    return [text for text, n in zip(texts, lengths, strict=True) if n <= MAX_TOKENS][:count]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--corpus", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for split, count in COUNTS.items():
+        lines = [json.dumps({"prompt": text}) + "\n" for text in prompts(args.corpus, split, count)]
+        (args.out / f"{split}.jsonl").write_text("".join(lines))
+        print(f"{split}: {len(lines):,} prompts")
+
+
+if __name__ == "__main__":
+    main()
