@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-slow test-statistics lint bench bench-kernels pair clean
+.PHONY: help setup demo serve test test-slow test-statistics test-families lint bench bench-kernels pair clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## create .venv with vLLM's CPU build and this package
 
@@ -28,14 +28,17 @@ serve: setup  ## leave a server with the bundled pair running in the foreground 
 	PYTHON=$(BIN)/python examples/server/serve.sh
 
 # pytest ends with code 5 when it ran no test, which make reports as a failure like any other.
-test: setup  ## run the tests, without the slow and the statistical ones
-	$(BIN)/python -m pytest -q -m "not slow and not statistics"
+test: setup  ## run the tests, without the slow, the statistical and most family ones
+	$(BIN)/python -m pytest -q -m "not slow and not statistics and not families"
 
 test-slow: setup  ## run the slow tests
 	$(BIN)/python -m pytest -q -m slow
 
 test-statistics: setup  ## sampling frequencies of the verification rules over many draws
 	$(BIN)/python -m pytest -q -m statistics
+
+test-families: setup  ## train a head for a tiny target of every family and serve it (build/families.csv)
+	$(BIN)/python -m pytest -q -m families
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from vllm_specformer.errors import SpecFormerError
 # Subcommand -> (module, one line of help).
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("vllm_specformer.cli.doctor", "check whether SpecFormer can run in this vLLM"),
+    "families": ("vllm_specformer.cli.families", "list the models a head can be trained for"),
     "distill": ("vllm_specformer.cli.distill", "let the target answer prompts, for training"),
     "train": ("vllm_specformer.cli.train", "train a head on the target's own answers"),
 }

@@ -95,6 +95,7 @@ def checked(
     head = _read_head(speculative)
     tokens = _checked_tokens(speculative.get("num_speculative_tokens"), head.num_draft_slots)
     _check_target(head, target_model_config)
+    _check_states(head, target_model_config)
     stages = getattr(parallel_config, "pipeline_parallel_size", 1)
     if stages > 1:
         raise SpeculativeConfigError(
@@ -166,6 +167,21 @@ def _check_target(head: SpecFormerConfig, model_config: Any) -> None:
         raise HeadConfigError(
             f"the head was trained for another target than {model_config.model}: "
             f"{'; '.join(wrong)}; use the head of this target, or train one for it"
+        )
+
+
+def _check_states(head: SpecFormerConfig, model_config: Any) -> None:
+    """Refuse a target whose states vLLM hands out in another way than the head needs them."""
+    if model_config.uses_mrope:
+        raise SpeculativeConfigError(
+            f"target {model_config.model}: its positions have several dimensions (M-RoPE), but a "
+            "SpecFormer head counts its context in tokens; serve it without speculation"
+        )
+    if head.aux_hidden_state_layer_ids[0] == 0 and model_config.using_transformers_backend():
+        raise SpeculativeConfigError(
+            f"target {model_config.model}: vLLM runs it by its Transformers code and hands out no "
+            "hidden state 0, which this head is hooked to; train one with --hooks that leave 0 "
+            "out, or serve without speculation"
         )
 
 

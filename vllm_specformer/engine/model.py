@@ -20,12 +20,13 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.engine.attention import DraftAttention
+from vllm_specformer.engine.draft_vocabulary import logits_of_some
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.parts import NORM_NAMES, find_part
-from vllm_specformer.weights import HeadWeightError
+from vllm_specformer.weights import HeadWeightError, check_draft_tokens
 
-# What decoders of vLLM call their embedding; those that Transformers wrote answer for themselves.
-EMBEDDING_NAMES = ("embed_tokens", "embedding", "embeddings")
+# What decoders call their embedding, those of vLLM and those of Transformers that it runs.
+EMBEDDING_NAMES = ("embed_tokens", "embedding", "embeddings", "embed_in", "wte")
 
 
 def embedding_table(decoder: Any) -> nn.Module:
@@ -36,10 +37,7 @@ def embedding_table(decoder: Any) -> nn.Module:
     Raises:
         AttributeError: the decoder has no such table.
     """
-    if hasattr(decoder, "get_input_embeddings"):
-        embedding = decoder.get_input_embeddings()
-    else:
-        embedding = find_part(decoder, EMBEDDING_NAMES)
+    embedding = find_part(decoder, EMBEDDING_NAMES)
     return next(m for m in embedding.modules() if isinstance(m, VocabParallelEmbedding))
 
 

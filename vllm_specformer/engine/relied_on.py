@@ -219,6 +219,12 @@ LAYERS: tuple[Reliance, ...] = (
         "class of the target",
         "model_config",
     ),
+    *members("vllm.config.model:ModelConfig", CHECKS, "kind of positions", "uses_mrope"),
+    call(
+        "vllm.config.model:ModelConfig.using_transformers_backend",
+        CHECKS,
+        "whether the target has a state 0",
+    ),
     call(f"{_EAGLE}:supports_eagle3", CHECKS, "whether the target can be hooked", "model"),
     Reliance("vllm.v1.attention.backends.utils:PAD_SLOT_ID", V2, "marks rows to skip", VALUE),
     call("vllm.compilation.backends:set_model_tag", V1 + ", " + V2, "cache key", "tag"),

@@ -14,8 +14,9 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from vllm_specformer.config import HeadConfigError, SpecFormerConfig
+from vllm_specformer.config import HeadConfigError, SpecFormerConfig, paper_hooks
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.families import read_families
 from vllm_specformer.parts import LAYER_NAMES, NORM_NAMES, find_part
 from vllm_specformer.training.hidden_states import HookedTarget, find_decoder
 
@@ -34,13 +35,13 @@ class UnsupportedTargetError(SpecFormerError):
 def head_config(
     preset: str, target: PreTrainedConfig, name: str, **changes: object
 ) -> SpecFormerConfig:
-    """`SpecFormerConfig.preset`, with what it lacks in a target's configuration named.
+    """`SpecFormerConfig.preset`, with what stands against a head for this target named.
 
     Raises:
         UnsupportedTargetError: the target is unsuitable, or a field is out of range.
     """
     try:
-        return SpecFormerConfig.preset(preset, target, name, **changes)
+        config = SpecFormerConfig.preset(preset, target, name, **changes)
     except HeadConfigError as error:
         raise UnsupportedTargetError(f"target {name}: {error}") from None
     except AttributeError as error:
@@ -48,6 +49,28 @@ def head_config(
             f"target {name}: its configuration ({type(target).__name__}) has no {error.name!r}, "
             "which the head's shape is taken from; this family is not supported"
         ) from None
+    _check_served(config, name)
+    return config
+
+
+def _check_served(config: SpecFormerConfig, name: str) -> None:
+    """Refuse what is known not to work when it is served (see `families.py`)."""
+    known = read_families()
+    family = known.find(config.target_architecture)
+    if family is None:
+        return
+    if not family.hands_out_states:
+        raise UnsupportedTargetError(
+            f"target {name}: vLLM {known.vllm} serves {family.architecture} with a class "
+            f"({family.served_by}) that cannot return hidden states, which heads draft from; "
+            "`specformer families` lists the models that can have one"
+        )
+    if family.wraps_transformers and config.aux_hidden_state_layer_ids[0] == 0:
+        rest = ",".join(map(str, paper_hooks(config.target_num_layers)[1:]))
+        raise UnsupportedTargetError(
+            f"target {name}: vLLM {known.vllm} runs {family.architecture} by its Transformers "
+            f"code and hands out no state 0; leave it out of --hooks, as in --hooks {rest}"
+        )
 
 
 def read_config(directory: Path) -> PreTrainedConfig:

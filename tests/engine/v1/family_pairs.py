@@ -1,0 +1,56 @@
+"""Targets of every family with heads that `specformer train` made for them in 50 steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from family_targets import FAMILIES, make_target
+from training_texts import write_distilled
+
+from vllm_specformer.cli.main import main
+from vllm_specformer.training.texts import Text, Texts
+
+STEPS = 50
+NUM_TEXTS, NEW_TOKENS = 64, 40
+# Prompts of three lengths; with the answer the longer ones reach past every sliding window.
+PROMPT_LENGTHS = (6, 17, 40)
+
+
+@dataclass(frozen=True)
+class Pair:
+    target: Path
+    head: Path
+    prompts: tuple[tuple[int, ...], ...]
+
+
+def make_pair(folder: Path, family: str) -> Pair:
+    """Build the target, let it answer random prompts, train a head on the answers."""
+    pair = Pair(folder / "target", folder / "head", _prompts(family))
+    model = make_target(family)
+    model.save_pretrained(pair.target)
+    made, random = [], torch.Generator().manual_seed(1)
+    for index in range(NUM_TEXTS):
+        prompt = torch.randint(300, (1, 8), generator=random)
+        if index % 16 == 0:
+            prompt = torch.randint(300, (16, 8), generator=random)
+            answers = model.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+        tokens = answers[index % 16].numpy().astype(np.int32)
+        made.append(Text(index, tokens, ((8, len(tokens)),), 0.0))
+    data = folder / "data"
+    write_distilled(data, Texts.collect(made, 8 + NEW_TOKENS), pair.target)
+    arguments = ["--target", pair.target, "--data", data, "--out", pair.head]
+    arguments += ["--slots", 4, "--max-steps", STEPS, "--batch-tokens", 512, "--eval-every", STEPS]
+    hooks = FAMILIES[family].hooks
+    if hooks:
+        arguments += ["--hooks", hooks]
+    assert main(["train", *map(str, arguments)]) == 0
+    return pair
+
+
+def _prompts(family: str) -> tuple[tuple[int, ...], ...]:
+    random = torch.Generator().manual_seed(2)
+    lengths = PROMPT_LENGTHS * 4
+    return tuple(tuple(torch.randint(300, (n,), generator=random).tolist()) for n in lengths)

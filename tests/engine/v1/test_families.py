@@ -1,0 +1,135 @@
+"""Targets of many families: hooked states, greedy parity and drafts, from training to serving.
+
+A family is a tiny random target, a head that `specformer train` made for it in 50 steps on the
+target's own answers, and two engines one after the other. One family stands for all in the default
+tests; `make test-families` runs all of them and writes build/families.csv (see docs/families.md).
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_targets import FAMILIES
+from torch import Tensor
+from vllm import LLM
+
+from vllm_specformer.engine.model import SpecFormerDraftModel
+
+from .drafts import compare, truth, watching
+from .engines import (
+    ROOT,
+    DenseReference,
+    Tokens,
+    continuations,
+    counting,
+    drafting,
+    engine,
+    greedy,
+)
+from .family_pairs import Pair, make_pair
+
+# Hooked states of two implementations in float32, relative to their norm; a state taken in another
+# place differs by tens of per cent.
+SAME_STATES = 1e-5
+MAX_TOKENS = 48
+COLUMNS = ("family", "particular", "states", "same output", "drafts (wrong)", "tokens per step")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    states: float
+    compared: int
+    wrong: list[str]
+    tokens_per_step: float
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[Sequence[Any]]]:
+    """Rows for build/families.csv, written when the last family is through."""
+    rows: list[Sequence[Any]] = []
+    yield rows
+    path = ROOT / "build" / "families.csv"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
+
+
+def test_one_family_for_all(tmp_path: Path) -> None:
+    """Scaled embeddings, softcap, layers that differ, sliding windows, shared K/V: all in one."""
+    check("gemma4", tmp_path)
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family(family: str, tmp_path: Path, table: list[Sequence[Any]]) -> None:
+    outcome = check(family, tmp_path)
+    drafts = f"{outcome.compared} ({len(outcome.wrong)})"
+    states, per_step = f"{outcome.states:.0e}", f"{outcome.tokens_per_step:.2f}"
+    table.append((family, FAMILIES[family].particular, states, "yes", drafts, per_step))
+
+
+def check(family: str, folder: Path) -> Outcome:
+    pair = make_pair(folder, family)
+    # First, as vLLM changes classes of Transformers that it runs itself.
+    reference = DenseReference(pair.head, pair.target)
+    with serving(pair) as llm:
+        plain = answers(llm, pair.prompts)
+    assert max(len(set(text)) for text in plain.values()) >= 8, "it says one thing only"
+
+    with serving(pair, drafting(4, pair.head)) as llm:
+        states = states_apart(llm, reference, pair.prompts[-1])
+        with watching() as alone, counting(llm) as counted:
+            assert answers(llm, pair.prompts) == plain
+        with watching(truth(plain)) as helped, counting(llm) as with_help:
+            assert answers(llm, pair.prompts) == plain
+    assert states < SAME_STATES
+    # Every number of drafts was accepted at some step, and some were not.
+    assert min(helped.helped[n] for n in range(5)) > 0
+    assert with_help["spec_decode_num_accepted_tokens"] > 0
+    assert counted["spec_decode_num_accepted_tokens"] < counted["spec_decode_num_draft_tokens"]
+
+    result = compare(reference, [*alone.drafted, *helped.drafted])
+    assert result.wrong == []
+    assert result.compared >= 1000
+    assert result.ties <= result.compared // 100
+    return Outcome(states, result.compared, result.wrong, counted.tokens_per_step)
+
+
+@contextmanager
+def serving(pair: Pair, speculative: dict[str, Any] | None = None) -> Iterator[LLM]:
+    changes = {"model": str(pair.target), "skip_tokenizer_init": True, "max_model_len": 192}
+    with engine(speculative, **changes) as llm:
+        yield llm
+
+
+def answers(llm: LLM, prompts: Sequence[Tokens], length: int = MAX_TOKENS) -> dict[Tokens, Tokens]:
+    params = greedy(length, detokenize=False, ignore_eos=True)
+    inputs: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    return continuations(llm.generate(inputs, params, use_tqdm=False))
+
+
+@torch.no_grad()
+def states_apart(llm: LLM, reference: DenseReference, prompt: Tokens) -> float:
+    """The largest relative difference of a hooked state over a prompt, vLLM against training."""
+    seen: list[list[Tensor]] = []
+    original = SpecFormerDraftModel.combine_hidden_states
+
+    def combine(self: Any, hooked_states: Sequence[Tensor]) -> Tensor:
+        seen.append([state.clone() for state in hooked_states])
+        return original(self, hooked_states)
+
+    SpecFormerDraftModel.combine_hidden_states = combine  # type: ignore[method-assign]
+    try:
+        answers(llm, [prompt], length=1)
+    finally:
+        SpecFormerDraftModel.combine_hidden_states = original  # type: ignore[method-assign]
+    expected, _ = reference.target(torch.tensor([prompt]))
+    pairs = zip(seen[0], expected, strict=True)
+    return max(float((a - b[0]).norm() / b.norm()) for a, b in pairs)

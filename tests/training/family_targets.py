@@ -1,0 +1,168 @@
+"""Tiny random targets of many families, each with what is particular to the family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as hf
+
+# Vocabularies are no multiple of 64, to which vLLM pads them.
+SHAPE: dict[str, Any] = {
+    "vocab_size": 331,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+# For configurations that derive the head size.
+WIDE = {key: value for key, value in SHAPE.items() if key != "head_dim"} | {"hidden_size": 128}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@dataclass(frozen=True)
+class TinyFamily:
+    """What the family has that others have not, its configuration, and hooks if not the default."""
+
+    particular: str
+    config: Callable[[], hf.PreTrainedConfig]
+    hooks: str | None = None
+
+
+def _yarn(factor: float) -> dict[str, Any]:
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": factor,
+        "original_max_position_embeddings": 64,
+    }
+
+
+FAMILIES: dict[str, TinyFamily] = {
+    "llama": TinyFamily(
+        "llama3 RoPE scaling, untied",
+        lambda: hf.LlamaConfig(
+            **SHAPE | {"vocab_size": 300},
+            tie_word_embeddings=False,
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 10_000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+        ),
+    ),
+    "llama-biased": TinyFamily(
+        "biases, linear RoPE scaling, no GQA, tied",
+        lambda: hf.LlamaConfig(
+            **SHAPE | {"num_key_value_heads": 4},
+            tie_word_embeddings=True,
+            attention_bias=True,
+            mlp_bias=True,
+            rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2.0},
+        ),
+    ),
+    "mistral": TinyFamily(
+        "one K/V head, YaRN",
+        lambda: hf.MistralConfig(
+            **SHAPE | {"num_key_value_heads": 1}, sliding_window=None, rope_parameters=_yarn(4.0)
+        ),
+    ),
+    "mistral-sliding": TinyFamily(
+        "sliding window in every layer", lambda: hf.MistralConfig(**SHAPE, sliding_window=32)
+    ),
+    "ministral3": TinyFamily(
+        "queries scaled by position",
+        lambda: hf.Ministral3Config(
+            **SHAPE,
+            rope_parameters=_yarn(4.0)
+            | {
+                "llama_4_scaling_beta": 0.1,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            },
+        ),
+    ),
+    "qwen2": TinyFamily(
+        "bias of queries, keys, values; tied",
+        lambda: hf.Qwen2Config(**WIDE, tie_word_embeddings=True),
+    ),
+    "qwen3": TinyFamily(
+        "norms of queries and keys; tied", lambda: hf.Qwen3Config(**SHAPE, tie_word_embeddings=True)
+    ),
+    "qwen3-moe": TinyFamily(
+        "mixture of experts",
+        lambda: hf.Qwen3MoeConfig(**SHAPE, **MOE, decoder_sparse_step=1, norm_topk_prob=True),
+    ),
+    "granite": TinyFamily(
+        "scales of embedding, residuals, attention and logits; tied",
+        lambda: hf.GraniteConfig(
+            **SHAPE,
+            tie_word_embeddings=True,
+            embedding_multiplier=2.5,
+            logits_scaling=4.0,
+            residual_multiplier=0.8,
+            attention_multiplier=0.25,
+        ),
+    ),
+    "gemma4": TinyFamily(
+        "scaled embedding, softcap, per-layer embeddings, layers of two shapes, shared K/V; tied",
+        lambda: hf.Gemma4TextConfig(
+            **SHAPE | {"num_hidden_layers": 6},
+            vocab_size_per_layer_input=331,
+            hidden_size_per_layer_input=16,
+            global_head_dim=64,
+            num_kv_shared_layers=2,
+            sliding_window=32,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            final_logit_softcapping=30.0,
+        ),
+    ),
+    "gpt-oss": TinyFamily(
+        "attention sinks, alternating windows, mixture of experts",
+        lambda: hf.GptOssConfig(
+            **SHAPE,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=32,
+            rope_parameters=_yarn(4.0),
+        ),
+    ),
+    "phi3": TinyFamily(
+        "partial rotary embedding", lambda: hf.Phi3Config(**WIDE, partial_rotary_factor=0.75)
+    ),
+    "ernie4_5": TinyFamily(
+        "interleaved rotary embedding", lambda: hf.Ernie4_5Config(**SHAPE)
+    ),
+    "olmo2": TinyFamily(
+        "Transformers code inside vLLM", lambda: hf.Olmo2Config(**WIDE), hooks="2,3,4"
+    ),
+    "starcoder2": TinyFamily(
+        "the same, with LayerNorm and biases", lambda: hf.Starcoder2Config(**WIDE), hooks="2,3,4"
+    ),
+}
+
+
+def make_target(family: str, seed: int = 0) -> hf.PreTrainedModel:
+    """The family's target in float32, with weights large enough for it to say varied things."""
+    torch.manual_seed(seed)
+    config = FAMILIES[family].config()
+    model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name and parameter.ndim == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)  # not all ones, so that a lost one shows
+        else:
+            torch.nn.init.normal_(parameter, std=0.12)
+    return model

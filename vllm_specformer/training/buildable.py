@@ -1,0 +1,50 @@
+"""Which architectures Transformers can build, and whether a head finds its hooks in them.
+
+The models are built without weights (device "meta") from their families' default configurations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.training.target import check_decoder, head_config
+
+
+def model_types() -> dict[str, str]:
+    """Class name of every causal language model of Transformers -> the first of its model types."""
+    found: dict[str, str] = {}
+    for model_type, names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        for name in [names] if isinstance(names, str) else names:
+            found.setdefault(name, model_type)
+    return found
+
+
+def obstacles(types: Iterable[str]) -> dict[str, str]:
+    """Model type -> why states cannot be hooked in it; an empty string if they can."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        return {model_type: _obstacle(model_type) for model_type in types}
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _obstacle(model_type: str) -> str:
+    try:
+        config = AutoConfig.for_model(model_type)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception:
+        return ""  # its defaults alone make no model; a checkpoint's configuration may
+    try:
+        check_decoder(model, model_type)
+        head_config("default", config, model_type)
+    except SpecFormerError as error:
+        return str(error).removeprefix(f"target {model_type}: ")
+    return ""
