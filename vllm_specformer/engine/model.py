@@ -20,10 +20,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.engine.attention import DraftAttention
-from vllm_specformer.engine.draft_vocabulary import logits_of_some
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.parts import NORM_NAMES, find_part
-from vllm_specformer.weights import HeadWeightError, check_draft_tokens
+from vllm_specformer.weights import HeadWeightError
 
 # What decoders call their embedding, those of vLLM and those of Transformers that it runs.
 EMBEDDING_NAMES = ("embed_tokens", "embedding", "embeddings", "embed_in", "wte")
