@@ -156,6 +156,19 @@ def test_shapes_of_unusual_configurations() -> None:
     assert head_config("default", Starcoder2Config(), "sc").rms_norm_eps == 1e-5
 
 
+def test_what_vllm_cannot_serve_is_refused() -> None:
+    cohere = CohereConfig(**SHAPE, architectures=["CohereForCausalLM"])
+    message = (
+        r"target c: vLLM .* serves CohereForCausalLM with a class \(commandr:CohereForCausalLM\)"
+    )
+    with pytest.raises(UnsupportedTargetError, match=message):
+        head_config("default", cohere, "c")
+    starcoder = Starcoder2Config(architectures=["Starcoder2ForCausalLM"])
+    with pytest.raises(UnsupportedTargetError, match=r"hands out no state 0.*--hooks 15,29,30"):
+        head_config("default", starcoder, "s")
+    head_config("default", starcoder, "s", aux_hidden_state_layer_ids=(15, 29, 30))
+
+
 def test_decoders_that_keep_their_parts_elsewhere() -> None:
     shape = {**SHAPE, "layer_norm_eps": 1e-5}
     del shape["head_dim"]

@@ -278,6 +278,19 @@ def test_class_without_hidden_states(tmp_path: Path) -> None:
         check_target_class(config)
 
 
+def test_transformers_code_has_no_state_zero() -> None:
+    message = r"runs it by its Transformers code and hands out no hidden state 0.*--hooks"
+    with pytest.raises(SpeculativeConfigError, match=message):
+        configured(asking(HEAD), model_impl="transformers")
+
+
+def test_positions_in_several_dimensions(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}
+    target = small_target(tmp_path / "mrope", rope_parameters=rope)
+    with pytest.raises(SpeculativeConfigError, match=r"M-RoPE.*serve it without speculation"):
+        configured(asking(HEAD), target)
+
+
 def test_class_with_hidden_states() -> None:
     check_target_class(ModelConfig(model=str(TARGET), dtype="float32", max_model_len=64))
 
