@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.training.acceptance import (
     Acceptance,
+    Lookup,
     head_drafts,
-    lookup_drafts,
     repeated_fraction,
 )
 from vllm_specformer.training.hidden_states import HookedTarget
@@ -29,7 +29,8 @@ def replay(drafts: dict[int, Sequence[int]], slots: int = 2) -> tuple[Acceptance
         return drafts.get(position, [0] * slots)
 
     acceptance = Acceptance(slots)
-    acceptance.walk(TEXT, 2, drafter)
+    steps = acceptance.walk(TEXT, 2, drafter)
+    assert [a + s + 1 for a, s in zip(visited, steps, strict=True)] == [*visited[1:], len(TEXT) - 1]
     return acceptance, visited
 
 
@@ -81,12 +82,12 @@ def test_texts_add_up() -> None:
     ],
 )
 def test_lookup(text: list[int], drafts: list[int]) -> None:
-    assert lookup_drafts(text, len(text), longest=3, shortest=1, count=2) == drafts
+    assert Lookup(text, longest=3, shortest=1).drafts(len(text), count=2) == drafts
 
 
 def test_lookup_sees_nothing_past_its_end() -> None:
-    assert lookup_drafts([1, 2, 8, 1, 2], end=4, longest=2, shortest=1, count=4) == [2, 8, 1]
-    assert lookup_drafts([7, 1, 1], end=2, longest=1, shortest=1, count=4) == []
+    assert Lookup([1, 2, 8, 1, 2], longest=2, shortest=1).drafts(end=4, count=4) == [2, 8, 1]
+    assert Lookup([7, 1, 1], longest=1, shortest=1).drafts(end=2, count=4) == []
 
 
 @pytest.mark.parametrize(

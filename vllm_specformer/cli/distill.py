@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from vllm_specformer.cli.arguments import (
+    count,
+    json_object,
+    positive,
+    share,
+    temperature,
+    top_p,
+)
 
 if TYPE_CHECKING:
     from vllm_specformer.data.manifest import Manifest
@@ -31,32 +39,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--out", required=True, type=Path, metavar="DIR", help="result directory")
     what.add_argument(
-        "--max-prompts", type=_positive, metavar="N", help="draw N of the prompts by --seed"
+        "--max-prompts", type=positive, metavar="N", help="draw N of the prompts by --seed"
     )
     what.add_argument(
         "--max-bad-lines",
-        type=_count,
+        type=count,
         metavar="N",
         help="malformed records that may be left out (default: 1%%, 10 in small files)",
     )
     what.add_argument(
-        "--shard-size", type=_positive, default=1000, metavar="N", help="prompts per file (1000)"
+        "--shard-size", type=positive, default=1000, metavar="N", help="prompts per file (1000)"
     )
     how = parser.add_argument_group("how answers are drawn")
-    how.add_argument("--temperature", type=_temperature, default=0.0, help="default: 0, greedy")
+    how.add_argument("--temperature", type=temperature, default=0.0, help="default: 0, greedy")
     how.add_argument(
         "--sampled-share",
-        type=_share,
+        type=share,
         default=0.25,
         metavar="S",
         help="share of the prompts answered at --sampled-temperature instead (0.25)",
     )
     how.add_argument(
-        "--sampled-temperature", type=_temperature, default=1.0, metavar="T", help="default: 1"
+        "--sampled-temperature", type=temperature, default=1.0, metavar="T", help="default: 1"
     )
-    how.add_argument("--top-p", type=_top_p, default=1.0, help="where the temperature is not 0 (1)")
+    how.add_argument("--top-p", type=top_p, default=1.0, help="where the temperature is not 0 (1)")
     how.add_argument(
-        "--max-tokens", type=_positive, default=1024, metavar="N", help="longest answer (1024)"
+        "--max-tokens", type=positive, default=1024, metavar="N", help="longest answer (1024)"
     )
     how.add_argument("--seed", type=int, default=0, help="of drawing prompts and answers (0)")
     how.add_argument(
@@ -64,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--chat-template-args",
-        type=_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help="variables for the template, such as '{\"enable_thinking\": false}'",
@@ -78,18 +86,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument("--dtype", default="auto", help="of the offline engine (auto)")
     engine.add_argument(
-        "--max-model-len", type=_positive, metavar="N", help="context, if shorter than the model's"
+        "--max-model-len", type=positive, metavar="N", help="context, if shorter than the model's"
     )
     engine.add_argument(
         "--engine-args",
-        type=_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help="more arguments for the offline engine, such as '{\"tensor_parallel_size\": 2}'",
     )
     engine.add_argument("--served-model", metavar="NAME", help="the target's name on the server")
     engine.add_argument(
-        "--concurrency", type=_positive, default=64, metavar="N", help="of a server's requests (64)"
+        "--concurrency", type=positive, default=64, metavar="N", help="of a server's requests (64)"
     )
 
 
@@ -158,43 +166,3 @@ def _say(text: str) -> None:
 
 def _interrupt(*_: Any) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _number(text: str, kind: type, low: float, high: float, wanted: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
-    return value
-
-
-def _positive(text: str) -> int:
-    return int(_number(text, int, 1, float("inf"), "a whole number above 0"))
-
-
-def _count(text: str) -> int:
-    return int(_number(text, int, 0, float("inf"), "a whole number, 0 or more"))
-
-
-def _share(text: str) -> float:
-    return float(_number(text, float, 0, 1, "a number from 0 to 1"))
-
-
-def _temperature(text: str) -> float:
-    return float(_number(text, float, 0, 2, "a number from 0 to 2"))
-
-
-def _top_p(text: str) -> float:
-    return float(_number(text, float, 1e-6, 1, "a number above 0, at most 1"))
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not valid JSON ({error}): {text!r}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text!r}")
-    return value

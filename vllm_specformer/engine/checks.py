@@ -15,6 +15,7 @@ from vllm_specformer.config import (
     read_config,
 )
 from vllm_specformer.engine.patches import verifies_coupled
+from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.weights import check_weights
 
 # What decides about a draft: vLLM's own rejection sampler, or the request's own noise.
@@ -22,7 +23,7 @@ DEFAULT_VERIFICATION = "vllm"
 VERIFICATIONS = (DEFAULT_VERIFICATION, "coupled")
 
 
-class SpeculativeConfigError(ValueError):
+class SpeculativeConfigError(SpecFormerError):
     """The speculative config, head and target do not go together."""
 
 
@@ -94,7 +95,7 @@ def checked(
     """
     head = _read_head(speculative)
     tokens = _checked_tokens(speculative.get("num_speculative_tokens"), head.num_draft_slots)
-    _check_target(head, target_model_config)
+    check_pair(head, target_model_config.hf_config, target_model_config.model)
     _check_states(head, target_model_config)
     stages = getattr(parallel_config, "pipeline_parallel_size", 1)
     if stages > 1:
@@ -140,16 +141,25 @@ def _checked_tokens(tokens: Any, slots: int) -> int:
     return tokens
 
 
-def _check_target(head: SpecFormerConfig, model_config: Any) -> None:
-    text = model_config.hf_text_config
-    layers = text.num_hidden_layers
+def check_pair(head: SpecFormerConfig, target: PreTrainedConfig, name: str) -> None:
+    """Refuse a target that the head's shapes do not fit.
+
+    Args:
+        target: the target's Hugging Face configuration.
+        name: of the target, for the message.
+
+    Raises:
+        SpeculativeConfigError, HeadConfigError: see their messages.
+    """
+    layers = target.get_text_config().num_hidden_layers
     if layers < MIN_TARGET_LAYERS:
         raise SpeculativeConfigError(
-            f"target {model_config.model}: num_hidden_layers={layers}, SpecFormer needs at least "
+            f"target {name}: num_hidden_layers={layers}, SpecFormer needs at least "
             f"{MIN_TARGET_LAYERS} (its hooks coincide below that); serve it without speculation"
         )
+    text = target.get_text_config()
     found = {
-        "architecture": (model_config.hf_config.architectures or [None])[0],
+        "architecture": (target.architectures or [None])[0],
         "hidden_size": text.hidden_size,
         "num_hidden_layers": layers,
         "vocab_size": text.vocab_size,
@@ -165,7 +175,7 @@ def _check_target(head: SpecFormerConfig, model_config: Any) -> None:
     ]
     if wrong:
         raise HeadConfigError(
-            f"the head was trained for another target than {model_config.model}: "
+            f"the head was trained for another target than {name}: "
             f"{'; '.join(wrong)}; use the head of this target, or train one for it"
         )
 

@@ -45,9 +45,14 @@ class Acceptance:
         """Share of steps whose draft reached and passed slot `i` (vLLM's per-position rate)."""
         return [a / max(1, o) for a, o in zip(self.accepted, self.offered, strict=True)]
 
-    def walk(self, text: Sequence[int], start: int, drafter: Drafter) -> None:
-        """Replay one text whose first generated token is `text[start]`."""
+    def walk(self, text: Sequence[int], start: int, drafter: Drafter) -> list[int]:
+        """Replay one text whose first generated token is `text[start]`.
+
+        Returns:
+            The drafts accepted in each step.
+        """
         position = start - 1  # last token the target has seen; text[start] is the first bonus token
+        steps = []
         while position + 1 < len(text):
             room = len(text) - (position + 2)
             drafts = drafter(position)[: min(self.num_slots, max(room, 0))]
@@ -60,6 +65,8 @@ class Acceptance:
             self.steps += 1
             self.tokens += matched + 1
             position += matched + 1
+            steps.append(matched)
+        return steps
 
 
 @torch.no_grad()
@@ -77,21 +84,29 @@ def head_drafts(
     return head.draft(target.logits(slots[:, :, :num_tokens]), bonus)[0]
 
 
-def lookup_drafts(
-    text: Sequence[int], end: int, longest: int, shortest: int, count: int
-) -> list[int]:
-    """Prompt lookup: continue the earliest match of the last n tokens of `text[:end]`.
+class Lookup:
+    """Prompt lookup: continue the earliest match of the last n tokens; the longest n wins.
 
-    The longest n wins; this is what vLLM's `ngram` method proposes.
+    This is what vLLM's `ngram` method proposes. A text's n-grams are entered once, as the earliest
+    match of an n-gram is its first occurrence wherever the text is cut.
     """
-    for size in range(longest, shortest - 1, -1):
-        if end <= size:
-            continue
-        pattern = list(text[end - size : end])
-        for begin in range(end - size):
-            if list(text[begin : begin + size]) == pattern:
-                return list(text[begin + size : min(begin + size + count, end)])
-    return []
+
+    def __init__(self, text: Sequence[int], longest: int, shortest: int) -> None:
+        self.text = list(text)
+        self.first: dict[int, dict[tuple[int, ...], int]] = {}
+        for size in range(longest, shortest - 1, -1):
+            begins = range(len(self.text) - size, -1, -1)
+            self.first[size] = {tuple(self.text[i : i + size]): i for i in begins}
+
+    def drafts(self, end: int, count: int) -> list[int]:
+        """At most `count` tokens to follow `text[:end]`, of which alone it knows."""
+        for size, first in self.first.items():
+            if end <= size:
+                continue
+            begin = first[tuple(self.text[end - size : end])]
+            if begin < end - size:
+                return self.text[begin + size : min(begin + size + count, end)]
+        return []
 
 
 def repeated_fraction(tokens: Sequence[int], size: int = 4) -> float:

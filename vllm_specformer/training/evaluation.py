@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -90,17 +90,32 @@ def evaluate(
 
 def _replay(texts: Texts, row: Sequence[int], drafts: np.ndarray, acceptance: Acceptance) -> None:
     """Walk through the answers of a row's texts; `drafts` [A, n] are at all anchors, in order."""
+    for index, at in drafts_by_text(texts, row, drafts):
+        tokens = texts.input_ids(index).tolist()
+        for start, end in texts.answers(index):
+            # At an answer's last token but one there is nothing left to draft, hence no anchor.
+            acceptance.walk(tokens[:end], start, partial(drafts_at, at))
+
+
+def drafts_by_text(
+    texts: Texts, row: Sequence[int], drafts: np.ndarray
+) -> Iterator[tuple[int, dict[int, list[int]]]]:
+    """Index of each text of a row, and its drafts by position; `drafts` as for `_replay`."""
     first = 0
     for index in row:
-        tokens = texts.input_ids(index).tolist()
         anchors, _ = texts.anchors(index)
         made = drafts[first : first + len(anchors)].tolist()
         first += len(anchors)
-        at = {int(anchor): draft for anchor, draft in zip(anchors, made, strict=True)}
-        for start, end in texts.answers(index):
-            # At an answer's last token but one there is nothing left to draft, hence no anchor.
-            acceptance.walk(tokens[:end], start, partial(_drafts_at, at))
+        yield index, {int(anchor): draft for anchor, draft in zip(anchors, made, strict=True)}
 
 
-def _drafts_at(drafts: dict[int, list[int]], position: int) -> list[int]:
+def drafts_at(drafts: dict[int, list[int]], position: int) -> list[int]:
+    """What was drafted at a position, if it is an anchor."""
     return drafts.get(position, [])
+
+
+def run_target(target: HookedTarget, fields: dict[str, Tensor], packed: bool) -> Rows:
+    """The rows of a batch, on the target's device, with the target's states."""
+    fields = {name: value.to(target.target.device) for name, value in fields.items()}
+    states, last = target(fields["input_ids"], fields["position_ids"] if packed else None)
+    return Rows(states, last, **fields)

@@ -105,6 +105,12 @@ class Texts:
         first, last = self.span_offsets[index : index + 2]
         return [(int(start), int(end)) for start, end in self.spans[first:last]]
 
+    def each(self) -> Iterator[Text]:
+        """The conversations one by one."""
+        for i in range(len(self)):
+            spans, temperature = tuple(self.answers(i)), float(self.temperatures[i])
+            yield Text(int(self.ids[i]), self.input_ids(i), spans, temperature)
+
     def anchors(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Every anchor of a text and the end of the answer it drafts in, int64 each."""
         positions, ends = [], []
@@ -120,10 +126,7 @@ def split(texts: Texts, share: float, limit: int, seed: int) -> tuple[np.ndarray
     Whether a text is held out depends on its id and the seed alone, so it stays out of training
     when data is added. Greedy texts come first among the held out: acceptance is exact on them.
     """
-    draws = _draw(texts.ids, seed)
-    held_out = np.flatnonzero(draws < share)
-    if share and not len(held_out):
-        held_out = np.array([int(draws.argmin())])
+    held_out = held_out_texts(texts, share, seed)
     train = np.setdiff1d(np.arange(len(texts)), held_out)
     if not len(train):
         raise SpecFormerError(
@@ -131,7 +134,16 @@ def split(texts: Texts, share: float, limit: int, seed: int) -> tuple[np.ndarray
         )
     greedy = held_out[texts.temperatures[held_out] == 0]
     chosen = greedy if len(greedy) else held_out
-    return train, chosen[np.argsort(draws[chosen], kind="stable")][:limit]
+    return train, chosen[np.argsort(_draw(texts.ids[chosen], seed), kind="stable")][:limit]
+
+
+def held_out_texts(texts: Texts, share: float, seed: int) -> np.ndarray:
+    """Indices of the texts that a training with this share and seed does not see."""
+    draws = _draw(texts.ids, seed)
+    held_out = np.flatnonzero(draws < share)
+    if share and not len(held_out):
+        held_out = np.array([int(draws.argmin())])
+    return held_out
 
 
 def read_texts(tables: Iterable[pa.Table]) -> Iterator[Text]:

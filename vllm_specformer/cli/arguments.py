@@ -1,0 +1,53 @@
+"""Types of command-line arguments: what is wrong with a value is said in one line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+
+def _number(text: str, kind: type, low: float, high: float, wanted: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    return int(_number(text, int, 1, float("inf"), "a whole number above 0"))
+
+
+def count(text: str) -> int:
+    """A whole number, 0 or more."""
+    return int(_number(text, int, 0, float("inf"), "a whole number, 0 or more"))
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    return float(_number(text, float, 0, 1, "a number from 0 to 1"))
+
+
+def temperature(text: str) -> float:
+    """A number from 0 to 2."""
+    return float(_number(text, float, 0, 2, "a number from 0 to 2"))
+
+
+def top_p(text: str) -> float:
+    """A number above 0, at most 1."""
+    return float(_number(text, float, 1e-6, 1, "a number above 0, at most 1"))
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not valid JSON ({error}): {text!r}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text!r}")
+    return value

@@ -1,0 +1,1 @@
+"""What a head is worth: offline, served, and against the target at hand."""

@@ -1,0 +1,95 @@
+"""The figures of an evaluation as plain data, the way `--json` writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from vllm_specformer.evaluation.agreement import Agreement
+from vllm_specformer.evaluation.replay import (
+    BOUND,
+    HEAD,
+    LOOKUPS,
+    DraftedText,
+    less_repetitive_half,
+    replay,
+)
+from vllm_specformer.evaluation.served import Served
+from vllm_specformer.training.acceptance import Acceptance
+
+Figures = dict[str, Any]
+ALL, HALF = "all", "less_repetitive_half"
+
+
+def group_name(temperature: float) -> str:
+    """ "greedy", or "temperature_0.7"."""
+    return f"temperature_{temperature:g}" if temperature else "greedy"
+
+
+def of_texts(
+    texts: Sequence[DraftedText], budgets: Sequence[int], end_ids: frozenset[int]
+) -> Figures:
+    """Acceptance on the texts of one temperature by method and number of drafted tokens.
+
+    Beside the head: prompt lookups on the same texts, the same for the less repetitive half of
+    them, and for sampled texts the bound that no deterministic draft can beat, which is to draft
+    the target's own most probable token everywhere.
+    """
+    methods = [HEAD, *LOOKUPS, *([BOUND] if texts[0].temperature else [])]
+    answers = [text.tokens[start:end] for text in texts for start, end in text.answers]
+    figures: Figures = {
+        "temperature": texts[0].temperature,
+        "texts": len(texts),
+        "mean_answer_tokens": round(sum(map(len, answers)) / len(answers), 1),
+        "finished_share": round(sum(a[-1] in end_ids for a in answers) / len(answers), 3),
+        "repeated_4grams": round(sum(text.repeated for text in texts) / len(texts), 4),
+    }
+    for name, chosen in ((ALL, texts), (HALF, less_repetitive_half(texts))):
+        figures[name] = {
+            method: {f"K={k}": _summary(replay(chosen, method, k)) for k in budgets}
+            for method in methods
+        }
+    whole = figures[ALL]
+    figures["over_lookup"] = _ratios(whole, LOOKUPS)
+    if BOUND in whole:
+        figures["share_of_bound"] = _ratios(whole, (BOUND,))
+    return figures
+
+
+def _summary(acceptance: Acceptance) -> Figures:
+    return {
+        "tokens_per_step": round(acceptance.tokens_per_step, 3),
+        "acceptance_per_position": [round(share, 3) for share in acceptance.per_position],
+    }
+
+
+def _ratios(figures: Figures, others: Iterable[str]) -> dict[str, float]:
+    """The head's tokens per step over those of the best of the others, by K."""
+    ratios = {}
+    for k, mine in figures[HEAD].items():
+        best = max(figures[other][k]["tokens_per_step"] for other in others)
+        ratios[k] = round(mine["tokens_per_step"] / best, 3)
+    return ratios
+
+
+def of_agreement(agreement: Agreement, served: Served, causes: Sequence[str]) -> Figures:
+    """One comparison with the engine."""
+    return {
+        "temperature": agreement.temperature,
+        "num_speculative_tokens": agreement.num_tokens,
+        "answers": agreement.answers,
+        "offline": _counted(agreement.offline),
+        "engine": _counted(agreement.engine),
+        "difference": round(agreement.difference, 5),
+        "agrees": agreement.agrees,
+        "same_steps": round(agreement.same_steps, 5),
+        "greedy_tokens_of_the_offline_target": agreement.own_words,
+        "causes": list(causes),
+        "vllm": served.vllm,
+        "runner": served.runner,
+        "counters": served.counters,
+    }
+
+
+def _counted(acceptance: Acceptance) -> Figures:
+    return {"steps": acceptance.steps, "tokens": acceptance.tokens, **_summary(acceptance)}

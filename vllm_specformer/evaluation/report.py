@@ -1,0 +1,137 @@
+"""An evaluation for people: tables on the terminal, and a plot."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_specformer.evaluation.agreement import TOLERANCE
+from vllm_specformer.evaluation.figures import ALL, HALF, Figures
+from vllm_specformer.evaluation.replay import BOUND, HEAD, LOOKUP_2_3, LOOKUP_3, LOOKUPS
+
+_TITLES = {
+    HEAD: "head",
+    LOOKUP_3: "lookup 3",
+    LOOKUP_2_3: "lookup 2-3",
+    BOUND: "bound",
+}
+_WIDTH = 110
+
+
+def print_report(report: Figures) -> None:
+    """Everything the JSON has, but for what only machines read."""
+    console = Console(width=_WIDTH, highlight=False)
+    for name, figures in report["offline"].items():
+        console.print(_offline_table(name, figures))
+        last = list(figures[ALL][HEAD].values())[-1]
+        shares = " ".join(f"{share:.2f}" for share in last["acceptance_per_position"])
+        console.print(f"accepted per position: {shares}\n")
+    if report["engine"]:
+        console.print(_engine_table(report["engine"]))
+    for comparison in report["engine"]:
+        if not comparison["agrees"]:
+            console.print(f"\n{_disagreement(comparison)}", markup=False)
+            for cause in comparison["causes"]:
+                console.print(f"- {cause}", markup=False)
+
+
+def _offline_table(name: str, figures: Figures) -> Table:
+    table = Table(
+        title=f"{name.replace('_', ' ')}: tokens per step, {figures['texts']} texts of "
+        f"{figures['mean_answer_tokens']} tokens on average, {figures['repeated_4grams']:.0%} "
+        "repeated 4-grams",
+        caption="lookup: n-grams of the text itself; half: the texts that repeat themselves least",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("K", justify="right")
+    methods = list(figures[ALL])
+    for method in methods:
+        table.add_column(_TITLES[method], justify="right")
+    table.add_column("head / lookup", justify="right")
+    if BOUND in methods:
+        table.add_column("of bound", justify="right")
+    for method in (HEAD, *LOOKUPS):
+        table.add_column(f"half: {_TITLES[method]}", justify="right")
+    for k in figures[ALL][HEAD]:
+        cells = [f"{figures[ALL][method][k]['tokens_per_step']:.2f}" for method in methods]
+        cells.append(f"{figures['over_lookup'][k]:.2f}")
+        if BOUND in methods:
+            cells.append(f"{figures['share_of_bound'][k]:.0%}")
+        cells += [f"{figures[HALF][m][k]['tokens_per_step']:.2f}" for m in (HEAD, *LOOKUPS)]
+        table.add_row(k.removeprefix("K="), *cells)
+    return table
+
+
+def _engine_table(comparisons: list[Figures]) -> Table:
+    runner, vllm = comparisons[0]["runner"], comparisons[0]["vllm"]
+    table = Table(
+        title=f"the engine (vLLM {vllm}, {runner} runner) and the replay of its answers",
+        title_justify="left",
+    )
+    for name in ("T", "K", "answers", "steps", "offline", "engine", "difference", "same steps", ""):
+        table.add_column(name, justify="right")
+    for row in comparisons:
+        table.add_row(
+            f"{row['temperature']:g}",
+            str(row["num_speculative_tokens"]),
+            str(row["answers"]),
+            f"{row['engine']['steps']:,}",
+            f"{row['offline']['tokens_per_step']:.3f}",
+            f"{row['engine']['tokens_per_step']:.3f}",
+            f"{row['difference']:+.2%}",
+            f"{row['same_steps']:.2%}",
+            "agrees" if row["agrees"] else "DISAGREES",
+        )
+    return table
+
+
+def _disagreement(comparison: Figures) -> str:
+    return (
+        f"At temperature {comparison['temperature']:g} and K="
+        f"{comparison['num_speculative_tokens']} the engine's tokens per step differ by "
+        f"{comparison['difference']:+.1%} from the replay's (allowed: {TOLERANCE:.0%}):"
+    )
+
+
+def plot(report: Figures) -> bytes:
+    """Tokens per step over K, and acceptance per position, for each temperature; PNG."""
+    from matplotlib.figure import Figure
+
+    groups = report["offline"]
+    figure = Figure(figsize=(10, 3.6 * len(groups)), layout="constrained")
+    grid = figure.subplots(len(groups), 2, squeeze=False)
+    for (left, right), (name, figures) in zip(grid, groups.items(), strict=True):
+        for method, by_count in figures[ALL].items():
+            counts = [int(k.removeprefix("K=")) for k in by_count]
+            values = [row["tokens_per_step"] for row in by_count.values()]
+            left.plot(counts, values, marker="o", label=_TITLES[method])
+            shares = list(by_count.values())[-1]["acceptance_per_position"]
+            right.plot(range(1, len(shares) + 1), shares, marker="o", label=_TITLES[method])
+        for label, counts, values, shares in _served(report, figures["temperature"]):
+            left.plot(counts, values, "kx", label=label)
+            right.plot(range(1, len(shares) + 1), shares, "kx", label=label)
+        title = name.replace("_", " ")
+        left.set(xlabel="drafted tokens K", ylabel="tokens per step", title=title)
+        right.set(xlabel="position", ylabel="share of drafts accepted", title=title, ylim=(0, 1))
+        for axes in (left, right):
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
+    return content.getvalue()
+
+
+def _served(
+    report: Figures, temperature: float
+) -> Iterator[tuple[str, list[int], list[float], list[Any]]]:
+    """The engine's points of one temperature, if it ran."""
+    rows = [row for row in report["engine"] if row["temperature"] == temperature]
+    if rows:
+        counts = [row["num_speculative_tokens"] for row in rows]
+        values = [row["engine"]["tokens_per_step"] for row in rows]
+        yield "engine", counts, values, rows[-1]["engine"]["acceptance_per_position"]
