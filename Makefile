@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
@@ -27,9 +28,14 @@ demo: setup  ## serve the bundled pair, talk to it, compare with no speculation 
 serve: setup  ## leave a server with the bundled pair running in the foreground (PORT=8000)
 	PYTHON=$(BIN)/python examples/server/serve.sh
 
-# pytest ends with code 5 when it ran no test, which make reports as a failure like any other.
-test: setup  ## run the tests, without the slow, the statistical and most family ones
-	$(BIN)/python -m pytest -q -m "not slow and not statistics and not families"
+# pytest ends with code 5 when it ran no test, which make reports as a failure like any other. A
+# file's tests share engines, so they stay in one worker; two engines must not bind their threads to
+# the same core. Files run in order: the longest, the V2 runner's, comes early.
+test: export OMP_NUM_THREADS = 1
+test: export VLLM_CPU_OMP_THREADS_BIND = nobind
+test: setup  ## run the tests, without the slow and the statistical ones
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		-m "not slow and not statistics and not families"
 
 test-slow: setup  ## run the slow tests
 	$(BIN)/python -m pytest -q -m slow
