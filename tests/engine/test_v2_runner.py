@@ -15,6 +15,7 @@ import pytest
 
 FOLDER = Path(__file__).parent / "v2"
 ROOT = FOLDER.parents[2]
+FAMILIES = FOLDER / "test_family_groups.py"  # with `make test-families`
 # Fewer would mean that tests vanished, for example because a file is no longer collected.
 MIN_PASSED = 40
 LIMIT_SECONDS = 1800
@@ -22,7 +23,16 @@ LIMIT_SECONDS = 1800
 
 def test_v2_runner(capfd: pytest.CaptureFixture[str]) -> None:
     """Every test of the V2 folder passes; none is skipped or left out."""
-    command = [sys.executable, "-m", "pytest", str(FOLDER), "-rP", "-p", "no:cacheprovider"]
+    run_child(capfd, [str(FOLDER), f"--ignore={FAMILIES}"], MIN_PASSED)
+
+
+@pytest.mark.families
+def test_families_with_several_groups(capfd: pytest.CaptureFixture[str]) -> None:
+    run_child(capfd, [str(FAMILIES)], 2)
+
+
+def run_child(capfd: pytest.CaptureFixture[str], arguments: list[str], at_least: int) -> None:
+    command = [sys.executable, "-m", "pytest", *arguments, "-rP", "-p", "no:cacheprovider"]
     environment = os.environ | {"SPECFORMER_V2_TESTS": "1", "PYTHONUNBUFFERED": "1"}
     child = subprocess.run(
         command,
@@ -42,7 +52,7 @@ def test_v2_runner(capfd: pytest.CaptureFixture[str]) -> None:
     if child.returncode:
         pytest.fail(f"the child exited with {child.returncode}:\n{child.stdout}", pytrace=False)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", summary)}
-    assert counts.get("passed", 0) >= MIN_PASSED, child.stdout
+    assert counts.get("passed", 0) >= at_least, child.stdout
     assert not counts.keys() & {"skipped", "deselected", "xfailed", "xpassed", "failed"}, (
         child.stdout
     )

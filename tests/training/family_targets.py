@@ -43,6 +43,8 @@ def _yarn(factor: float) -> dict[str, Any]:
         "rope_theta": 10_000.0,
         "factor": factor,
         "original_max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
     }
 
 
@@ -88,8 +90,6 @@ FAMILIES: dict[str, TinyFamily] = {
             rope_parameters=_yarn(4.0)
             | {
                 "llama_4_scaling_beta": 0.1,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
                 "mscale": 1.0,
                 "mscale_all_dim": 1.0,
             },
@@ -143,9 +143,7 @@ FAMILIES: dict[str, TinyFamily] = {
     "phi3": TinyFamily(
         "partial rotary embedding", lambda: hf.Phi3Config(**WIDE, partial_rotary_factor=0.75)
     ),
-    "ernie4_5": TinyFamily(
-        "interleaved rotary embedding", lambda: hf.Ernie4_5Config(**SHAPE)
-    ),
+    "ernie4_5": TinyFamily("interleaved rotary embedding", lambda: hf.Ernie4_5Config(**SHAPE)),
     "olmo2": TinyFamily(
         "Transformers code inside vLLM", lambda: hf.Olmo2Config(**WIDE), hooks="2,3,4"
     ),

@@ -1,0 +1,30 @@
+"""Targets whose layers differ, so that vLLM has several groups of K/V pages, on the V2 runner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from v1.engines import DenseReference, continuations, drafting, greedy
+from v1.family_pairs import make_pair
+
+from .support import K, assert_all_equal, engine, runner, speculator, watching
+
+MAX_TOKENS = 12
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gpt-oss"])
+def test_several_groups(family: str, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, family)
+    reference = DenseReference(pair.head, pair.target)
+    params = greedy(MAX_TOKENS, detokenize=False, ignore_eos=True)
+    inputs: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in pair.prompts[:6]]
+    changes = {"model": str(pair.target), "skip_tokenizer_init": True, "max_model_len": 192}
+    with engine(None, **changes) as llm:
+        plain = continuations(llm.generate(inputs, params, use_tqdm=False))
+    with engine(drafting(K, pair.head), **changes) as llm, watching(llm, plain) as watch:
+        assert len(runner(llm).kv_cache_config.kv_cache_groups) > 1
+        assert speculator(llm).group is not None
+        assert continuations(llm.generate(inputs, params, use_tqdm=False)) == plain
+    assert_all_equal(reference, watch, at_least=60)
