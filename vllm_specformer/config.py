@@ -102,6 +102,11 @@ class HeadFields(BaseModel):
         description="Rank of the term that adds U[previous token] V to a slot's logits; 0: none. "
         "It makes sampling sequential over the slots (the head still runs once).",
     )
+    draft_vocab_size: int = Field(
+        0,
+        ge=0,
+        description="N, the tokens the head scores, `draft_token_ids` in its weights; 0: all.",
+    )
     target_architecture: str = Field(min_length=1, description="Target's architecture name.")
     target_num_layers: int = Field(
         ge=MIN_TARGET_LAYERS, description="Decoder layers of the target the head was trained for."
@@ -112,6 +117,11 @@ class HeadFields(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> HeadFields:
+        if self.draft_vocab_size > self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size={self.draft_vocab_size} must be at most "
+                f"vocab_size={self.vocab_size}, the target's; 0 scores all of it"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
@@ -215,6 +225,11 @@ class SpecFormerConfig(PreTrainedConfig):
         for name, value in head.model_dump().items():
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
         super().__init__(architectures=[ARCHITECTURE], dtype=internal.get("dtype"))
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """Width of the head's logits: the draft vocabulary's size, or the target's."""
+        return self.draft_vocab_size or self.vocab_size
 
     @classmethod
     def preset(

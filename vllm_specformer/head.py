@@ -6,8 +6,9 @@ Large-Batch Scenarios", AAAI 2026 (arXiv 2511.20340), equations 7-10.
 The mathematics stands here once, as small methods over arbitrary leading dimensions. `forward`
 strings them together with dense attention for training; the engine strings the same methods
 together with attention over its paged cache. Shapes: `H` hidden size, `K` draft slots, `G` hooked
-states, `D` head size, `T` tokens, `A` anchors. An *anchor* is a context position `t` at which the
-head drafts: token `t+1` is the bonus token the target has just sampled, slot `i` predicts `t+2+i`.
+states, `D` head size, `T` tokens, `A` anchors, `V` target tokens, `N` of them scored. An *anchor*
+is a context position `t` at which the head drafts: token `t+1` is the bonus token the target has
+just sampled, slot `i` predicts `t+2+i`.
 """
 
 from __future__ import annotations
@@ -154,7 +155,12 @@ class SpecFormerHead(PreTrainedModel):
         self.slot_layers = (first, *more)  # a tuple: nothing is registered twice
         if config.markov_rank:
             self.markov_embed = nn.Embedding(config.vocab_size, config.markov_rank)
-            self.markov_lm_head = nn.Linear(config.markov_rank, config.vocab_size, bias=False)
+            scored = config.num_scored_tokens
+            self.markov_lm_head = nn.Linear(config.markov_rank, scored, bias=False)
+        # The tokens it scores, as target ids in increasing order; a training puts its choice here.
+        ids = torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None
+        self.draft_token_ids: Tensor | None
+        self.register_buffer("draft_token_ids", ids)
         self._rotary: Tensor | None = None
         self.post_init()
 
@@ -260,7 +266,10 @@ class SpecFormerHead(PreTrainedModel):
         return slots + layer.ffn(layer.ffn_norm(slots))
 
     def markov_logits(self, previous_tokens: Tensor) -> Tensor:
-        """Low-rank term `U[x_{i-1}] V` of the tokens one slot earlier: int64 [...] -> [..., V]."""
+        """Low-rank term `U[x_{i-1}] V` of the tokens one slot earlier: int64 [...] -> [..., N].
+
+        Any token may come earlier; added to are the N tokens that the head scores.
+        """
         return self.markov_lm_head(self.markov_embed(previous_tokens))
 
     def forward(
@@ -337,11 +346,39 @@ class SpecFormerHead(PreTrainedModel):
 
     @torch.no_grad()
     def draft(self, logits: Tensor, bonus_tokens: Tensor) -> Tensor:
-        """Greedy drafts from slot logits [..., K, V] and bonus tokens [...]: int64 [..., K]."""
+        """Greedy drafts from slot logits [..., K, V or N], bonus tokens [...]: int64 [..., K]."""
+        logits = self.scored(logits)
         if not self.config.markov_rank:
-            return logits.argmax(-1)
+            return self.to_tokens(logits.argmax(-1))
         previous, chosen = bonus_tokens, []
         for slot in logits.unbind(-2):
-            previous = (slot + self.markov_logits(previous)).argmax(-1)
+            previous = self.to_tokens((slot + self.markov_logits(previous)).argmax(-1))
             chosen.append(previous)
         return torch.stack(chosen, dim=-1)
+
+    # --- the draft vocabulary: N tokens scored out of V, all of them if the head has none ---
+
+    def scored(self, logits: Tensor) -> Tensor:
+        """Logits of the tokens that the head scores, [..., N], out of all or as they are."""
+        if self.draft_token_ids is None or logits.shape[-1] == len(self.draft_token_ids):
+            return logits
+        return logits.index_select(-1, self.draft_token_ids)
+
+    def to_tokens(self, indices: Tensor) -> Tensor:
+        """Places in [..., N] -> target ids, int64 [...]."""
+        return indices if self.draft_token_ids is None else self.draft_token_ids[indices]
+
+    def to_indices(self, tokens: Tensor, absent: int) -> Tensor:
+        """Target ids -> places in [..., N]; `absent` for tokens that are not scored."""
+        ids = self.draft_token_ids
+        if ids is None:
+            return tokens
+        places = torch.searchsorted(ids, tokens.contiguous()).clamp(max=len(ids) - 1)
+        return torch.where(ids[places] == tokens, places, absent)
+
+    def over_vocabulary(self, values: Tensor, absent: float) -> Tensor:
+        """Values of the scored tokens [rows, N] -> of all tokens [rows, V], `absent` elsewhere."""
+        if self.draft_token_ids is None:
+            return values
+        spread = values.new_full((len(values), self.config.vocab_size), absent)
+        return spread.index_copy_(1, self.draft_token_ids, values)

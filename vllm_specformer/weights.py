@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
@@ -21,7 +22,33 @@ def expected_shapes(config: SpecFormerConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor a head with this configuration has."""
     with torch.device("meta"):
         head = SpecFormerHead(config)
-    return {name: tuple(p.shape) for name, p in head.named_parameters()}
+    return {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+
+
+def check_draft_tokens(token_ids: Tensor, config: SpecFormerConfig, place: str) -> None:
+    """Refuse a draft vocabulary that is no increasing sequence of target ids.
+
+    Args:
+        token_ids: the tensor `draft_token_ids`.
+        place: of the weights, for the message.
+
+    Raises:
+        HeadWeightError: not int64, out of range, not sorted, or with repetitions.
+    """
+    problem = None
+    if token_ids.dtype != torch.int64:
+        problem = f"is {str(token_ids.dtype).removeprefix('torch.')}, expected int64"
+    elif token_ids[0] < 0 or token_ids[-1] >= config.vocab_size:
+        problem = (
+            f"reaches from {int(token_ids[0])} to {int(token_ids[-1])}, the target has tokens 0 "
+            f"to {config.vocab_size - 1}"
+        )
+    elif not (token_ids.diff() > 0).all():
+        problem = "is not strictly increasing"
+    if problem:
+        raise HeadWeightError(
+            f"head weights{place}: tensor 'draft_token_ids' {problem}; copy or train the head again"
+        )
 
 
 def check_weights(directory: Path, config: SpecFormerConfig) -> None:
@@ -29,7 +56,7 @@ def check_weights(directory: Path, config: SpecFormerConfig) -> None:
 
     Raises:
         HeadWeightError: the file is missing or truncated, a tensor is missing, unknown, misshapen
-            or holds NaN or infinity.
+            or holds NaN or infinity, or the draft vocabulary is none of the target's.
     """
     path = directory / WEIGHTS_FILE
     remedy = "copy or train the head again"
@@ -45,6 +72,8 @@ def check_weights(directory: Path, config: SpecFormerConfig) -> None:
                         f"head weights {path}: tensor {name!r} holds NaN or infinite values; "
                         "resume the training from a checkpoint before it diverged"
                     )
+            if config.draft_vocab_size:
+                check_draft_tokens(file.get_tensor("draft_token_ids"), config, f" {path}")
     except SafetensorError as error:
         raise HeadWeightError(
             f"head weights {path}: the file is truncated or damaged ({error}); {remedy}"

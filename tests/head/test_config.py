@@ -87,7 +87,12 @@ def test_shallow_target_is_refused(layers: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"markov_rank": 4, "num_draft_slots": 1, "num_slot_layers": 2}]
+    "changes",
+    [
+        {},
+        {"markov_rank": 4, "num_draft_slots": 1},
+        {"num_slot_layers": 2, "draft_vocab_size": 50},
+    ],
 )
 def test_survives_saving(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = head(**changes)
@@ -121,6 +126,8 @@ def test_file_states_every_field_once(tmp_path: Path) -> None:
         ({"markov_rank": -1}, r"'markov_rank' with value -1"),
         ({"num_slot_layers": 0}, r"'num_slot_layers' with value 0"),
         ({"num_slot_layers": MAX_SLOT_LAYERS + 1}, r"'num_slot_layers' with value 9"),
+        ({"draft_vocab_size": -1}, r"'draft_vocab_size' with value -1"),
+        ({"draft_vocab_size": 51}, r"draft_vocab_size=51 must be at most vocab_size=50"),
         ({"rope_theta": 0}, r"'rope_theta' with value 0"),
         ({"aux_hidden_state_layer_ids": []}, r"'aux_hidden_state_layer_ids' with value \[\]"),
         (
@@ -152,7 +159,7 @@ def test_missing_field_is_named(name: str) -> None:
 
 def test_files_without_later_fields_are_read(tmp_path: Path) -> None:
     """Heads written before a field was there are what they were."""
-    assert {"num_slot_layers"} == OPTIONAL
+    assert {"num_slot_layers", "draft_vocab_size"} == OPTIONAL
     config = read_config(edited(tmp_path, **dict.fromkeys(OPTIONAL)))
     assert fields_of(config) == fields_of(head())
 

@@ -21,10 +21,13 @@ from vllm_specformer.training.texts import Texts
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 WEIGHTS = (1.0, 0.7, 0.2)
 SMALL = 20_000  # bytes: about one anchor at a time
+# Of 40 tokens, neither the first nor the last.
+SCORED = torch.tensor([i for i in range(1, 39) if i % 3])
 KINDS = {
     "default": {},
     "markov": {"markov_rank": 4},
     "two-slot-layers": {"num_slot_layers": 2},
+    "draft-vocabulary": {"markov_rank": 4, "draft_vocab_size": 26},
     "paper": {"slot_mask": "slots", "use_bonus_embedding": False, "nested_slots": False},
 }
 
@@ -36,6 +39,8 @@ def head(request: pytest.FixtureRequest, target_model: PreTrainedModel) -> Packe
     head = PackedHead(SpecFormerConfig.preset("default", target_model.config, "t", **fields))
     for parameter in head.double().parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    if head.draft_token_ids is not None:
+        head.draft_token_ids.copy_(SCORED)
     return head
 
 
@@ -67,8 +72,14 @@ def test_gradients_are_those_of_all_logits_at_once(head: PackedHead, target: Hoo
     context = head._context(rows)
     slots = head.slot_states(context, rows, target, slice(None), 3)
     logits = target.logits(slots)
+    previous = torch.cat([rows.bonus_tokens[..., None], labels[..., :-1].clamp(min=0)], -1)
+    if head.config.draft_vocab_size:
+        places = {int(token): place for place, token in enumerate(SCORED)}
+        logits = logits[..., SCORED]
+        labels = torch.tensor([places.get(t, IGNORED) for t in labels.flatten().tolist()])
+        labels = labels.view(previous.shape)
+        assert 0 < (labels == IGNORED).sum() < (rows.labels(3) != IGNORED).sum()
     if head.config.markov_rank:
-        previous = torch.cat([rows.bonus_tokens[..., None], labels[..., :-1].clamp(min=0)], -1)
         logits = logits + head.markov_logits(previous)
     plain = [
         F.cross_entropy(logits[:, :, i].flatten(0, 1), labels[:, :, i].flatten()) for i in range(3)
@@ -108,7 +119,7 @@ def test_packed_is_unpacked(head: PackedHead, target: HookedTarget, kl_weight: f
     objective = Objective(WEIGHTS, kl_weight)
     packed = rows_of(target, texts, [[0, 1, 2], [3, 4], [5, 6]])
     alone = [rows_of(target, texts, [[i]]) for i in range(7)]
-    counts = torch.stack([(r.labels(3) != IGNORED).sum((0, 1)) for r in alone])
+    counts = torch.stack([head._labels(r, 3).counts for r in alone])
     loss, per_slot = head(packed, target, 3, objective)
     loss.backward()
     got = gradients(head)
@@ -131,3 +142,46 @@ def test_packed_is_unpacked(head: PackedHead, target: HookedTarget, kl_weight: f
     torch.testing.assert_close(loss.double(), expected, **CLOSE)
     for name, gradient in gradients(head).items():
         torch.testing.assert_close(got[name], gradient, **CLOSE)
+
+
+@pytest.mark.parametrize("head", ["draft-vocabulary"], indirect=True)
+def test_the_rest_of_the_vocabulary_plays_no_part(head: PackedHead, target: HookedTarget) -> None:
+    """Neither in the cross entropy nor in the divergence; nor does it matter who leaves it out."""
+    rows = rows_of(target, make_texts(3, 40), [[0, 1], [2]])
+    objective = Objective(WEIGHTS, kl_weight=0.5)
+    loss, per_slot = head(rows, target, 3, objective)
+    target.score_only(SCORED)
+    narrowed, same = head(rows, target, 3, objective)
+    torch.testing.assert_close((narrowed, same), (loss, per_slot))
+    absent = torch.ones(40, dtype=torch.bool)
+    absent[SCORED] = False
+    with torch.no_grad():
+        output = target.target.get_output_embeddings()
+        output.weight[absent] += 100 * torch.randn(int(absent.sum()), 16, dtype=torch.double)
+        other = HookedTarget(target.target, target.hook_ids)
+        torch.testing.assert_close(head(rows, other, 3, objective)[0], loss)
+
+
+@pytest.mark.parametrize("head", ["draft-vocabulary"], indirect=True)
+def test_a_batch_without_a_scored_token_teaches_nothing(
+    head: PackedHead, target: HookedTarget
+) -> None:
+    texts = make_texts(3, 40)
+    texts.tokens[:] = 0
+    loss, per_slot = head(rows_of(target, texts, [[0, 1], [2]]), target, 3, Objective(WEIGHTS))
+    loss.backward()
+    assert loss == 0
+    assert per_slot.isnan().all()
+    assert not any(gradient.any() for gradient in gradients(head).values())
+
+
+@pytest.mark.parametrize("head", ["draft-vocabulary"], indirect=True)
+def test_drafts_are_target_tokens(head: PackedHead, target: HookedTarget) -> None:
+    rows = rows_of(target, make_texts(3, 40), [[0, 1], [2]])
+    drafts, _, counts = head.drafts(rows, target, 3)
+    labels = rows.labels(3)
+    assert torch.isin(drafts, SCORED).all()
+    assert drafts.unique().numel() > 3
+    assert counts.tolist() == torch.isin(labels, SCORED).sum((0, 1)).tolist()
+    target.score_only(SCORED)
+    assert torch.equal(head.drafts(rows, target, 3)[0], drafts)

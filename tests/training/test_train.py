@@ -105,6 +105,7 @@ def test_the_same_seed_gives_the_same_head(pair: Path, finished: Path, tmp_path:
         {"accumulate": 2, "scheduler": "linear", "max_length": 16, "memory": 1},
         {"scheduler": "constant", "slot_counts": "1,3", "target_name": "somewhere/else"},
         {"slot_layers": 2, "optimizer": "adamw"},
+        {"draft_vocab": 20, "kl_weight": 0.5},
     ],
     ids=lambda changes: ",".join(changes),
 )
@@ -118,6 +119,8 @@ def test_settings(pair: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     assert config.num_slot_layers == changes.get("slot_layers", 1)
     card = " ".join((tmp_path / "out" / "README.md").read_text().split())
     assert ("2 slot layers" in card) is ("slot_layers" in changes)
+    assert config.draft_vocab_size == changes.get("draft_vocab", 0)
+    assert ("a draft vocabulary of 20 of" in card) is ("draft_vocab" in changes)
     if "eval_share" in changes:
         assert provenance["result"]["evaluation"] is None
     if "target_name" in changes:

@@ -26,7 +26,7 @@ from vllm_specformer.training.settings import TrainSettings, option
 from vllm_specformer.training.trainer import HeadTrainer
 
 # Long enough to be killed in the middle of.
-LONG = {"max_steps": 60, "save_every": 5, "eval_every": 6, "log_every": 2}
+LONG = {"max_steps": 60, "save_every": 5, "eval_every": 6, "log_every": 2, "draft_vocab": 20}
 SAME = ("README.md", "config.json", "model.safetensors", "run.json")
 
 

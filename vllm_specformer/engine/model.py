@@ -20,9 +20,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.engine.attention import DraftAttention
+from vllm_specformer.engine.draft_vocabulary import logits_of_some
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.parts import NORM_NAMES, find_part
-from vllm_specformer.weights import HeadWeightError
+from vllm_specformer.weights import HeadWeightError, check_draft_tokens
 
 # What decoders call their embedding, those of vLLM and those of Transformers that it runs.
 EMBEDDING_NAMES = ("embed_tokens", "embedding", "embeddings", "embed_in", "wte")
@@ -80,6 +81,9 @@ class SpecFormerDraftModel(nn.Module):
                 "target without speculation"
             ) from None
         logits = getattr(language, "compute_logits", target.compute_logits)
+        token_ids, like = self.head.draft_token_ids, self.head.context_norm.weight
+        if token_ids is not None:
+            logits = logits_of_some(language, embedding, logits, token_ids, like)
         self._target = {"embed": embedding, "norm": norm, "logits": logits}
         self.head.rotary(self.head.fc.weight.device)
 
@@ -151,16 +155,17 @@ class SpecFormerDraftModel(nn.Module):
         return self._target["norm"](slots.flatten(0, 1)).view_as(slots)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
-        """Slot states [N, H] -> the target's logits [N, V]."""
+        """Slot states [rows, H] -> the target's logits [rows, V], or of a draft vocabulary's N."""
         return self._target["logits"](hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Copy the checkpoint into the head.
 
         Raises:
-            HeadWeightError: a tensor is unknown, missing, misshapen or not finite.
+            HeadWeightError: a tensor is unknown, missing, misshapen or not finite, or the draft
+                vocabulary is none of the target's.
         """
-        parameters = dict(self.head.named_parameters())
+        parameters = self.head.state_dict()
         loaded = set()
         for name, tensor in weights:
             if name not in parameters:
@@ -172,7 +177,9 @@ class SpecFormerDraftModel(nn.Module):
                 )
             if not torch.isfinite(tensor).all():
                 raise HeadWeightError(f"head weight {name!r} holds NaN or infinite values")
-            parameters[name].data.copy_(tensor)
+            if name == "draft_token_ids":
+                check_draft_tokens(tensor, self.config, "")
+            parameters[name].copy_(tensor)
             loaded.add(f"head.{name}")
         absent = sorted(set(parameters) - {n.removeprefix("head.") for n in loaded})
         if absent:

@@ -139,7 +139,7 @@ class SpecFormerProposer(DFlashProposer):
                 logits.unflatten(0, slots.shape[:2]), bonus_tokens, sampling_metadata
             )
         else:
-            tokens, probs = self._sample_from_logits(logits, sampling_metadata)
+            tokens, probs = self._choose(logits, sampling_metadata)
             tokens = tokens.view(slots.shape[:2])
         if probs is not None:
             self._last_draft_probs = probs.view(*slots.shape[:2], -1).contiguous()
@@ -148,13 +148,22 @@ class SpecFormerProposer(DFlashProposer):
     def _sample_in_order(
         self, logits: Tensor, bonus_tokens: Tensor, sampling_metadata: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Slot by slot, each biased by the token chosen before it; logits [R, n, V]."""
+        """Slot by slot, each biased by the token chosen before it; logits [R, n, V or N]."""
         previous, tokens, probs = bonus_tokens, [], []
         for slot in logits.unbind(1):
-            previous, slot_probs = self._sample_from_logits(
+            previous, slot_probs = self._choose(
                 slot + self.model.head.markov_logits(previous), sampling_metadata
             )
             tokens.append(previous)
             probs.append(slot_probs)
-        stacked = None if probs[0] is None else torch.stack(probs, dim=1)
-        return torch.stack(tokens, dim=1), stacked
+        given = [p for p in probs if p is not None]
+        return torch.stack(tokens, dim=1), torch.stack(given, dim=1) if given else None
+
+    def _choose(self, logits: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
+        """Target ids [rows] and, if asked for, their odds over the target's vocabulary [rows, V].
+
+        Of logits [rows, V], or [rows, N] of a draft vocabulary: other tokens have the odds 0.
+        """
+        chosen, probs = self._sample_from_logits(logits, sampling_metadata)
+        head = self.model.head
+        return head.to_tokens(chosen), None if probs is None else head.over_vocabulary(probs, 0.0)

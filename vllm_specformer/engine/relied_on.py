@@ -59,12 +59,14 @@ V1 = "engine/proposer_v1.py"
 V2 = "engine/speculator_v2.py"
 CPU_SAMPLING = "engine/cpu_sampling.py"
 COUPLED = "engine/coupled.py"
+VOCABULARY = "engine/draft_vocabulary.py"
 
 _SPEC = "vllm.config.speculative"
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
 _BACKEND = "vllm.v1.attention.backend"
 _LAYER = "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase"
 _EAGLE = "vllm.model_executor.models.interfaces"
+_ENDS = "vllm.model_executor.layers"
 
 REGISTRATION: tuple[Reliance, ...] = (
     Reliance("vllm.model_executor.models.registry:ModelRegistry", PLUGIN, "registry", VALUE),
@@ -226,6 +228,44 @@ LAYERS: tuple[Reliance, ...] = (
         "whether the target has a state 0",
     ),
     call(f"{_EAGLE}:supports_eagle3", CHECKS, "whether the target can be hooked", "model"),
+    Reliance(f"{_ENDS}.logits_processor:LogitsProcessor", VOCABULARY, "target's logits", CLASS),
+    call(
+        f"{_ENDS}.logits_processor:LogitsProcessor.forward",
+        VOCABULARY,
+        "logits over some rows of the lm_head",
+        "lm_head hidden_states embedding_bias",
+    ),
+    Reliance(
+        f"{_ENDS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod",
+        VOCABULARY,
+        "what makes an lm_head a plain matrix",
+        CLASS,
+    ),
+    call(
+        f"{_ENDS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod.apply",
+        VOCABULARY,
+        "called by the logits processor with our rows",
+        "layer x bias",
+    ),
+    call(
+        f"{_ENDS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod"
+        ".process_weights_after_loading",
+        VOCABULARY,
+        "packs our rows on a CPU",
+        "layer",
+    ),
+    Reliance(
+        f"{_ENDS}.linear:UnquantizedLinearMethod",
+        VOCABULARY,
+        "what makes an lm_head a plain matrix",
+        CLASS,
+    ),
+    *members(
+        f"{_ENDS}.vocab_parallel_embedding:VocabParallelEmbedding",
+        VOCABULARY,
+        "whether the lm_head is whole",
+        "tp_size quant_method",
+    ),
     Reliance("vllm.v1.attention.backends.utils:PAD_SLOT_ID", V2, "marks rows to skip", VALUE),
     call("vllm.compilation.backends:set_model_tag", V1 + ", " + V2, "cache key", "tag"),
 )

@@ -282,7 +282,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
             self.draft_tokens[:num_reqs] = self._sample(logits, rows).view(num_reqs, -1)
 
     def _sample_in_order(self, logits: Tensor, bonus_tokens: Tensor) -> None:
-        """Slot by slot, each biased by the token chosen before it; logits [R, K, V]."""
+        """Slot by slot, each biased by the token chosen before it; logits [R, K, V or N]."""
         requests, steps = logits.shape[:2]
         previous = bonus_tokens
         for slot in range(steps):
@@ -292,7 +292,16 @@ class SpecFormerSpeculator(DFlashSpeculator):
             self.draft_tokens[:requests, slot] = previous
 
     def _sample(self, logits: Tensor, rows: slice) -> Tensor:
-        """Sample from `logits` for the given rows of the flat [R * K] sampling buffers."""
+        """Target ids drawn from `logits`, for the given rows of the flat [R * K] sampling buffers.
+
+        Drawn tokens meet the noise of their target ids, and vLLM verifies them by cached logits of
+        the whole vocabulary. So a draft vocabulary's logits are spread over it first, where the
+        drafts are not simply the best ones; tokens outside have the odds 0.
+        """
+        head = self.model.head
+        is_drawn = self.draws_with_target or self.draft_logits is not None
+        if is_drawn:
+            logits = head.over_vocabulary(logits, float("-inf"))
         if self.draws_with_target:
             requests = self.sample_idx_mapping[rows].contiguous()
             self._maybe_predict_acceptance(logits, requests, self.sample_col[rows].contiguous())
@@ -306,7 +315,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
                 is_drafting=False,
                 use_fp64=self.use_fp64_gumbel,
             )
-        return self.sample_draft(
+        sampled = self.sample_draft(
             logits,
             self.sample_pos[rows].contiguous(),
             self.sample_idx_mapping[rows].contiguous(),
@@ -315,6 +324,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
             self.sample_col[rows].contiguous(),
             self.draft_logits,
         )
+        return sampled if is_drawn else head.to_tokens(sampled)
 
     def compute_draft_logits(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor:
         """`sample_draft` asks for logits of hidden states; we hand it logits already."""

@@ -9,7 +9,8 @@ A scaled embedding (Gemma, Granite) is scaled in state 0, as vLLM hands it out, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ class HookedTarget:
         self.hook_ids = tuple(hook_ids)
         self._softcap, self._scale = logit_changes(target.config)
         self._states: dict[int, Tensor] = {}
+        self._output: Callable[[Tensor], Tensor] = target.get_output_embeddings()
         for layer_id, layer in enumerate(self.layers):
             if layer_id in self.hook_ids:
                 layer.register_forward_pre_hook(self._keep_input(layer_id), with_kwargs=True)
@@ -73,9 +75,16 @@ class HookedTarget:
         """Slot states [..., H] -> logits [..., V], through the target's final norm and lm_head."""
         return self.lm_head(self.norm(states))
 
+    def score_only(self, token_ids: Tensor) -> None:
+        """From now on give logits of these tokens alone, int64 [N]; copies their lm_head rows."""
+        full = self.target.get_output_embeddings()
+        token_ids = token_ids.to(full.weight.device)
+        bias = None if full.bias is None else full.bias[token_ids]
+        self._output = partial(F.linear, weight=full.weight[token_ids], bias=bias)
+
     def lm_head(self, normed: Tensor) -> Tensor:
         """States behind the final norm [..., H] -> logits [..., V], with the family's changes."""
-        logits = self.target.get_output_embeddings()(normed)
+        logits = self._output(normed)
         if self._softcap:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits if self._scale == 1 else logits * self._scale

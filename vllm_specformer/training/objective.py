@@ -49,7 +49,7 @@ def backward_slots(
     Args:
         slots: the head's output [batch, A, K, H], attached to its graph.
         previous: bonus tokens [batch, A], the token before slot 0 (for the Markov term).
-        labels: int64 [batch, A, K].
+        labels: int64 [batch, A, K]; those that the head does not score count as `IGNORED`.
         weights: one weight per slot; they are normalised to sum to 1.
 
     Returns:
@@ -58,16 +58,15 @@ def backward_slots(
     states = slots.detach().requires_grad_()
     losses = []
     for slot in range(states.shape[2]):
-        if (labels[:, :, slot] == IGNORED).all():  # every text of the batch ends before this slot
+        own = head.to_indices(labels[:, :, slot], IGNORED)
+        if (own == IGNORED).all():  # every text of the batch ends before this slot
             losses.append(math.nan)
             continue
-        logits = target.logits(states[:, :, slot])
+        logits = head.scored(target.logits(states[:, :, slot]))
         if head.config.markov_rank:
             before = previous if slot == 0 else labels[:, :, slot - 1].clamp(min=0)
             logits = logits + head.markov_logits(before)
-        loss = F.cross_entropy(
-            logits.float().flatten(0, -2), labels[:, :, slot].flatten(), ignore_index=IGNORED
-        )
+        loss = F.cross_entropy(logits.float().flatten(0, -2), own.flatten(), ignore_index=IGNORED)
         losses.append(float(loss.detach()))
         (loss * (weights[slot] / sum(weights))).backward()
     assert states.grad is not None

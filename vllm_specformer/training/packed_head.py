@@ -30,8 +30,9 @@ class Objective:
     """What the head is trained for.
 
     `slot_weights`: one weight per slot; in a step they are normalised over the slots that have
-    labels. `kl_weight`: share of the divergence from the target's own distribution, the rest is
-    cross entropy. `memory`: bytes that logits and slot activations may take, about.
+    labels. `kl_weight`: share of the divergence from the target's own distribution (over the draft
+    vocabulary, renormalised), the rest is cross entropy. `memory`: bytes that logits and slot
+    activations may take, about.
     """
 
     slot_weights: tuple[float, ...]
@@ -90,6 +91,24 @@ class _Context:
     value: Tensor
 
 
+@dataclass(frozen=True)
+class _Labels:
+    """What the slots are to say, int64 [rows, A, K].
+
+    `indices` are places in the head's logits, or `IGNORED`: past the answer's end, or outside the
+    draft vocabulary. `previous` is the token one slot earlier, a target id whether it is scored or
+    not.
+    """
+
+    indices: Tensor
+    previous: Tensor
+
+    @property
+    def counts(self) -> Tensor:
+        """Labels of each slot, int64 [K]."""
+        return (self.indices != IGNORED).sum((0, 1))
+
+
 class PackedHead(SpecFormerHead):
     """A `SpecFormerHead`, weight for weight, whose forward pass takes packed rows.
 
@@ -111,7 +130,7 @@ class PackedHead(SpecFormerHead):
         A slot without labels has the cross entropy NaN. Unlike other losses this one can pass its
         gradient back once only.
         """
-        labels = rows.labels(num_slots)
+        labels = self._labels(rows, num_slots)
         context = self._context(rows)
 
         def run(leaves: list[Tensor], gradients: _Gradients) -> tuple[Tensor, Tensor]:
@@ -120,6 +139,11 @@ class PackedHead(SpecFormerHead):
         leaves = [context.anchor, context.query, context.key, context.value]
         parameters = [p for p in self.parameters() if p.requires_grad]
         return cast(tuple[Tensor, Tensor], _Accumulated.apply(run, 4, *leaves, *parameters))
+
+    def _labels(self, rows: Rows, num_slots: int) -> _Labels:
+        tokens = rows.labels(num_slots)
+        before = [rows.bonus_tokens.unsqueeze(-1), tokens[..., :-1].clamp(min=0)]
+        return _Labels(self.to_indices(tokens, IGNORED), torch.cat(before, dim=-1))
 
     def _context(self, rows: Rows) -> _Context:
         context = self.combine(rows.hooked_states)
@@ -150,14 +174,14 @@ class PackedHead(SpecFormerHead):
         """Split the anchors so that each part's activations take `memory` bytes, about.
 
         Args:
-            logits: numbers of 4 bytes per vocabulary entry and anchor that are held at once.
+            logits: numbers of 4 bytes per scored token and anchor that are held at once.
         """
         config = self.config
         length = rows.segments.shape[1]
         scores = 3 * config.num_attention_heads * length  # scores, weights, one gradient
         widths = 16 * config.hidden_size + 6 * config.intermediate_size
         activations = num_slots * config.num_slot_layers * (scores + widths)
-        per_anchor = 4 * (logits * config.vocab_size + activations)
+        per_anchor = 4 * (logits * config.num_scored_tokens + activations)
         total = rows.anchors.shape[1]
         size = max(1, memory // (per_anchor * len(rows.anchors)))
         # Of equal size, as a small rest would cost a whole pass over the weights.
@@ -171,16 +195,17 @@ class PackedHead(SpecFormerHead):
         gradients: _Gradients,
         rows: Rows,
         target: HookedTarget,
-        labels: Tensor,
+        labels: _Labels,
         objective: Objective,
     ) -> tuple[Tensor, Tensor]:
         """Loss and loss per slot; adds to `gradients`, part by part and slot by slot."""
-        num_slots = labels.shape[-1]
-        counts = (labels != IGNORED).sum((0, 1))
-        weights = torch.tensor(objective.slot_weights[:num_slots], device=labels.device)
+        counts = labels.counts
+        num_slots, device = len(counts), counts.device
+        weights = torch.tensor(objective.slot_weights[:num_slots], device=device)
         weights = weights * (counts > 0)
-        scales = weights / (weights.sum() * counts.clamp(min=1))
-        losses = torch.zeros(2, num_slots, device=labels.device)
+        total = weights.sum()  # 0 if the batch has no token of the draft vocabulary
+        scales = weights / (torch.where(total > 0, total, 1) * counts.clamp(min=1))
+        losses = torch.zeros(2, num_slots, device=device)
         markov = self._markov_parameters()
         logits = 8 if objective.kl_weight else 4
         for part in self._parts(rows, num_slots, logits, objective.memory):
@@ -209,16 +234,15 @@ class PackedHead(SpecFormerHead):
         slot: int,
         rows: Rows,
         target: HookedTarget,
-        labels: Tensor,
+        labels: _Labels,
         part: slice,
         kl_weight: float,
     ) -> tuple[Tensor, Tensor]:
         """Sums over one slot of some anchors: the loss that is trained, and its cross entropy."""
-        own = labels[:, part, slot]
-        logits = target.logits(states)
+        own = labels.indices[:, part, slot]
+        logits = self.scored(target.logits(states))
         if self.config.markov_rank:
-            previous = rows.bonus_tokens[:, part] if slot == 0 else labels[:, part, slot - 1]
-            logits = logits + self.markov_logits(previous.clamp(min=0))
+            logits = logits + self.markov_logits(labels.previous[:, part, slot])
         log_q = logits.float().log_softmax(-1)
         cross_entropy = F.nll_loss(
             log_q.flatten(0, 1), own.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -228,7 +252,7 @@ class PackedHead(SpecFormerHead):
         # The state that has seen the text up to the label decides the label's distribution.
         seen = rows.at(rows.last_states, rows.after_anchors(1 + slot)[:, part])
         with torch.no_grad():
-            log_p = target.lm_head(seen).float().log_softmax(-1)
+            log_p = self.scored(target.lm_head(seen)).float().log_softmax(-1)
         divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
         divergence = divergence.masked_fill(own == IGNORED, 0).sum()
         return (1 - kl_weight) * cross_entropy + kl_weight * divergence, cross_entropy
@@ -243,11 +267,11 @@ class PackedHead(SpecFormerHead):
             int64 [rows, A, wanted]; the sum of each slot's cross entropies, float32 [wanted]; the
             number of labels of each slot, int64 [wanted].
         """
-        labels = rows.labels(wanted)
+        labels = self._labels(rows, wanted)
         context = self._context(rows)
         running = self.slots_to_run(wanted)
         found = []
-        losses = torch.zeros(wanted, device=labels.device)
+        losses = torch.zeros(wanted, device=rows.anchors.device)
         for part in self._parts(rows, running, 3 * wanted, memory):
             slots = self.slot_states(context, rows, target, part, running)[:, :, :wanted]
             for slot in range(wanted):
@@ -255,7 +279,7 @@ class PackedHead(SpecFormerHead):
                     slots[:, :, slot], slot, rows, target, labels, part, 0.0
                 )[1]
             found.append(self.draft(target.logits(slots), rows.bonus_tokens[:, part]))
-        return torch.cat(found, dim=1), losses, (labels != IGNORED).sum((0, 1))
+        return torch.cat(found, dim=1), losses, labels.counts
 
 
 class _Gradients:

@@ -199,6 +199,11 @@ def _kind(config: SpecFormerConfig) -> str:
         parts.insert(1, f"{config.num_slot_layers} slot layers")
     if config.markov_rank:
         parts.append(f"Markov term of rank {config.markov_rank}")
+    if config.draft_vocab_size:
+        parts.append(
+            f"a draft vocabulary of {config.draft_vocab_size:,} of the target's "
+            f"{config.vocab_size:,} tokens"
+        )
     return ", ".join(parts)
 
 
@@ -221,6 +226,12 @@ def _training(provenance: dict[str, Any]) -> str:
         "`provenance.json` has all settings, versions and hashes, `log.csv` and `training.png` "
         "the curves.",
     }
+    if "covered" in texts:
+        judged = "held-out" if texts["evaluated"] else "same"
+        items["Draft vocabulary"] = (
+            "the most frequent tokens of the answers trained on; they make up "
+            f"{texts['covered']:.1%} of the {judged} answers, and no draft hits any other token."
+        )
     return "\n".join(
         _filled(f"- **{name}**: {text}", subsequent_indent="  ") for name, text in items.items()
     )

@@ -18,9 +18,10 @@ from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.data.files import directory_lock
 from vllm_specformer.data.manifest import read_manifest
 from vllm_specformer.data.shards import read_shards
-from vllm_specformer.data.target import find_target, target_record
+from vllm_specformer.data.target import end_token_ids, find_target, target_record
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.training import report
+from vllm_specformer.training.draft_vocabulary import choose_tokens, coverage
 from vllm_specformer.training.hidden_states import HookedTarget
 from vllm_specformer.training.packed_head import PackedHead
 from vllm_specformer.training.packing import Batch, Batches, Budget, plan_all
@@ -116,23 +117,29 @@ def _run(inputs: Inputs, directory: RunDirectory, main: bool, quiet: bool) -> No
     transformers.utils.logging.disable_progress_bar()  # one bar is enough from here on
     target = HookedTarget(model, config.aux_hidden_state_layer_ids)
     check_parts(target, settings.target)
+    vocabulary = _draft_vocabulary(inputs, config, texts, trained)
+    if vocabulary is not None:
+        target.score_only(vocabulary)
     packed = settings.batch_size is None and can_pack(target)
     batches = _batches(inputs, config, texts, trained, packed)
     evaluated = _evaluation_batches(settings, texts, held_out, packed)
-    counts = {
+    counts: dict[str, Any] = {
         "read": inputs.manifest.counts.conversations,
         **texts.skipped,
         "trained_on": len(trained),
         "evaluated": len(held_out),
         "evaluated_greedy": bool(len(held_out)) and not texts.temperatures[held_out].any(),
     }
+    if vocabulary is not None:
+        judged = held_out if len(held_out) else trained
+        counts["covered"] = coverage(texts, judged, vocabulary.numpy(), config.vocab_size)
     if main:
         _introduce(settings, config, batches.steps, counts, packed, device)
     torch.manual_seed(settings.seed)
     reporter = report.Reporter(directory, quiet)
     default = _GPU_MEMORY if device.type == "cuda" else _CPU_MEMORY
     trainer = HeadTrainer(
-        PackedHead(config),
+        _new_head(config, vocabulary),
         target,
         batches,
         evaluated,
@@ -188,6 +195,24 @@ def _batches(
     )
 
 
+def _draft_vocabulary(
+    inputs: Inputs, config: SpecFormerConfig, texts: Texts, trained: np.ndarray
+) -> torch.Tensor | None:
+    """The tokens the head is to score, int64 [N], if not all; held-out texts have no say in it."""
+    if not config.draft_vocab_size:
+        return None
+    ends = end_token_ids(inputs.directory)
+    chosen = choose_tokens(texts, trained, config.draft_vocab_size, config.vocab_size, ends)
+    return torch.from_numpy(chosen)
+
+
+def _new_head(config: SpecFormerConfig, vocabulary: torch.Tensor | None) -> PackedHead:
+    head = PackedHead(config)
+    if head.draft_token_ids is not None and vocabulary is not None:
+        head.draft_token_ids.copy_(vocabulary)
+    return head
+
+
 def _evaluation_batches(
     settings: TrainSettings, texts: Texts, held_out: np.ndarray, packed: bool
 ) -> list[Batch]:
@@ -216,6 +241,11 @@ def _introduce(
     )
     if counts["evaluated"] and not counts["evaluated_greedy"]:
         _say("note: no held-out text is greedy; acceptance is measured on sampled ones")
+    if config.draft_vocab_size:
+        _say(
+            f"the {config.draft_vocab_size:,} tokens of the draft vocabulary make up "
+            f"{counts['covered']:.1%} of the answers it is judged by"
+        )
     if settings.batch_size is None and not packed:
         _say(
             "note: this target does not keep texts apart that share a row; texts of similar length "

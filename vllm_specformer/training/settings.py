@@ -61,6 +61,9 @@ class TrainSettings(BaseModel):
     markov_rank: int | None = Field(
         None, ge=0, description="Rank of the term that sees the previous draft; 0: none."
     )
+    draft_vocab: int | None = Field(
+        None, ge=0, description="Score only so many tokens, the answers' most frequent; 0: all."
+    )
     hooks: IntList | None = Field(
         None, description="Hooked states in vLLM's numbering, as in 0,3,5,6; default: the paper's."
     )
@@ -186,6 +189,7 @@ class TrainSettings(BaseModel):
             "num_draft_slots": self.slots,
             "num_slot_layers": self.slot_layers,
             "markov_rank": self.markov_rank,
+            "draft_vocab_size": self.draft_vocab,
             "aux_hidden_state_layer_ids": self.hooks,
             "slot_mask": self.slot_mask,
             "use_bonus_embedding": self.bonus_embedding,

@@ -241,10 +241,13 @@ class HeadTrainer(Trainer):
         with torch.device("meta"):
             served = SpecFormerHead(self.model.config)
         served.load_state_dict(
-            {name: value.detach().to("cpu", self.save_dtype) for name, value in weights.items()},
+            {name: self._served(value.detach().cpu()) for name, value in weights.items()},
             assign=True,
         )
         served.save_pretrained(path)
+
+    def _served(self, value: Tensor) -> Tensor:
+        return value.to(self.save_dtype) if value.is_floating_point() else value
 
     def what_is_safe(self) -> str:
         """For messages: what continuing would start from."""

@@ -157,10 +157,11 @@ class DenseReference:
 
     @torch.no_grad()
     def biased(self, logits: torch.Tensor, previous: int) -> torch.Tensor:
-        """One slot's logits given the token chosen before it."""
-        if not self.head.config.markov_rank:
-            return logits
-        return logits + self.head.markov_logits(torch.tensor(previous))
+        """One slot's logits [V] given the token before it; -inf for tokens it does not score."""
+        logits = self.head.scored(logits)
+        if self.head.config.markov_rank:
+            logits = logits + self.head.markov_logits(torch.tensor(previous))
+        return self.head.over_vocabulary(logits[None], float("-inf"))[0]
 
 
 def tokenizer() -> Any:
@@ -171,7 +172,7 @@ def make_head(directory: Path, preset: str, **changes: Any) -> Path:
     """Save a head for TARGET with random weights, large in its attentions.
 
     Its drafts hang on the context much more than a freshly initialised head's would, so a wrong
-    cache entry shows.
+    cache entry shows. A draft vocabulary holds tokens drawn from the whole.
     """
     torch.manual_seed(0)
     target = AutoConfig.from_pretrained(TARGET)
@@ -181,5 +182,8 @@ def make_head(directory: Path, preset: str, **changes: Any) -> Path:
             torch.nn.init.normal_(parameter, std=0.1)
         elif "markov" in name:
             torch.nn.init.normal_(parameter, std=0.3)
+    if head.draft_token_ids is not None:
+        drawn = torch.randperm(target.vocab_size)[: len(head.draft_token_ids)]
+        head.draft_token_ids.copy_(drawn.sort().values)
     head.save_pretrained(directory)
     return directory

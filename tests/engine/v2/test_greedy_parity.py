@@ -64,10 +64,10 @@ def test_other_numbers_of_drafts(slots: int | None, answers: dict[Tokens, Tokens
 @pytest.mark.parametrize(
     ("preset", "changes"),
     [
-        ("paper", {}),
+        ("paper", {"draft_vocab_size": 700, "markov_rank": 8}),
         ("default", {"num_key_value_heads": 4, "num_draft_slots": 5, "num_slot_layers": 2}),
     ],
-    ids=["paper", "no-markov-other-kv-shape-two-slot-layers"],
+    ids=["paper-vocabulary", "no-markov-other-kv-shape-two-slot-layers"],
 )
 def test_other_heads(
     tmp_path: Path, answers: dict[Tokens, Tokens], preset: str, changes: dict[str, Any]

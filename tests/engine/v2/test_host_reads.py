@@ -10,13 +10,22 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from v1.engines import DenseReference, Tokens, continuations, drafting, greedy
+from v1.engines import (
+    HEAD,
+    DenseReference,
+    Tokens,
+    continuations,
+    drafting,
+    greedy,
+    make_head,
+)
 from vllm import SamplingParams
 
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
@@ -148,8 +157,13 @@ def test_the_counter_sees_a_read(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("method", ["greedy", "probabilistic"])
 def test_no_host_read_in_a_step(
-    method: str, answers: dict[Tokens, Tokens], monkeypatch: pytest.MonkeyPatch
+    method: str, tmp_path: Path, answers: dict[Tokens, Tokens], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Drawn drafts come from a head with all that a head may have."""
+    head = HEAD
+    if method == "probabilistic":
+        everything = {"num_slot_layers": 2, "draft_vocab_size": 700, "markov_rank": 8}
+        head = make_head(tmp_path / "head", "default", **everything)
     reads = HostReads()
     reads.patch_methods(monkeypatch)
     launches = use_triton(monkeypatch, reads.pausing)
@@ -162,7 +176,8 @@ def test_no_host_read_in_a_step(
 
     monkeypatch.setattr(SpecFormerSpeculator, "propose", counted)
     sampled = SamplingParams(temperature=0.8, max_tokens=6, seed=1)
-    with engine(drafting(K, draft_sample_method=method), max_num_batched_tokens=64) as llm:
+    speculative = drafting(K, head, draft_sample_method=method)
+    with engine(speculative, max_num_batched_tokens=64) as llm:
         outputs = llm.generate(
             [*TEXTS[:4], LONG[0]], [greedy(8)] * 3 + [sampled] * 2, use_tqdm=False
         )

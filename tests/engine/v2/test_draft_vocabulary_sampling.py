@@ -1,0 +1,101 @@
+"""Drafts out of a draft vocabulary: target ids, the target's noise, odds of 0 for all the rest."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+from v1.engines import TARGET
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+
+from vllm_specformer.config import SpecFormerConfig
+from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
+from vllm_specformer.head import SpecFormerHead
+
+REQUESTS, STEPS, STATES, SCORED = 3, 4, 5, 90
+ROWS = REQUESTS * STEPS
+
+
+@pytest.fixture(params=[0, 4], ids=["no-markov", "markov"])
+def head(request: pytest.FixtureRequest) -> SpecFormerHead:
+    torch.manual_seed(0)
+    target, fields = AutoConfig.from_pretrained(TARGET), {"markov_rank": request.param}
+    config = SpecFormerConfig.preset("default", target, "t", draft_vocab_size=SCORED, **fields)
+    head = SpecFormerHead(config)
+    head.draft_token_ids.copy_(torch.randperm(config.vocab_size)[:SCORED].sort().values)
+    if config.markov_rank:
+        torch.nn.init.normal_(head.markov_lm_head.weight)
+        torch.nn.init.normal_(head.markov_embed.weight)
+    return head
+
+
+def speculator(head: SpecFormerHead, kind: str) -> SpecFormerSpeculator:
+    """What `_sample` needs of one: its buffers as `_stage` fills them."""
+    ours: Any = object.__new__(SpecFormerSpeculator)
+    ours.model = SimpleNamespace(head=head)
+    ours.num_speculative_steps = STEPS
+    ours.draws_with_target = kind == "coupled"
+    ours.draft_logits = None
+    if kind == "probabilistic":
+        ours.draft_logits = torch.zeros(STATES, STEPS, head.config.vocab_size)
+    ours.use_local_argmax_reduction = ours.use_fp64_gumbel = False
+    ours.acceptance_estimator = ours.draft_watermarker = None
+    ours.temperature = torch.tensor([0.7, 0.0, 1.0, 1.3, 0.9])
+    ours.seeds = torch.tensor([11, 12, 13, 14, 15])
+    ours.sample_idx_mapping = torch.tensor([3, 1, 0]).repeat_interleave(STEPS)
+    ours.sample_col = torch.arange(STEPS).repeat(REQUESTS).int()
+    ours.sample_pos = torch.arange(100, 100 + ROWS)
+    ours.draft_tokens = torch.zeros(REQUESTS, STEPS, dtype=torch.int64)
+    return ours
+
+
+def one_by_one(
+    ours: SpecFormerSpeculator, head: SpecFormerHead, kind: str, logits: Tensor, bonus: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Drafts [R, K] drawn from logits over the whole vocabulary, and those [R, K, V]."""
+    full = torch.full((REQUESTS, STEPS, head.config.vocab_size), float("-inf"))
+    expected = torch.zeros(REQUESTS, STEPS, dtype=torch.int64)
+    for request in range(REQUESTS):
+        previous = bonus[request]
+        for step in range(STEPS):
+            row = request * STEPS + step
+            scores = logits[row]
+            if head.config.markov_rank:
+                scores = scores + head.markov_logits(previous)
+            full[request, step, head.draft_token_ids] = scores
+            previous = full[request, step].argmax()
+            if kind != "greedy":
+                previous = gumbel_sample(
+                    full[request, step][None],
+                    ours.sample_idx_mapping[row : row + 1],
+                    ours.temperature,
+                    ours.seeds,
+                    ours.sample_pos[row : row + 1],
+                    apply_temperature=True,
+                    is_drafting=kind == "probabilistic",
+                )[0]
+            expected[request, step] = previous
+    return expected, full
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["greedy", "probabilistic", "coupled"])
+def test_drafts_are_those_over_the_whole_vocabulary(head: SpecFormerHead, kind: str) -> None:
+    """With -inf for what is not scored: the same noise, by target id, and the same odds."""
+    ours = speculator(head, kind)
+    logits, bonus = 2 * torch.randn(ROWS, SCORED), torch.tensor([5, 6, 7])
+    expected, full = one_by_one(ours, head, kind, logits, bonus)
+    if head.config.markov_rank:
+        ours._sample_in_order(logits.view(REQUESTS, STEPS, -1), bonus)
+        found = ours.draft_tokens
+    else:
+        found = ours._sample(logits, slice(0, ROWS)).view(REQUESTS, STEPS)
+    assert found.tolist() == expected.tolist()
+    if ours.draft_logits is not None:
+        # vLLM verifies by what it finds here, in the place of each request's state.
+        torch.testing.assert_close(ours.draft_logits[[3, 1, 0]], full)
+        assert not ours.draft_logits[[2, 4]].any()
