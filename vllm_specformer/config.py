@@ -16,6 +16,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
 
+from vllm_specformer.errors import SpecFormerError
+
 ARCHITECTURE = "SpecFormerDraftModel"
 SPECULATORS_TYPE = "specformer"
 FORMAT_VERSION = "1"
@@ -48,7 +50,7 @@ _LAYER_FIELDS = (
 )
 
 
-class HeadConfigError(ValueError):
+class HeadConfigError(SpecFormerError):
     """A head's configuration is unusable; the message names field, value and remedy."""
 
 

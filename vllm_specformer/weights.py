@@ -9,12 +9,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vllm_specformer.config import SpecFormerConfig
+from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.head import SpecFormerHead
 
 WEIGHTS_FILE = "model.safetensors"
 
 
-class HeadWeightError(ValueError):
+class HeadWeightError(SpecFormerError):
     """A head's weights do not fit its configuration; the message names tensor and remedy."""
 
 

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "families": ("vllm_specformer.cli.families", "list the models a head can be trained for"),
     "distill": ("vllm_specformer.cli.distill", "let the target answer prompts, for training"),
     "train": ("vllm_specformer.cli.train", "train a head on the target's own answers"),
+    "check": ("vllm_specformer.cli.check", "tell whether a head fits a target, from the files"),
     "eval": ("vllm_specformer.cli.evaluate", "measure a head offline and in the engine"),
 }
 

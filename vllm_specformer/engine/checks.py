@@ -94,7 +94,7 @@ def checked(
         SpeculativeConfigError, HeadConfigError, HeadWeightError: see their messages.
     """
     head = _read_head(speculative)
-    tokens = _checked_tokens(speculative.get("num_speculative_tokens"), head.num_draft_slots)
+    tokens = checked_tokens(speculative.get("num_speculative_tokens"), head.num_draft_slots)
     check_pair(head, target_model_config.hf_config, target_model_config.model)
     _check_states(head, target_model_config)
     stages = getattr(parallel_config, "pipeline_parallel_size", 1)
@@ -130,7 +130,12 @@ def _read_head(speculative: dict[str, Any]) -> SpecFormerConfig:
     return SpecFormerConfig.from_dict(content, _source=f" {model}")
 
 
-def _checked_tokens(tokens: Any, slots: int) -> int:
+def checked_tokens(tokens: Any, slots: int) -> int:
+    """`num_speculative_tokens` as given, or all slots of the head where it is not.
+
+    Raises:
+        SpeculativeConfigError: no whole number from 1 to `slots`.
+    """
     if tokens is None:
         return slots
     if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= slots:

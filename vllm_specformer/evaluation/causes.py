@@ -154,7 +154,7 @@ def explain(agreement: Agreement, served: Served, tried: list[Hypothesis], dtype
             f"{hits} tokens came from the prefix cache; if it agrees with --engine-args "
             "'{\"enable_prefix_caching\": false}', the cached K/V of the head are wrong"
         )
-    if not lines or best.explained < _EXPLAINS:
+    if not lines or not lines[0].startswith("most likely"):
         tried_names = "; ".join(f"{item.name} {item.explained:.1%}" for item in tried)
         lines.append(
             f"unexplained: as configured {plain:.1%} of the steps are the engine's. Tried offline: "

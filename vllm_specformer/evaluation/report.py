@@ -33,10 +33,10 @@ def print_report(report: Figures) -> None:
     if report["engine"]:
         console.print(_engine_table(report["engine"]))
     for comparison in report["engine"]:
-        if not comparison["agrees"]:
+        if comparison["causes"]:
             console.print(f"\n{_disagreement(comparison)}", markup=False)
-            for cause in comparison["causes"]:
-                console.print(f"- {cause}", markup=False)
+        for cause in comparison["causes"]:
+            console.print(f"- {cause}", markup=False)
 
 
 def _offline_table(name: str, figures: Figures) -> Table:
@@ -94,7 +94,8 @@ def _disagreement(comparison: Figures) -> str:
     return (
         f"At temperature {comparison['temperature']:g} and K="
         f"{comparison['num_speculative_tokens']} the engine's tokens per step differ by "
-        f"{comparison['difference']:+.1%} from the replay's (allowed: {TOLERANCE:.0%}):"
+        f"{comparison['difference']:+.1%} from the replay's (allowed: {TOLERANCE:.0%}), and "
+        f"{1 - comparison['same_steps']:.1%} of its steps differ:"
     )
 
 

@@ -242,8 +242,8 @@ class _Evaluation:
             drafted = loaded.draft(texts, [served.num_tokens])
         agreement = compare(served, {text.id: text for text in drafted})
         causes: list[str] = []
-        if not agreement.agrees:
-            self.say("the engine disagrees; looking for the cause")
+        if not agreement.is_clean(self.dtype):
+            self.say("steps of the engine differ from the replay's; looking for the cause")
             tried = hypotheses(loaded.head, loaded.target, texts, served, loaded.packed)
             causes = explain(agreement, served, tried, self.dtype)
         return of_agreement(agreement, served, causes)

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.head import SpecFormerHead
-from vllm_specformer.training.evaluation import Evaluation, evaluate
+from vllm_specformer.training.evaluation import Evaluation, evaluate, run_target
 from vllm_specformer.training.hidden_states import HookedTarget
 from vllm_specformer.training.optimizers import build_optimizer
 from vllm_specformer.training.packed_head import Objective, PackedHead, Rows
@@ -141,10 +141,7 @@ class HeadTrainer(Trainer):
 
     def rows(self, fields: dict[str, Tensor]) -> Rows:
         """Run the target over a batch."""
-        fields = {name: value.to(self.args.device) for name, value in fields.items()}
-        positions = fields["position_ids"] if self.packed else None
-        states, last = self.target(fields["input_ids"], positions)
-        return Rows(states, last, **fields)
+        return run_target(self.target, fields, self.packed)
 
     def compute_loss(
         self,

@@ -1,0 +1,94 @@
+"""`specformer eval` without an engine: figures, files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_specformer.cli.main import main
+
+from .conftest import HEAD, PROMPTS, TARGET
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that says why."""
+    capsys.readouterr()
+    assert main(["eval", *map(str, arguments)]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    (line,) = [text for text in error.splitlines() if text.startswith("specformer eval: ")]
+    return line
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first prompts as conversations of two turns, of which the first is asked."""
+    path = tmp_path_factory.mktemp("prompts") / "chats.jsonl"
+    prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()[:6]]
+    records = [
+        {"messages": [{"role": "user", "content": text}, {"role": "user", "content": "and?"}]}
+        for text in prompts
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_prompts_to_figures(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = tmp_path / "template"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    out, plot = tmp_path / "eval.json", tmp_path / "eval.png"
+    arguments = (HEAD, "--target", TARGET, "--prompts", chats, "--chat-template", template)
+    limits = ("--max-tokens", "12", "--num-speculative-tokens", "1", "4", "--temperature", "0", "1")
+    files = ("--json", out, "--plot", plot)
+    assert main(["eval", *map(str, (*arguments, *limits, *files))]) == 0
+    figures: dict[str, Any] = json.loads(out.read_text())
+    assert figures["dtype"] == "float32" or figures["device"] == "cuda"
+    assert figures["engine"] == []
+    assert list(figures["offline"]) == ["greedy", "temperature_1"]
+    for name, group in figures["offline"].items():
+        assert group["texts"] == 6
+        assert group["mean_answer_tokens"] <= 12
+        for part in ("all", "less_repetitive_half"):
+            assert list(group[part]["head"]) == ["K=1", "K=4"]
+            assert len(group[part]["head"]["K=4"]["acceptance_per_position"]) == 4
+            assert {"lookup_3", "lookup_2_3"} < group[part].keys()
+        assert ("share_of_bound" in group) == (name != "greedy")
+        head, bound = (group["all"].get(method) for method in ("head", "bound"))
+        if bound:
+            share = head["K=4"]["tokens_per_step"] / bound["K=4"]["tokens_per_step"]
+            assert group["share_of_bound"]["K=4"] == pytest.approx(share, abs=1e-3)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "greedy: tokens per step, 6 texts" in printed
+    assert "of bound" in printed
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+
+
+def test_what_it_refuses(
+    chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pair = (HEAD, "--target", TARGET)
+    line = refused(capsys, *pair, "--prompts", PROMPTS, "--num-speculative-tokens", "9")
+    assert "--num-speculative-tokens 9: this head drafts 1 to 8 tokens" in line
+    assert "no chat template" in refused(capsys, *pair, "--prompts", chats)
+    assert "check the path" in refused(capsys, *pair, "--prompts", tmp_path / "none.jsonl")
+    assert "no such file" in refused(capsys, *pair, "--data", tmp_path)
+    line = refused(capsys, HEAD, "--target", tmp_path / "none", "--prompts", PROMPTS)
+    assert "no such directory" in line
+    line = refused(capsys, tmp_path, "--prompts", PROMPTS)
+    assert "config.json is missing" in line
+    line = refused(capsys, *pair, "--prompts", PROMPTS, "--json", tmp_path / "no" / "x.json")
+    assert "create it" in line
+
+
+def test_a_target_of_other_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((TARGET / "config.json").read_text()) | {"vocab_size": 2050}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = refused(capsys, HEAD, "--target", tmp_path, "--prompts", PROMPTS)
+    assert "vocab_size is 2050, the head's is 2048" in line

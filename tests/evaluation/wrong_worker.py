@@ -1,0 +1,43 @@
+"""`serve_worker` with a mistake made in the engine: `MISTAKE` is "norm" or "hooks".
+
+The classes are vLLM's and ours; only what reaches the head is wrong, as it would be if training and
+serving did not mean the same hidden states.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from vllm_specformer.engine import patches
+from vllm_specformer.evaluation import serve_worker
+
+
+def norm_the_last_hook() -> None:
+    from vllm_specformer.engine.model import SpecFormerDraftModel as Model
+
+    right = Model.combine_hidden_states
+
+    def combine(self: Any, states: Sequence[Tensor]) -> Tensor:
+        return right(self, [*states[:-1], self._target["norm"](states[-1].contiguous())])
+
+    Model.combine_hidden_states = combine
+
+
+def hook_one_layer_early() -> None:
+    right = patches._to_vllm_config
+
+    def convert(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
+        right(config_dict, pre_trained_config)
+        ids = pre_trained_config["eagle_aux_hidden_state_layer_ids"]
+        pre_trained_config["eagle_aux_hidden_state_layer_ids"] = [max(i - 1, 0) for i in ids]
+
+    patches._to_vllm_config = convert
+
+
+if __name__ == "__main__":
+    {"norm": norm_the_last_hook, "hooks": hook_one_layer_early}[os.environ["MISTAKE"]]()
+    serve_worker.main()
