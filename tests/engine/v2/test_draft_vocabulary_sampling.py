@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig
 from v1.engines import TARGET
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
@@ -20,17 +21,22 @@ REQUESTS, STEPS, STATES, SCORED = 3, 4, 5, 90
 ROWS = REQUESTS * STEPS
 
 
-@pytest.fixture(params=[0, 4], ids=["no-markov", "markov"])
-def head(request: pytest.FixtureRequest) -> SpecFormerHead:
-    torch.manual_seed(0)
-    target, fields = AutoConfig.from_pretrained(TARGET), {"markov_rank": request.param}
-    config = SpecFormerConfig.preset("default", target, "t", draft_vocab_size=SCORED, **fields)
+def make_head(vocabulary: int, scored: Tensor, markov_rank: int = 0) -> SpecFormerHead:
+    target = AutoConfig.from_pretrained(TARGET)
+    changes = {"vocab_size": vocabulary, "draft_vocab_size": len(scored)}
+    config = SpecFormerConfig.preset("default", target, "t", markov_rank=markov_rank, **changes)
     head = SpecFormerHead(config)
-    head.draft_token_ids.copy_(torch.randperm(config.vocab_size)[:SCORED].sort().values)
-    if config.markov_rank:
+    head.draft_token_ids.copy_(scored)
+    if markov_rank:
         torch.nn.init.normal_(head.markov_lm_head.weight)
         torch.nn.init.normal_(head.markov_embed.weight)
     return head
+
+
+@pytest.fixture(params=[0, 4], ids=["no-markov", "markov"])
+def head(request: pytest.FixtureRequest) -> SpecFormerHead:
+    torch.manual_seed(0)
+    return make_head(2048, torch.randperm(2048)[:SCORED].sort().values, request.param)
 
 
 def speculator(head: SpecFormerHead, kind: str) -> SpecFormerSpeculator:
@@ -99,3 +105,52 @@ def test_drafts_are_those_over_the_whole_vocabulary(head: SpecFormerHead, kind: 
         # vLLM verifies by what it finds here, in the place of each request's state.
         torch.testing.assert_close(ours.draft_logits[[3, 1, 0]], full)
         assert not ours.draft_logits[[2, 4]].any()
+
+
+# The 1e-4 quantile of the chi-square law with four degrees of freedom.
+FARTHEST = 23.5
+
+
+@torch.no_grad()
+def test_verified_drafts_have_the_targets_law() -> None:
+    """Through vLLM's rejection sampler, which reads the logits that were cached.
+
+    Some tokens the target may say are never drafted, one that is drafted it never says, and one is
+    neither.
+    """
+    requests, vocabulary = 300, 7
+    target = torch.tensor([0.3, 1.5, 0.8, -0.5, float("-inf"), 0.5, float("-inf")])
+    torch.manual_seed(0)
+    ours = speculator(make_head(vocabulary, torch.tensor([1, 3, 4])), "probabilistic")
+    ours.draft_logits = torch.zeros(requests, 1, vocabulary)
+    ours.temperature = torch.full((requests,), 0.8)
+    ours.seeds = torch.randint(2**62, (requests,))
+    ours.sample_idx_mapping = torch.arange(requests)
+    ours.sample_col = torch.zeros(requests, dtype=torch.int32)
+    ours.sample_pos = torch.full((requests,), 20)
+    drafts = ours._sample(torch.tensor([[1.0, 2.0, 0.5]]).repeat(requests, 1), slice(0, requests))
+    assert drafts.unique().tolist() == [1, 3, 4]
+
+    rows = torch.arange(requests).repeat_interleave(2)
+    sampled, _ = rejection_sample(
+        (target / 0.8).repeat(2 * requests, 1),
+        ours.draft_logits,
+        torch.stack([torch.zeros_like(drafts), drafts], dim=1).flatten(),
+        torch.arange(requests + 1, dtype=torch.int32) * 2,
+        torch.tensor([20, 21]).repeat(requests),
+        torch.arange(requests),
+        rows,
+        torch.tensor([0, 1]).repeat(requests),
+        ours.temperature,
+        ours.seeds,
+        1,
+    )
+    expected = requests * (target / 0.8).softmax(-1)
+    counts = sampled[:, 0].bincount(minlength=vocabulary)
+    assert counts[expected == 0].sum() == 0
+    said = expected > 0
+    distance = ((counts - expected).square() / expected)[said].sum()
+    accepted = (sampled[:, 0] == drafts).float().mean()
+    print(f"chi-square {distance:.1f}, accepted {accepted:.2f}, counts {counts.tolist()}")
+    assert distance < FARTHEST
+    assert 0.1 < accepted < 0.8
