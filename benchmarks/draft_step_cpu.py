@@ -38,7 +38,7 @@ RESULT = ROOT / "benchmarks" / "results" / "draft-step-cpu.json"
 PAGE_SIZE = 128  # vLLM's choice on a CPU
 WARM_UP = 5
 # What this library does instead of matrix products; the rest is the head's and the target's.
-ATTENTION = ("rotate and store K/V", "gather the pages", "anchor attention", "slot attention")
+ATTENTION = ("rotate and store K/V", "prepare the context", "anchor attention", "slot attention")
 REST = "everything else"
 # The first leaves out what other processes take from the machine.
 CLOCKS: dict[str, Callable[[], float]] = {"thread": time.thread_time, "wall": time.perf_counter}
@@ -106,6 +106,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def build(dtype: str, drafts: int, requests: int) -> Any:
     """The proposer without a runner, bound to a target of three layers and to empty pages."""
     from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
     from vllm.utils.torch_utils import set_default_torch_dtype
@@ -127,6 +128,9 @@ def build(dtype: str, drafts: int, requests: int) -> Any:
         },
     ).create_engine_config()
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
+        # vLLM's embedding asks how many processes share the vocabulary: this one.
+        init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
         model = SpecFormerDraftModel(vllm_config=config)
         model.load_weights(load_file(f"{HEAD}/model.safetensors").items())
         target = make_target(load_file(f"{TARGET}/model.safetensors"), model.config)
@@ -146,22 +150,25 @@ def build(dtype: str, drafts: int, requests: int) -> Any:
 def make_target(weights: dict[str, torch.Tensor], config: Any) -> Any:
     """The ends of the target that a draft step uses, its lm_head packed as vLLM packs it."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     size, dtype = config.hidden_size, torch.get_default_dtype()
     embedding = weights["model.embed_tokens.weight"].to(dtype)
     norm = nn.RMSNorm(size, config.rms_norm_eps).requires_grad_(False)
     norm.weight.copy_(weights["model.norm.weight"])
+    table = VocabParallelEmbedding(*embedding.shape).requires_grad_(False)
+    table.weight[: len(embedding)] = embedding
     lm_head = nn.Linear(size, len(embedding), bias=False).requires_grad_(False)
     lm_head.weight.copy_(embedding)  # tied in this target
     dispatch_cpu_unquantized_gemm(lm_head, remove_weight=False)
     return SimpleNamespace(
-        model=SimpleNamespace(embed_tokens=nn.Embedding.from_pretrained(embedding), norm=norm),
+        model=SimpleNamespace(embed_tokens=table, norm=norm),
         compute_logits=lambda states: lm_head.cpu_linear(states, lm_head.weight, None),
     )
 
 
 def watch_parts(watch: Stopwatch, proposer: Any) -> None:
-    from vllm_specformer.engine.attention import GatheredPages
+    from vllm_specformer.engine.cpu_pages import CpuContext
 
     model, head, attention = proposer.model, proposer.model.head, proposer.model.attn
     for owner, method, part in (
@@ -169,12 +176,12 @@ def watch_parts(watch: Stopwatch, proposer: Any) -> None:
         (head.context_attn, "key_value", "context projections"),
         (head.context_attn, "query", "context projections"),
         (attention, "store", "rotate and store K/V"),
-        (attention, "begin", "gather the pages"),
+        (attention, "begin", "prepare the context"),
         # Made anew by every step, hence the class.
-        (GatheredPages, "anchors", "anchor attention"),
+        (CpuContext, "anchors", "anchor attention"),
         (head, "expand", "open the slots"),
         (head, "slot_qkv", "slot projections, rotation"),
-        (GatheredPages, "slots", "slot attention"),
+        (CpuContext, "slots", "slot attention"),
         (head, "finish", "slot output, SwiGLU"),
         (proposer, "_sample", "logits, Markov term, argmax"),
     ):
@@ -213,6 +220,8 @@ def step(proposer: Any, requests: int, context: int, drafts: int) -> Callable[[]
     rows = drafts + 1
     pages = -(-(context + drafts) // PAGE_SIZE)
     shape = (requests * pages + 1, attention.num_kv_heads, PAGE_SIZE, 2 * attention.head_size)
+    counts = torch.full((requests,), pages)
+    attention.block_counts = lambda: counts
     attention.kv_cache = torch.randn(shape).to(proposer.dtype)
     table = torch.randperm(requests * pages, dtype=torch.int32).view(requests, pages) + 1
     positions = torch.arange(context - rows, context).expand(requests, rows)

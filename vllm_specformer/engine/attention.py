@@ -3,19 +3,18 @@
 The layer joins the KV-cache group of the target's full-attention layers, so it shares their block
 table and slot mapping and vLLM allocates, caches, preempts and frees its pages with theirs. Only
 this layer reads or writes the contents, so it is free to use the logical layout
-`[blocks, kv_heads, block_size, 2 * head_size]` whatever the target's backend packs into its own.
+`[blocks, kv_heads, block_size, 2 * head_size]` whatever the target's backend packs into its own, or
+on a CPU what vLLM's kernels want there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from specformer_kernels.block_attention import block_attention
-from specformer_kernels.block_attention.gathered import GatheredContext
 from specformer_kernels.kv_store import kv_store
 from torch import Tensor, nn
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -28,6 +27,8 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+
+from vllm_specformer.engine.cpu_pages import CpuContext, CpuPages, turned
 
 
 @dataclass
@@ -92,7 +93,9 @@ class DraftAttention(nn.Module, AttentionLayerBase):
     `kv_cache` before the first step.
     """
 
-    gathers_on_cpu = True  # off: the kernels' signature on any device, as the tests need it
+    # Blocks that each row of the block table owns, integer [rows]. Set by a runner that
+    # knows them, before the cache is bound: on a CPU it lets vLLM's kernels have the pages.
+    block_counts: Callable[[], Tensor] | None = None
 
     def __init__(
         self,
@@ -157,6 +160,12 @@ class DraftAttention(nn.Module, AttentionLayerBase):
         """
         if not self.is_bound:
             return query
+        pages = self._cpu_pages()
+        if pages is not None:
+            pages.store(turned(key, rotary_table, positions), value, slot_mapping)
+            if query is None or query_positions is None:
+                return None
+            return turned(query, rotary_table, query_positions)
         return kv_store(
             key,
             value,
@@ -168,19 +177,24 @@ class DraftAttention(nn.Module, AttentionLayerBase):
             query_positions=query_positions,
         )
 
-    def begin(self, block_table: Tensor | None, context_lens: Tensor, room: int) -> DraftContext:
+    def begin(self, block_table: Tensor | None, context_lens: Tensor) -> DraftContext:
         """What one draft step attends to: the context before and including its anchors.
 
         Args:
             block_table: int32 [R, blocks].
-            context_lens: integer [R], tokens of each request up to its anchor, all stored.
-            room: slots the step will open.
+            context_lens: int64 [R], tokens of each request up to its anchor, all stored.
         """
         if not self.is_bound or block_table is None:
             return UnboundContext()
-        if self.kv_cache.is_cuda or not self.gathers_on_cpu:
+        pages = self._cpu_pages()
+        if pages is None:
             return PagedContext(self, block_table, context_lens)
-        return GatheredPages(self, block_table, context_lens, room)
+        assert self.block_counts is not None
+        counts = self.block_counts()[: len(block_table)]
+        return CpuContext(pages, block_table, context_lens, counts, self.scale)
+
+    def _cpu_pages(self) -> CpuPages | None:
+        return None if self.block_counts is None else CpuPages.over(self.kv_cache)
 
     def paged(
         self,
@@ -238,27 +252,6 @@ class PagedContext:
     def slots(self, query: Tensor, key: Tensor, value: Tensor, mixed: bool) -> Tensor:
         lens = self.lens if mixed else torch.zeros_like(self.lens)
         return self.layer.paged(query, key, value, self.table, lens, f"_mask{query.shape[1]}")
-
-
-class GatheredPages:
-    """The CPU's way: copy the pages once, use PyTorch's attention twice."""
-
-    def __init__(
-        self, layer: DraftAttention, block_table: Tensor, context_lens: Tensor, room: int
-    ) -> None:
-        self.scale = layer.scale
-        self.context = GatheredContext(layer.kv_cache, block_table, context_lens, room)
-
-    def anchors(self, query: Tensor) -> Tensor:
-        return self.context.attend(query.unsqueeze(1), self.scale).squeeze(1)
-
-    def slots(self, query: Tensor, key: Tensor, value: Tensor, mixed: bool) -> Tensor:
-        if mixed:
-            self.context.append(key, value)
-            return self.context.attend(query, self.scale)
-        query, key, value = (rows.transpose(1, 2) for rows in (query, key, value))
-        out = F.scaled_dot_product_attention(query, key, value, scale=self.scale, enable_gqa=True)
-        return out.transpose(1, 2)
 
 
 class UnboundContext:

@@ -146,7 +146,7 @@ class SpecFormerDraftModel(nn.Module):
         """
         head = self.head
         num_slots = head.slots_to_run(num_tokens)
-        context = self.attn.begin(block_table, positions + 1, num_slots)
+        context = self.attn.begin(block_table, positions + 1)
         attended = context.anchors(queries)
         bonus = self._target["embed"](bonus_tokens) if self.config.use_bonus_embedding else None
         slots = head.expand(anchors, attended, bonus, num_slots)

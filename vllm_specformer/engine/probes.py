@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vllm_specformer.engine.relied_on import LAYERS, REGISTRATION, Reliance
+from vllm_specformer.engine.relied_on import CPU_KERNELS, LAYERS, REGISTRATION, Reliance
 from vllm_specformer.engine.relied_on_runners import RUNNER_V1, RUNNER_V2, VERIFICATION
 
 RELIED_ON: tuple[Reliance, ...] = (
@@ -24,6 +24,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     *RUNNER_V2,
     *VERIFICATION,
     *LAYERS,
+    *CPU_KERNELS,
 )
 
 # How a parameter is written in a Signature: "name", with default "name=", keyword-only "*, name".

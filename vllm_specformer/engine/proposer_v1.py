@@ -35,6 +35,13 @@ class SpecFormerProposer(DFlashProposer):
         # draft's maximum length, which leaves holes in the others' context K/V. We never write past
         # the target's own positions, so that length does not exist for us.
         self.runner.effective_drafter_max_model_len = 1 << 30
+        if self.device.type == "cpu":
+            self.model.attn.block_counts = self._block_counts
+
+    def _block_counts(self) -> Tensor:
+        """Blocks of each row of the runner's block table for the head's KV group, int32 [rows]."""
+        table = self.runner.input_batch.block_table[self.kv_cache_gid]
+        return torch.from_numpy(table.num_blocks_per_row)
 
     def _maybe_share_lm_head(self, target_language_model: nn.Module) -> None:
         """Already shared by `bind_target`."""

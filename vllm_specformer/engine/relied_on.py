@@ -55,6 +55,7 @@ PATCHES = "engine/patches.py"
 MODEL = "engine/model.py"
 CHECKS = "engine/checks.py"
 ATTENTION = "engine/attention.py"
+CPU_PAGES = "engine/cpu_pages.py"
 V1 = "engine/proposer_v1.py"
 V2 = "engine/speculator_v2.py"
 CPU_SAMPLING = "engine/cpu_sampling.py"
@@ -67,6 +68,9 @@ _BACKEND = "vllm.v1.attention.backend"
 _LAYER = "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase"
 _EAGLE = "vllm.model_executor.models.interfaces"
 _ENDS = "vllm.model_executor.layers"
+
+_OPS = "vllm._custom_ops"
+_CPU_BACKEND = "vllm.v1.attention.backends.cpu_attn"
 
 REGISTRATION: tuple[Reliance, ...] = (
     Reliance("vllm.model_executor.models.registry:ModelRegistry", PLUGIN, "registry", VALUE),
@@ -268,4 +272,63 @@ LAYERS: tuple[Reliance, ...] = (
     ),
     Reliance("vllm.v1.attention.backends.utils:PAD_SLOT_ID", V2, "marks rows to skip", VALUE),
     call("vllm.compilation.backends:set_model_tag", V1 + ", " + V2, "cache key", "tag"),
+)
+
+CPU_KERNELS: tuple[Reliance, ...] = (
+    call(
+        f"{_OPS}:cpu_attn_get_scheduler_metadata",
+        CPU_PAGES,
+        "plans an attention over pages",
+        "num_reqs num_heads num_kv_heads head_dim seq_lens dtype query_start_loc causal "
+        "sliding_window_size isa enable_kv_split",
+    ),
+    call(
+        f"{_OPS}:cpu_attention_with_kv_cache",
+        CPU_PAGES,
+        "attends to pages",
+        "query key_cache value_cache output query_start_loc seq_lens scale causal alibi_slopes "
+        "sliding_window block_table softcap scheduler_metadata s_aux",
+    ),
+    call(
+        f"{_OPS}:cpu_attn_reshape_and_cache",
+        CPU_PAGES,
+        "writes pages",
+        "key value key_cache value_cache slot_mapping isa",
+    ),
+    call(
+        f"{_OPS}:rotary_embedding",
+        CPU_PAGES,
+        "rotates K before it is stored",
+        "positions query key head_size cos_sin_cache is_neox",
+    ),
+    call(
+        f"{_CPU_BACKEND}:_get_attn_isa",
+        CPU_PAGES,
+        "names the kernels",
+        "dtype block_size head_size",
+    ),
+    *members(
+        f"{_CPU_BACKEND}:CPUAttentionBackend", CPU_PAGES, "what they take", "supported_dtypes"
+    ),
+    call(f"{_CPU_BACKEND}:CPUAttentionBackend.get_supported_head_sizes", CPU_PAGES, "the same"),
+    call(
+        f"{_CPU_BACKEND}:CPUAttentionBackend.get_supported_kernel_block_sizes",
+        CPU_PAGES,
+        "the same",
+    ),
+    *members(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner", V1, "which pages are whose", "input_batch"
+    ),
+    *members(
+        "vllm.v1.worker.gpu_input_batch:InputBatch", V1, "which pages are whose", "block_table"
+    ),
+    call(
+        "vllm.v1.worker.block_table:MultiGroupBlockTable.__getitem__",
+        V1,
+        "which pages are whose",
+        "idx",
+    ),
+    *members(
+        "vllm.v1.worker.block_table:BlockTable", V1, "which pages are whose", "num_blocks_per_row"
+    ),
 )

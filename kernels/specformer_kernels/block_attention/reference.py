@@ -133,16 +133,13 @@ def _unpack_words(words: Tensor, columns: Tensor) -> Tensor:
     return ((words[:, :, None] >> columns) & 1).bool()
 
 
-def gather_context(
-    kv_cache: Tensor, block_table: Tensor, visible: Tensor, out: Tensor | None = None
-) -> Tensor:
+def gather_context(kv_cache: Tensor, block_table: Tensor, visible: Tensor) -> Tensor:
     """Cached K and V of every request side by side: [2, num_kv_heads, R, length, head_size].
 
     Args:
         visible: bool [R, length], the columns before each request's context length. The others get
             copies of the request's first token, which is as finite as the request is: a weight of 0
             does not silence a NaN left in a page by another request.
-        out: where to put them, with that many elements; new memory when not given.
     """
     num_kv_heads, block_size, fused_size = kv_cache.shape[1:]
     requests, length = visible.shape
@@ -159,7 +156,7 @@ def gather_context(
     heads = torch.arange(num_kv_heads, device=kv_cache.device) * steps[1]
     place = (place + heads[:, None, None]).flatten()
     shape = (2, num_kv_heads, requests, length, fused_size // 2)
-    context = kv_cache.new_empty(shape) if out is None else out.view(shape)
+    context = kv_cache.new_empty(shape)
     key, value = context.flatten(1, 3)
     torch.index_select(rows, 0, place, out=key)
     torch.index_select(rows, 0, place.add_(steps[3]), out=value)

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 from vllm import SamplingParams
+
+from vllm_specformer.engine.cpu_pages import CpuPages
 
 from .drafts import Watch, compare, truth, watching
 from .engines import (
@@ -170,7 +173,7 @@ def answers_ignoring_eos() -> Answers:
 
 
 def test_requests_at_the_maximum_length(
-    head: Path, reference: DenseReference, answers: Answers
+    head: Path, reference: DenseReference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request runs into max_model_len while the others go on drafting beside it."""
     limit = 128
@@ -180,12 +183,23 @@ def test_requests_at_the_maximum_length(
     expected = continuations(plain)
     assert [o.outputs[0].finish_reason for o in plain] == ["length"] * 8
     assert any(len(p) + len(t) == limit for p, t in expected.items())
+    # The slots of the longest request have no page: vLLM allocates none behind that length.
+    copied = []
+    copies = CpuPages.copies
+
+    def counted(pages: CpuPages, table: Tensor, *rest: Any) -> Any:
+        copied.append(len(table))
+        return copies(pages, table, *rest)
+
+    monkeypatch.setattr(CpuPages, "copies", counted)
     with (
         engine(drafting(4, head), max_model_len=limit) as llm,
         watching(truth(expected)) as watch,
     ):
         assert token_ids(job.run(llm)) == token_ids(plain)
     assert max(len(d.text) for d in watch.drafted) >= limit - 1
+    assert copied
+    assert max(copied) < 8, "requests with room were copied too"
     assert_all_equal(reference, watch, at_least=300)
 
 

@@ -42,7 +42,6 @@ def use_triton(
 ) -> Counter[str]:
     """Let the head run on its Triton kernels, as on a GPU; returns the count of their launches."""
     launches: Counter[str] = Counter()
-    monkeypatch.setattr(attention.DraftAttention, "gathers_on_cpu", False)
     for module, operation in (
         (attention, "block_attention"),
         (attention, "kv_store"),
