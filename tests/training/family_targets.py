@@ -83,18 +83,6 @@ FAMILIES: dict[str, TinyFamily] = {
     "mistral-sliding": TinyFamily(
         "sliding window in every layer", lambda: hf.MistralConfig(**SHAPE, sliding_window=32)
     ),
-    "ministral3": TinyFamily(
-        "queries scaled by position",
-        lambda: hf.Ministral3Config(
-            **SHAPE,
-            rope_parameters=_yarn(4.0)
-            | {
-                "llama_4_scaling_beta": 0.1,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-            },
-        ),
-    ),
     "qwen2": TinyFamily(
         "bias of queries, keys, values; tied",
         lambda: hf.Qwen2Config(**WIDE, tie_word_embeddings=True),
@@ -148,7 +136,9 @@ FAMILIES: dict[str, TinyFamily] = {
         "Transformers code inside vLLM", lambda: hf.Olmo2Config(**WIDE), hooks="2,3,4"
     ),
     "starcoder2": TinyFamily(
-        "the same, with LayerNorm and biases", lambda: hf.Starcoder2Config(**WIDE), hooks="2,3,4"
+        "the same, with LayerNorm and biases",
+        lambda: hf.Starcoder2Config(**WIDE, tie_word_embeddings=False),
+        hooks="2,3,4",
     ),
 }
 
@@ -159,7 +149,7 @@ def make_target(family: str, seed: int = 0) -> hf.PreTrainedModel:
     config = FAMILIES[family].config()
     model = hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
-        if "norm" in name and parameter.ndim == 1:
+        if "norm" in name and name.endswith("weight"):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)  # not all ones, so that a lost one shows
         else:
             torch.nn.init.normal_(parameter, std=0.12)

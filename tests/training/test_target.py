@@ -169,6 +169,12 @@ def test_what_vllm_cannot_serve_is_refused() -> None:
     head_config("default", starcoder, "s", aux_hidden_state_layer_ids=(15, 29, 30))
 
 
+def test_positions_in_several_dimensions_are_refused() -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    with pytest.raises(UnsupportedTargetError, match=r"target q: .*M-RoPE"):
+        head_config("default", Qwen3Config(**SHAPE, rope_parameters=rope), "q")
+
+
 def test_decoders_that_keep_their_parts_elsewhere() -> None:
     shape = {**SHAPE, "layer_norm_eps": 1e-5}
     del shape["head_dim"]

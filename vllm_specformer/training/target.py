@@ -49,6 +49,11 @@ def head_config(
             f"target {name}: its configuration ({type(target).__name__}) has no {error.name!r}, "
             "which the head's shape is taken from; this family is not supported"
         ) from None
+    if "mrope_section" in (getattr(target.get_text_config(), "rope_parameters", None) or {}):
+        raise UnsupportedTargetError(
+            f"target {name}: its positions have several dimensions (M-RoPE), but a head counts its "
+            "context in tokens; this family is not supported"
+        )
     _check_served(config, name)
     return config
 

@@ -15,8 +15,8 @@ from vllm_specformer.training.texts import Text, Texts
 
 STEPS = 50
 NUM_TEXTS, NEW_TOKENS = 64, 40
-# Prompts of three lengths; with the answer the longer ones reach past every sliding window.
-PROMPT_LENGTHS = (6, 17, 40)
+# The longest reaches past every sliding window, and past the lengths that scaled RoPE begins with.
+PROMPT_LENGTHS = (6, 17, 90)
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def make_pair(folder: Path, family: str) -> Pair:
     write_distilled(data, Texts.collect(made, 8 + NEW_TOKENS), pair.target)
     arguments = ["--target", pair.target, "--data", data, "--out", pair.head]
     arguments += ["--slots", 4, "--max-steps", STEPS, "--batch-tokens", 512, "--eval-every", STEPS]
+    # Its term is added to the logits, so their scale and cap decide about drafts.
+    arguments += ["--markov-rank", 8]
     hooks = FAMILIES[family].hooks
     if hooks:
         arguments += ["--hooks", hooks]

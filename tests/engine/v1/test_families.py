@@ -77,8 +77,9 @@ def test_family(family: str, tmp_path: Path, table: list[Sequence[Any]]) -> None
 
 def check(family: str, folder: Path) -> Outcome:
     pair = make_pair(folder, family)
-    # First, as vLLM changes classes of Transformers that it runs itself.
     reference = DenseReference(pair.head, pair.target)
+    # Where vLLM runs the Transformers class itself it makes it compile, for all its instances.
+    reference.target.decoder.do_not_compile = True
     with serving(pair) as llm:
         plain = answers(llm, pair.prompts)
     assert max(len(set(text)) for text in plain.values()) >= 8, "it says one thing only"
