@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 
 from vllm_specformer.cli.main import main
 
-from .conftest import HEAD, PROMPTS, TARGET
+from .conftest import HEAD, PROMPTS, ROOT, TARGET
+
+sys.path.insert(0, str(ROOT / "tests" / "training"))
+from training_texts import make_texts, write_distilled
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -67,6 +71,26 @@ def test_prompts_to_figures(
     assert "greedy: tokens per step, 6 texts" in printed
     assert "of bound" in printed
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+
+
+def test_distilled_answers_to_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all temperatures they have, or those asked for; nothing is generated."""
+    write_distilled(tmp_path / "data", make_texts(24, 2048))
+    arguments = (HEAD, "--target", TARGET, "--data", tmp_path / "data", "--json", tmp_path / "f")
+    arguments += ("--num-speculative-tokens", "2")
+    assert main(["eval", *map(str, arguments)]) == 0
+    groups = json.loads((tmp_path / "f").read_text())["offline"]
+    texts = make_texts(24, 2048)
+    greedy = int((texts.temperatures == 0).sum())
+    assert {name: group["texts"] for name, group in groups.items()} == {
+        "greedy": greedy,
+        "temperature_1": len(texts) - greedy,
+    }
+    assert "no provenance.json" in capsys.readouterr().err
+    assert main(["eval", *map(str, (*arguments, "--temperature", "1"))]) == 0
+    assert list(json.loads((tmp_path / "f").read_text())["offline"]) == ["temperature_1"]
+    line = refused(capsys, *arguments, "--temperature", "0.5")
+    assert "have 0, 1 only; leave it out, or add --engine" in line
 
 
 def test_what_it_refuses(

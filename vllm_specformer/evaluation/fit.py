@@ -30,6 +30,7 @@ from vllm_specformer.engine.compat import (
 from vllm_specformer.engine.target_classes import INTERFACE, target_classes
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.evaluation.provenance import read_provenance
+from vllm_specformer.training.report import kind_of_head
 from vllm_specformer.training.target import read_config as read_target
 from vllm_specformer.weights import check_weights, expected_shapes
 
@@ -65,7 +66,7 @@ def examine(
     config = _try(findings, "configuration", lambda: read_head(head))
     if config is None:
         return findings
-    findings.append(_described(config))
+    findings.append(Finding("configuration", OK, kind_of_head(config)))
     findings += _weights(head, config)
     findings += _slots(config, num_tokens)
     findings += _vllm(config)
@@ -101,15 +102,6 @@ def _misfit(subject: str, error: Exception) -> Finding:
     if not found:
         found, remedy = remedy, _PLAIN_REMEDIES.get(subject, "put it right")
     return Finding(subject, MISFIT, found, remedy)
-
-
-def _described(config: SpecFormerConfig) -> Finding:
-    return Finding(
-        "configuration",
-        OK,
-        f"{config.num_draft_slots} slots, mask {config.slot_mask!r}, hidden size "
-        f"{config.hidden_size}, vocabulary {config.vocab_size:,}",
-    )
 
 
 def _weights(head: Path, config: SpecFormerConfig) -> Iterator[Finding]:

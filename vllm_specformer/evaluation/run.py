@@ -231,6 +231,11 @@ class _Evaluation:
         }
 
     def _collect(self, texts: Sequence[Text]) -> Texts:
+        if not any(end - start > 1 for text in texts for start, end in text.spans):
+            raise SpecFormerError(
+                f"the target ends each of its {len(texts)} answers after one token, which leaves "
+                "nothing to draft; are the prompts of the form it was trained on?"
+            )
         return Texts.collect(texts, self.context)
 
     def _compared(

@@ -38,12 +38,13 @@ def main() -> None:
         import vllm
 
         llm = vllm.LLM(**order["engine"])
-    except (ImportError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         write_atomic(result_file, json.dumps({"error": str(error)}).encode())
         return
+    config = llm.llm_engine.vllm_config
     result = {
         "vllm": vllm.__version__,
-        "runner": "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1",
+        "runner": "V2" if getattr(config, "use_v2_model_runner", False) else "V1",
         "jobs": [
             _run(llm, job, order["extra_tokens"], set(order["end_ids"])) for job in order["jobs"]
         ],

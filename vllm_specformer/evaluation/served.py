@@ -20,7 +20,10 @@ from vllm_specformer.training.texts import Text
 
 WORKER = "vllm_specformer.evaluation.serve_worker"
 # Arguments of vLLM that an option of ours, or the evaluation itself, sets.
-_OWN = ("model", "tokenizer", "dtype", "speculative_config", "revision", "disable_log_stats")
+_OWN = (
+    *("model", "tokenizer", "revision", "dtype", "max_model_len"),
+    *("speculative_config", "disable_log_stats"),
+)
 # So many requests with their drafts stay below vLLM's smallest token budget per step, which would
 # otherwise cut drafts off.
 _REQUESTS_AT_ONCE = 64
@@ -72,10 +75,10 @@ def serve(
             raise EngineError(f"--engine-args: {name!r} is set by the evaluation; leave it out")
     speculative = {"method": "specformer", "model": str(head), "num_speculative_tokens": num_tokens}
     engine = {
-        "max_model_len": max_model_len,
         "max_num_seqs": _REQUESTS_AT_ONCE,
         **engine_args,
         "model": str(target),
+        "max_model_len": max_model_len,
         "dtype": dtype,
         "speculative_config": speculative,
         "disable_log_stats": False,

@@ -158,8 +158,8 @@ def model_card(config: SpecFormerConfig, provenance: dict[str, Any]) -> str:
     }
     about = (
         f"A draft head for speculative decoding in vLLM with the plugin vllm-specformer: "
-        f"{_kind(config)}; {provenance['parameters']:,} parameters. It drafts K tokens in one "
-        "pass; output stays lossless, as vLLM verifies every draft. It fits this target only "
+        f"{kind_of_head(config)}; {provenance['parameters']:,} parameters. It drafts K tokens in "
+        "one pass; output stays lossless, as vLLM verifies every draft. It fits this target only "
         f"(fingerprint `{target['fingerprint'][:16]}`)."
     )
     return f"""---
@@ -188,7 +188,8 @@ def _filled(text: str, **options: Any) -> str:
     return textwrap.fill(text, _WIDTH, break_on_hyphens=False, break_long_words=False, **options)
 
 
-def _kind(config: SpecFormerConfig) -> str:
+def kind_of_head(config: SpecFormerConfig) -> str:
+    """The choices that make a head, in words."""
     parts = [
         f"{config.num_draft_slots} draft slots",
         f"hooks at {list(config.aux_hidden_state_layer_ids)}",
