@@ -41,6 +41,12 @@ def embedding_table(decoder: Any) -> nn.Module:
     return next(m for m in embedding.modules() if isinstance(m, VocabParallelEmbedding))
 
 
+def _normed(norm: nn.Module, states: Tensor) -> Tensor:
+    """The norm's output alone; some families' norms (Cohere) return a residual with it."""
+    out = norm(states)
+    return out[0] if isinstance(out, tuple) else out
+
+
 class SpecFormerDraftModel(nn.Module):
     """One draft pass: context states -> K tokens per request."""
 
@@ -84,7 +90,7 @@ class SpecFormerDraftModel(nn.Module):
         token_ids, like = self.head.draft_token_ids, self.head.context_norm.weight
         if token_ids is not None:
             logits = logits_of_some(language, embedding, logits, token_ids, like)
-        self._target = {"embed": embedding, "norm": norm, "logits": logits}
+        self._target = {"embed": embedding, "norm": partial(_normed, norm), "logits": logits}
         self.head.rotary(self.head.fc.weight.device)
 
     def combine_hidden_states(self, hooked_states: Sequence[Tensor]) -> Tensor:
