@@ -38,7 +38,8 @@ def embedding_table(decoder: Any) -> nn.Module:
         AttributeError: the decoder has no such table.
     """
     embedding = find_part(decoder, EMBEDDING_NAMES)
-    return next(m for m in embedding.modules() if isinstance(m, VocabParallelEmbedding))
+    tables = (m for m in embedding.modules() if isinstance(m, VocabParallelEmbedding))
+    return next(tables, embedding)
 
 
 def _normed(norm: nn.Module, states: Tensor) -> Tensor:
