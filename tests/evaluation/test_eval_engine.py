@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,23 @@ def test_replay_and_engine_agree(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert greedy["engine"]["tokens_per_step"] > sampled["engine"]["tokens_per_step"] > 1.1
     assert list(figures["offline"]) == ["greedy", "temperature_1"]
     assert "agrees" in capfd.readouterr().out
+
+
+def test_the_worker_does_not_outlive_its_parent(tmp_path: Path) -> None:
+    """Its standard input is closed when the parent ends, however that happens."""
+    order, result = tmp_path / "order.json", tmp_path / "result.json"
+    os.mkfifo(order)  # so that it waits where an engine would keep it busy
+    command = [sys.executable, "-m", served.WORKER, str(order), str(result)]
+    worker = subprocess.Popen(command, stdin=subprocess.PIPE)
+    assert worker.stdin is not None
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(timeout=5)
+        worker.stdin.close()
+        assert worker.wait(timeout=60) == 1
+    finally:
+        worker.kill()
+    assert not result.exists()
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def of_texts(
     methods = [HEAD, *LOOKUPS, *([BOUND] if texts[0].temperature else [])]
     answers = [text.tokens[start:end] for text in texts for start, end in text.answers]
     figures: Figures = {
-        "temperature": texts[0].temperature,
+        "temperature": round(texts[0].temperature, 4),  # which is kept in 32 bits
         "texts": len(texts),
         "mean_answer_tokens": round(sum(map(len, answers)) / len(answers), 1),
         "finished_share": round(sum(a[-1] in end_ids for a in answers) / len(answers), 3),

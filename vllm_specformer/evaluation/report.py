@@ -131,7 +131,7 @@ def _served(
     report: Figures, temperature: float
 ) -> Iterator[tuple[str, list[int], list[float], list[Any]]]:
     """The engine's points of one temperature, if it ran."""
-    rows = [row for row in report["engine"] if row["temperature"] == temperature]
+    rows = [row for row in report["engine"] if round(row["temperature"], 4) == temperature]
     if rows:
         counts = [row["num_speculative_tokens"] for row in rows]
         values = [row["engine"]["tokens_per_step"] for row in rows]

@@ -27,13 +27,15 @@ from vllm_specformer.evaluation.questions import Questions
 from vllm_specformer.evaluation.replay import DraftedText, draft_texts
 from vllm_specformer.evaluation.served import Served, serve
 from vllm_specformer.training.hidden_states import HookedTarget
-from vllm_specformer.training.packed_head import PackedHead
+from vllm_specformer.training.packed_head import DEFAULT_MEMORY, PackedHead
 from vllm_specformer.training.result import versions
 from vllm_specformer.training.target import can_pack, check_parts, load_target, read_config
 from vllm_specformer.training.texts import Text, Texts
 from vllm_specformer.weights import check_weights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Bytes for logits and slot activations: few launches on a GPU, small caches on a CPU.
+_MEMORY = {"cuda": 2 << 30, "cpu": DEFAULT_MEMORY}
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class _Loaded:
     packed: bool
 
     def draft(self, texts: Texts, budgets: Sequence[int]) -> list[DraftedText]:
-        made = draft_texts(self.head, self.target, texts, budgets, self.packed)
+        memory = _MEMORY[self.target.target.device.type]
+        made = draft_texts(self.head, self.target, texts, budgets, self.packed, memory)
         return list(tqdm(made, desc="drafts", total=len(texts), unit="text"))
 
 

@@ -73,7 +73,12 @@ def serve(
     for name in engine_args:
         if name in _OWN:
             raise EngineError(f"--engine-args: {name!r} is set by the evaluation; leave it out")
-    speculative = {"method": "specformer", "model": str(head), "num_speculative_tokens": num_tokens}
+    speculative = {
+        "method": "specformer",
+        "model": str(head),
+        "num_speculative_tokens": num_tokens,
+        "draft_sample_method": "greedy",  # vLLM's default, which the replay relies on
+    }
     engine = {
         "max_num_seqs": _REQUESTS_AT_ONCE,
         **engine_args,
