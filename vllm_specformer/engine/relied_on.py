@@ -264,6 +264,12 @@ LAYERS: tuple[Reliance, ...] = (
         "what makes an lm_head a plain matrix",
         CLASS,
     ),
+    Reliance(
+        f"{_ENDS}.vocab_parallel_embedding:VocabParallelEmbedding",
+        MODEL,
+        "the target's table under LoRA wrappers and scales",
+        CLASS,
+    ),
     *members(
         f"{_ENDS}.vocab_parallel_embedding:VocabParallelEmbedding",
         VOCABULARY,
