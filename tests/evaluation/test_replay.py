@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from vllm_specformer.evaluation.replay import (
     less_repetitive_half,
     replay,
 )
+from vllm_specformer.training.texts import Text, Texts
 
 from .conftest import MAX_TOKENS, Pair
 
@@ -54,7 +56,10 @@ def test_best_tokens_are_the_targets(pair: Pair) -> None:
     for text in draft_texts(pair.head, pair.target, pair.texts(0.0), (1,), True):
         start, end = text.answers[0]
         assert text.best[start - 1 : end - 1] == text.tokens[start:end]
-    for text in draft_texts(pair.head, pair.target, pair.texts(1.0), (1,), True):
+    first, *others = pair.answers[1.0]
+    long = Text(99, np.tile(first.input_ids, 4), first.spans, 1.0)
+    sharing = Texts.collect([long, *others], 512)  # short texts lie side by side in a row as long
+    for text in draft_texts(pair.head, pair.target, sharing, (1,), True):
         logits = pair.target.target(torch.tensor([text.tokens])).logits[0]
         assert text.best == logits.argmax(-1).tolist()
 
