@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_specformer.evaluation import replay as replay_module
 from vllm_specformer.evaluation.replay import (
     BOUND,
     HEAD,
@@ -51,14 +52,15 @@ def test_drafts_are_those_of_the_served_head(
     assert compared > 100
 
 
-def test_best_tokens_are_the_targets(pair: Pair) -> None:
+def test_best_tokens_are_the_targets(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """The greedy answers themselves, and what a whole forward pass says about sampled ones."""
     for text in draft_texts(pair.head, pair.target, pair.texts(0.0), (1,), True):
         start, end = text.answers[0]
         assert text.best[start - 1 : end - 1] == text.tokens[start:end]
     first, *others = pair.answers[1.0]
     long = Text(99, np.tile(first.input_ids, 4), first.spans, 1.0)
-    sharing = Texts.collect([long, *others], 512)  # short texts lie side by side in a row as long
+    sharing = Texts.collect([long, *others], 512)
+    monkeypatch.setattr(replay_module, "_BATCH_TOKENS", len(long.input_ids))  # one row each time
     for text in draft_texts(pair.head, pair.target, sharing, (1,), True):
         logits = pair.target.target(torch.tensor([text.tokens])).logits[0]
         assert text.best == logits.argmax(-1).tolist()
