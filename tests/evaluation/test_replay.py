@@ -60,7 +60,7 @@ def test_best_tokens_are_the_targets(pair: Pair, monkeypatch: pytest.MonkeyPatch
     first, *others = pair.answers[1.0]
     long = Text(99, np.tile(first.input_ids, 4), first.spans, 1.0)
     sharing = Texts.collect([long, *others], 512)
-    monkeypatch.setattr(replay_module, "_BATCH_TOKENS", len(long.input_ids))  # one row each time
+    monkeypatch.setattr(replay_module, "_BATCH_TOKENS", 2 * len(long.input_ids))  # two rows
     for text in draft_texts(pair.head, pair.target, sharing, (1,), True):
         logits = pair.target.target(torch.tensor([text.tokens])).logits[0]
         assert text.best == logits.argmax(-1).tolist()
