@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from distill import BATCH, complete, encode_prompts
+from completions import BATCH, complete
+from prompts import prompts as usable_prompts
 from torch import Tensor, nn
 from tqdm import tqdm
 from train_target import ROWS_PER_STEP, Batches, held_out_loss, mean_loss
@@ -53,7 +54,7 @@ def looping_texts(
     prompts = sorted(prompts, key=len)
     for first in range(0, len(prompts), BATCH):
         batch = prompts[first : first + BATCH]
-        for prompt, answer in zip(batch, complete(model, batch, 0.0, MAX_NEW), strict=True):
+        for prompt, answer in zip(batch, complete(model, batch, MAX_NEW), strict=True):
             repeated.append(repeated_fraction(answer))
             flags = marked(answer)
             if any(flags):
@@ -109,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     batches = Batches(np.load(args.corpus / "train.npy", mmap_mode="r"), args.seed + 1)
     # Prompts that distillation will not use again: the end of the list.
-    prompts = encode_prompts(args.corpus, "train", 100_000)[::-1]
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    prompts = tokenizer(usable_prompts(args.corpus, "train", 100_000))["input_ids"][::-1]
     rng = np.random.default_rng(args.seed)
     total = args.rounds * args.steps
     for round_ in range(args.rounds):
@@ -145,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         with (args.out / "log.jsonl").open("a") as log:
             log.write(json.dumps({"round": "end", "held_out_loss": round(held, 4)}) + "\n")
         model.to(torch.bfloat16).save_pretrained(args.out / "model")
-        AutoTokenizer.from_pretrained(args.target).save_pretrained(args.out / "model")
+        tokenizer.save_pretrained(args.out / "model")
 
 
 if __name__ == "__main__":
