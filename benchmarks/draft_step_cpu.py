@@ -106,7 +106,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def build(dtype: str, drafts: int, requests: int) -> Any:
     """The proposer without a runner, bound to a target of three layers and to empty pages."""
     from vllm.config import set_current_vllm_config
-    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
     from vllm.utils.torch_utils import set_default_torch_dtype
@@ -128,9 +127,6 @@ def build(dtype: str, drafts: int, requests: int) -> Any:
         },
     ).create_engine_config()
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
-        # vLLM's embedding asks how many processes share the vocabulary: this one.
-        init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
         model = SpecFormerDraftModel(vllm_config=config)
         model.load_weights(load_file(f"{HEAD}/model.safetensors").items())
         target = make_target(load_file(f"{TARGET}/model.safetensors"), model.config)
@@ -150,19 +146,16 @@ def build(dtype: str, drafts: int, requests: int) -> Any:
 def make_target(weights: dict[str, torch.Tensor], config: Any) -> Any:
     """The ends of the target that a draft step uses, its lm_head packed as vLLM packs it."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     size, dtype = config.hidden_size, torch.get_default_dtype()
     embedding = weights["model.embed_tokens.weight"].to(dtype)
     norm = nn.RMSNorm(size, config.rms_norm_eps).requires_grad_(False)
     norm.weight.copy_(weights["model.norm.weight"])
-    table = VocabParallelEmbedding(*embedding.shape).requires_grad_(False)
-    table.weight[: len(embedding)] = embedding
     lm_head = nn.Linear(size, len(embedding), bias=False).requires_grad_(False)
     lm_head.weight.copy_(embedding)  # tied in this target
     dispatch_cpu_unquantized_gemm(lm_head, remove_weight=False)
     return SimpleNamespace(
-        model=SimpleNamespace(embed_tokens=table, norm=norm),
+        model=SimpleNamespace(embed_tokens=nn.Embedding.from_pretrained(embedding), norm=norm),
         compute_logits=lambda states: lm_head.cpu_linear(states, lm_head.weight, None),
     )
 
