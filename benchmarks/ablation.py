@@ -116,6 +116,8 @@ def train(head: Path, arm: str, seed: int, args: argparse.Namespace) -> None:
         "--dtype": "bfloat16",
         "--seed": seed,
     }
+    if not arm.startswith("paper"):
+        options["--markov-rank"] = 64
     run("train", *(str(part) for item in options.items() for part in item), *ARMS[arm])
 
 
@@ -148,7 +150,7 @@ def evaluate(head: Path, data: Path, slots: int) -> dict[str, Any]:
     budgets = [str(k) for k in BUDGETS if k <= slots]
     run(
         "eval", head, "--target", TARGET, "--data", data, "--json", result,
-        "--max-prompts", "384", "--num-speculative-tokens", *budgets,
+        "--max-prompts", "192", "--num-speculative-tokens", *budgets,
     )  # fmt: skip
     figures: dict[str, Any] = json.loads(result.read_text())
     return figures

@@ -68,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     rows = []
     for dtype, drafts in itertools.product(args.dtype, args.num_speculative_tokens):
-        proposer, watch = build(dtype, drafts, max(args.requests)), Stopwatch(CLOCKS[args.clock])
+        proposer = build(args.head, dtype, drafts, max(args.requests))
+        watch = Stopwatch(CLOCKS[args.clock])
         watch_parts(watch, proposer)
         for requests in args.requests:
             times = measure(watch, step(proposer, requests, args.context, drafts), args.repeats)
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--head", default=HEAD, help="of the bundled target")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--context", type=int, default=512, help="tokens of each request")
     parser.add_argument(
@@ -103,7 +105,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def build(dtype: str, drafts: int, requests: int) -> Any:
+def build(head: str, dtype: str, drafts: int, requests: int) -> Any:
     """The proposer without a runner, bound to a target of three layers and to empty pages."""
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
@@ -122,13 +124,13 @@ def build(dtype: str, drafts: int, requests: int) -> Any:
         max_num_seqs=requests,
         speculative_config={
             "method": "specformer",
-            "model": HEAD,
+            "model": head,
             "num_speculative_tokens": drafts,
         },
     ).create_engine_config()
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
         model = SpecFormerDraftModel(vllm_config=config)
-        model.load_weights(load_file(f"{HEAD}/model.safetensors").items())
+        model.load_weights(load_file(f"{head}/model.safetensors").items())
         target = make_target(load_file(f"{TARGET}/model.safetensors"), model.config)
     model.requires_grad_(False)
     model.bind_target(target)

@@ -14,8 +14,7 @@ from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.training.acceptance import Acceptance, head_drafts
 from vllm_specformer.training.evaluation import Evaluation, evaluate, evaluation_budgets
 from vllm_specformer.training.hidden_states import HookedTarget
-from vllm_specformer.training.objective import IGNORED
-from vllm_specformer.training.packed_head import Objective, PackedHead, Rows
+from vllm_specformer.training.packed_head import IGNORED, Objective, PackedHead, Rows
 from vllm_specformer.training.packing import Budget, collate, plan_all
 from vllm_specformer.training.texts import Texts
 

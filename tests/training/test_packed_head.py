@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.training.hidden_states import HookedTarget
-from vllm_specformer.training.objective import IGNORED, backward_slots
-from vllm_specformer.training.packed_head import Objective, PackedHead, Rows
+from vllm_specformer.training.packed_head import IGNORED, Objective, PackedHead, Rows
 from vllm_specformer.training.packing import collate
 from vllm_specformer.training.texts import Texts
 
@@ -61,16 +60,9 @@ def gradients(head: PackedHead) -> dict[str, Tensor]:
     return found
 
 
-def test_gradients_are_those_of_all_logits_at_once(head: PackedHead, target: HookedTarget) -> None:
-    """Against one plain backward pass; and no gradient leaks to the target."""
-    rows = rows_of(target, make_texts(5, 40), [[0, 1], [2, 3], [4]])
-    loss, per_slot = head(rows, target, 3, Objective(WEIGHTS, memory=SMALL))
-    loss.backward()
-    got = gradients(head)
-
+def plain_losses(head: PackedHead, target: HookedTarget, rows: Rows, slots: Tensor) -> list[Tensor]:
+    """Each slot's loss by the book, from all logits at once; slots [rows, A, 3, H]."""
     labels = rows.labels(3)
-    context = head._context(rows)
-    slots = head.slot_states(context, rows, target, slice(None), 3)
     logits = target.logits(slots)
     previous = torch.cat([rows.bonus_tokens[..., None], labels[..., :-1].clamp(min=0)], -1)
     if head.config.draft_vocab_size:
@@ -81,10 +73,25 @@ def test_gradients_are_those_of_all_logits_at_once(head: PackedHead, target: Hoo
         assert 0 < (labels == IGNORED).sum() < (rows.labels(3) != IGNORED).sum()
     if head.config.markov_rank:
         logits = logits + head.markov_logits(previous)
-    plain = [
+    return [
         F.cross_entropy(logits[:, :, i].flatten(0, 1), labels[:, :, i].flatten()) for i in range(3)
     ]
-    total = sum(w * x for w, x in zip(WEIGHTS, plain, strict=True)) / sum(WEIGHTS)
+
+
+def weighted(losses: list[Tensor]) -> Tensor:
+    return sum(w * x for w, x in zip(WEIGHTS, losses, strict=True)) / sum(WEIGHTS)
+
+
+def test_gradients_are_those_of_all_logits_at_once(head: PackedHead, target: HookedTarget) -> None:
+    """Against one plain backward pass; and no gradient leaks to the target."""
+    rows = rows_of(target, make_texts(5, 40), [[0, 1], [2, 3], [4]])
+    loss, per_slot = head(rows, target, 3, Objective(WEIGHTS, memory=SMALL))
+    loss.backward()
+    got = gradients(head)
+
+    slots = head.slot_states(head._context(rows), rows, target, slice(None), 3)
+    plain = plain_losses(head, target, rows, slots)
+    total = weighted(plain)
     total.backward()
 
     torch.testing.assert_close(loss.double(), total.detach(), **CLOSE)
@@ -98,16 +105,17 @@ def test_gradients_are_those_of_all_logits_at_once(head: PackedHead, target: Hoo
 
 
 def test_it_is_the_published_head_on_single_texts(head: PackedHead, target: HookedTarget) -> None:
-    """`SpecFormerHead.forward` and the objective of the reference, on one text."""
+    """`SpecFormerHead.forward`, which the engine is compared with, on one text."""
     rows = rows_of(target, make_texts(1, 40), [[0]])
     loss, per_slot = head(rows, target, 3, Objective(WEIGHTS))
     loss.backward()
     got = gradients(head)
 
-    bonus = rows.bonus_tokens
-    slots = SpecFormerHead.forward(head, rows.hooked_states, rows.anchors, target.embed(bonus))
-    losses = backward_slots(head, target, slots, bonus, rows.labels(3), WEIGHTS)
-    torch.testing.assert_close(per_slot, torch.tensor(losses), **CLOSE)
+    bonus = target.embed(rows.bonus_tokens)
+    slots = SpecFormerHead.forward(head, rows.hooked_states, rows.anchors, bonus)
+    plain = plain_losses(head, target, rows, slots)
+    weighted(plain).backward()
+    torch.testing.assert_close(per_slot.double(), torch.stack(plain).detach(), **CLOSE)
     for name, expected in gradients(head).items():
         torch.testing.assert_close(got[name], expected, **CLOSE)
 

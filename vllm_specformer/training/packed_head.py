@@ -20,9 +20,9 @@ from torch import Tensor
 
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.training.hidden_states import HookedTarget
-from vllm_specformer.training.objective import IGNORED
 
 DEFAULT_MEMORY = 256 << 20
+IGNORED = -100  # the label of a slot that has none
 
 
 @dataclass(frozen=True)

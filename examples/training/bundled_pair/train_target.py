@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from checkpoint import load_checkpoint, save_checkpoint
+from distributed import average_gradients, join_group
+from schedule import set_factor, trapezoid
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from vllm_specformer.training.checkpoint import load_checkpoint, save_checkpoint
-from vllm_specformer.training.distributed import average_gradients, join_group
-from vllm_specformer.training.optimizers import build_optimizers, set_factor, trapezoid
+from vllm_specformer.training.optimizers import build_optimizers
 
 SEQUENCE = 512
 ROWS_PER_STEP = 16  # over all processes: 8192 tokens

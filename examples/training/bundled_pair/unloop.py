@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from completions import BATCH, complete
+from distributed import average_gradients, join_group
 from prompts import prompts as usable_prompts
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,7 +28,6 @@ from train_target import ROWS_PER_STEP, Batches, held_out_loss, mean_loss
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from vllm_specformer.training.acceptance import repeated_fraction
-from vllm_specformer.training.distributed import average_gradients, join_group
 
 MAX_NEW = 128
 LOOP_ROWS = 16  # looping texts per process and step

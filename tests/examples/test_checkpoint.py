@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import checkpoint
 import pytest
 import torch
+from checkpoint import load_checkpoint, save_checkpoint
+from schedule import set_factor, trapezoid
 from torch import nn
 
-from vllm_specformer.training import checkpoint
-from vllm_specformer.training.checkpoint import load_checkpoint, save_checkpoint
-from vllm_specformer.training.optimizers import build_optimizers, set_factor, trapezoid
+from vllm_specformer.training.optimizers import build_optimizers
 
 STEPS = 8
 
