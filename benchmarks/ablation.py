@@ -86,6 +86,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--anchors-per-text", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=192, help="held-out ones per evaluation")
     return parser.parse_args(arguments)
 
 
@@ -128,7 +129,9 @@ def measure(head: Path, args: argparse.Namespace) -> dict[str, Any]:
         row: dict[str, Any] = json.loads(known.read_text())
         return row
     slots = json.loads((head / "config.json").read_text())["num_draft_slots"]
-    greedy, sampled = (evaluate(head, args.pair / f"held_out_{kind}", slots) for kind in KINDS)
+    greedy, sampled = (
+        evaluate(head, args.pair / f"held_out_{kind}", slots, args.prompts) for kind in KINDS
+    )
     texts = greedy["offline"]["greedy"]
     row = {"parameters": parameters(head), "draft_ms": draft_milliseconds(head, min(4, slots))}
     for k in BUDGETS:
@@ -145,12 +148,12 @@ def measure(head: Path, args: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def evaluate(head: Path, data: Path, slots: int) -> dict[str, Any]:
+def evaluate(head: Path, data: Path, slots: int, prompts: int) -> dict[str, Any]:
     result = head / f"eval-{data.name}.json"
     budgets = [str(k) for k in BUDGETS if k <= slots]
     run(
         "eval", head, "--target", TARGET, "--data", data, "--json", result,
-        "--max-prompts", "192", "--num-speculative-tokens", *budgets,
+        "--max-prompts", str(prompts), "--num-speculative-tokens", *budgets,
     )  # fmt: skip
     figures: dict[str, Any] = json.loads(result.read_text())
     return figures
