@@ -6,7 +6,7 @@ WORKERS ?= 2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-slow test-statistics test-families lint bench bench-kernels pair clean
+.PHONY: help setup demo serve test test-slow test-statistics test-families lint bench bench-kernels ablation pair clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ bench: setup  ## measure serving on the CPU (benchmarks/results/serving-cpu.*)
 
 bench-kernels: setup  ## check every kernel and time it (benchmarks/results/gpu); smoke run without a GPU
 	$(BIN)/python benchmarks/kernels.py
+
+ablation: setup  ## what each part of head and training brings (benchmarks/results/ablation.*): hours
+	$(BIN)/python benchmarks/ablation.py
 
 pair: setup  ## train the bundled target and head again: hours
 	$(BIN)/python examples/training/bundled_pair/build.py

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     recipe(args.pair)
     heads = [(seed, arm) for seed in args.seeds for arm in args.arms]
-    rows = []
-    for seed, arm in tqdm(heads, desc="heads", unit="head"):
-        head = args.work / f"{list(ARMS).index(arm):02d}-seed{seed}"
-        train(head, arm, seed, args)
-        rows.append({"arm": arm, "seed": seed, "steps": args.steps} | measure(head, args))
-        write_results(rows, args)
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        running = {pool.submit(one, arm, seed, args): (seed, arm) for seed, arm in heads}
+        try:
+            for done in tqdm(as_completed(running), total=len(heads), desc="heads", unit="head"):
+                rows[running[done]] = done.result()
+                write_results([rows[head] for head in heads if head in rows], args)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return 0
+
+
+def one(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Train a head and measure it."""
+    head = args.work / f"{list(ARMS).index(arm):02d}-seed{seed}"
+    train(head, arm, seed, args)
+    return {"arm": arm, "seed": seed, "steps": args.steps} | measure(head, args)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -86,6 +97,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--anchors-per-text", type=int, default=32)
+    parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="at a time")
     parser.add_argument("--prompts", type=int, default=192, help="held-out ones per evaluation")
     return parser.parse_args(arguments)
 
