@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from plain_drafts import head_drafts
 from training_texts import make_texts
 from transformers import PreTrainedModel
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
-from vllm_specformer.training.acceptance import Acceptance, head_drafts
+from vllm_specformer.training.acceptance import Acceptance
 from vllm_specformer.training.evaluation import Evaluation, evaluate, evaluation_budgets
 from vllm_specformer.training.hidden_states import HookedTarget
 from vllm_specformer.training.packed_head import IGNORED, Objective, PackedHead, Rows
