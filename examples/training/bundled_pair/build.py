@@ -1,7 +1,8 @@
 """The recipe of the bundled pair: one command from the interpreter's sources to served models.
 
-    make pair                                                # hours on two cores
-    python examples/training/bundled_pair/build.py --data-only   # for the ablation
+    make pair                                                      # hours on two cores
+    python examples/training/bundled_pair/build.py --keep-target   # a new head only
+    python examples/training/bundled_pair/build.py --data-only     # answers, for the ablation
 
 The target is made here; its head is made by `specformer distill`, `train` and `eval`, as anybody's
 is. Every stage shows a progress bar, is seeded, and continues where it stopped when the command is
@@ -66,11 +67,12 @@ def data_stages(work: Path, target: Path) -> list[Stage]:
     ]
 
 
-def head_stages(work: Path, target: Path) -> list[Stage]:
+def head_stages(work: Path, target: Path, new_target: bool) -> list[Stage]:
     head = work / "head"
     train = (*SPECFORMER, "train", "--target", target, "--data", work / "answers", "--out", head)
     options = ("--target-name", TARGET, "--markov-rank", "64", "--device", "cpu")
     measure = (*SPECFORMER, "eval", head, "--target", target, "--max-prompts", "384")
+    install = (HERE / "install.py", "--work", work, "--models", MODELS)
     figures = [
         (*measure, "--data", work / f"held_out_{kind}", "--json", work / f"eval-{kind}.json")
         for kind in ("greedy", "sampled")
@@ -78,7 +80,7 @@ def head_stages(work: Path, target: Path) -> list[Stage]:
     return [
         Stage("head", ((*train, *options),), parallel=True),
         Stage("figures", tuple(figures)),
-        Stage("install", ((HERE / "install.py", "--work", work, "--models", MODELS),)),
+        Stage("install", ((*install, *(("--target",) if new_target else ())),)),
     ]
 
 
@@ -99,17 +101,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build", "pair"))
     parser.add_argument("--processes", type=int, default=max(1, os.cpu_count() or 1))
-    parser.add_argument(
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument(
+        "--keep-target", action="store_true", help="a new head for the bundled target"
+    )
+    part.add_argument(
         "--data-only", action="store_true", help="answers of the bundled target, no new pair"
     )
     args = parser.parse_args(argv)
     os.chdir(REPOSITORY)
     work = args.work
-    target = TARGET if args.data_only else work / "unloop" / "model"
+    new_target = not (args.keep_target or args.data_only)
+    target = work / "unloop" / "model" if new_target else TARGET
     stages = [Stage("corpus", ((HERE / "corpus.py", "--out", work / "corpus"),))]
-    stages += [] if args.data_only else target_stages(work)
+    stages += target_stages(work) if new_target else []
     stages += data_stages(work, target)
-    stages += [] if args.data_only else head_stages(work, target)
+    stages += [] if args.data_only else head_stages(work, target, new_target)
     for stage in stages:
         done = work / "done" / stage.name
         if done.exists():

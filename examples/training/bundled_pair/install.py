@@ -1,4 +1,4 @@
-"""Put the new pair where demo, tests and benchmarks take it from, each with a model card."""
+"""Put the new head, or pair, where demo, tests and benchmarks take it from, with model cards."""
 
 from __future__ import annotations
 
@@ -108,13 +108,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--target", action="store_true", help="a new target too")
     args = parser.parse_args(argv)
     target, head = args.models / "python-target", args.models / "python-specformer"
-    shutil.copytree(args.work / "unloop" / "model", target, dirs_exist_ok=True)
+    if args.target:
+        shutil.copytree(args.work / "unloop" / "model", target, dirs_exist_ok=True)
+        (target / "README.md").write_text(target_card(args.work))
     head.mkdir(exist_ok=True)
     for name in HEAD_FILES:
         shutil.copy2(args.work / "head" / name, head / name)
-    (target / "README.md").write_text(target_card(args.work))
     card = (args.work / "head" / "README.md").read_text()
     (head / "README.md").write_text(card + held_out_section(args.work))
 
