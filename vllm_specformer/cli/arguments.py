@@ -51,3 +51,15 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, found {text!r}")
     return value
+
+
+_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def magnitude(text: str) -> int:
+    """A whole number above 0, such as 500M; K, M and B are powers of a thousand."""
+    digits, unit = (text[:-1], _UNITS.get(text[-1:].upper())) if text else ("", None)
+    wanted = "a number above 0 such as 500M or 1.5B"
+    if unit is None:
+        return int(_number(text, int, 1, float("inf"), wanted))
+    return round(_number(digits, float, 1 / unit, 1e6, wanted) * unit)
