@@ -25,8 +25,16 @@ from typing import Any
 from load import PairedRounds, complete, in_pairs, read_prompts, stream
 from rich.console import Console
 from rich.table import Table
-from vllm_server import ROOT, DraftCounts, Server, ServerError, read_draft_counts, serving
 
+from vllm_specformer.bench.server import (
+    DraftCounts,
+    Server,
+    ServerError,
+    read_draft_counts,
+    serving,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
 TARGET = "examples/models/python-target"
 HEAD = "examples/models/python-specformer"
 PROMPTS = ROOT / "examples" / "server" / "prompts.jsonl"

