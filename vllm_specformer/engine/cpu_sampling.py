@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_specformer.engine.cpu_synthetic import repair_synthetic
+
 
 def expand(
     output: Tensor,
@@ -44,10 +46,11 @@ def expand(
     output.copy_(values.repeat_interleave(rows))
 
 
-def repair_expand(module: ModuleType) -> None:
-    """Put `expand` into `vllm.utils.cpu_triton_utils`, before the CPU platform registers it."""
+def repair_kernels(module: ModuleType) -> None:
+    """Mend the kernels of `vllm.utils.cpu_triton_utils` before the CPU platform registers them."""
     if hasattr(module, "_expand_kernel_impl"):
         vars(module)["_expand_kernel_impl"] = expand
+    repair_synthetic(module)
 
 
 def repair_top_k(module: ModuleType) -> None:

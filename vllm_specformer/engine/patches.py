@@ -73,16 +73,15 @@ def _accept_method() -> None:
     def create_speculative_config(
         self: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
-        from vllm_specformer.engine.checks import (
+        from vllm_specformer.engine.checks import checked, is_specformer
+        from vllm_specformer.engine.speculative_fields import (
             DEFAULT_VERIFICATION,
-            checked,
-            is_specformer,
+            as_dictionary,
             split_verification,
         )
 
         # The --spec-* flags are another spelling of the same dictionary; merge before judging.
-        given = dict(self.speculative_config or {})
-        given = {key.replace("-", "_"): value for key, value in given.items()}
+        given = as_dictionary(self.speculative_config or {})
         verification = DEFAULT_VERIFICATION
         flags = {
             "method": getattr(self, "spec_method", None),
@@ -164,7 +163,7 @@ def _construct_ours(base: type, replaced: _Replaced) -> None:
 
 # Modules whose functions fail on the CPU build -> the repair in `cpu_sampling`.
 _REPAIRS = {
-    "vllm.utils.cpu_triton_utils": "repair_expand",
+    "vllm.utils.cpu_triton_utils": "repair_kernels",
     "vllm.v1.sample.ops.topk_topp_sampler": "repair_top_k",
     "vllm.v1.worker.cpu_model_runner": "repair_generators",
 }
@@ -250,6 +249,15 @@ LEDGER: tuple[Patch, ...] = (
         reason="on the CPU build it discards its result, so with any speculation temperature, "
         "top-k and top-p were uninitialised memory (see engine/cpu_sampling.py)",
         guard="the CPU build alone imports that module; does what the kernel it replaces is to do",
+        apply=_install_dispatch,
+    ),
+    Patch(
+        target="vllm.utils.cpu_triton_utils._rejection_greedy_sample_kernel_impl, "
+        "._rejection_random_sample_kernel_impl",
+        reason="rejection_sample_method 'synthetic', for measuring at a chosen acceptance length, "
+        "ends the engine on the CPU build, with any speculation (see engine/cpu_synthetic.py)",
+        guard="the CPU build alone imports that module; acts on synthetic acceptance only, wrapped "
+        "once",
         apply=_install_dispatch,
     ),
     Patch(

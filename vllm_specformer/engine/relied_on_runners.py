@@ -6,6 +6,7 @@ from vllm_specformer.engine.relied_on import (
     CLASS,
     COUPLED,
     CPU_SAMPLING,
+    CPU_SYNTHETIC,
     MODEL,
     PATCHES,
     V1,
@@ -248,6 +249,21 @@ RUNNER_V2: tuple[Reliance, ...] = (
         CPU_SAMPLING,
         "repaired on a CPU",
         "output input_val cu_num_tokens replace_from replace_to",
+    ),
+    call(
+        "vllm.utils.cpu_triton_utils:_rejection_greedy_sample_kernel_impl",
+        CPU_SYNTHETIC,
+        "repaired on a CPU",
+        "output_token_ids cu_num_draft_tokens draft_token_ids target_argmax bonus_token_ids "
+        "is_greedy max_spec_len uniform_probs synthetic_conditional_rates SYNTHETIC_MODE",
+    ),
+    call(
+        "vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl",
+        CPU_SYNTHETIC,
+        "repaired on a CPU",
+        "output_token_ids cu_num_draft_tokens draft_token_ids draft_probs target_probs "
+        "bonus_token_ids recovered_token_ids uniform_probs is_greedy max_spec_len vocab_size "
+        "synthetic_conditional_rates NO_DRAFT_PROBS SYNTHETIC_MODE",
     ),
     call(
         "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only",

@@ -31,17 +31,9 @@ if os.environ.get(MARKER) == "1":
 
     triton_cpu.install()
 
-    from .interpreter import (
-        filter_with_torch,
-        keep_booleans,
-        patch_language_once,
-        provide_log1p,
-    )
+    from .interpreter import mend
 
-    keep_booleans()
-    provide_log1p()
-    patch_language_once()
-    filter_with_torch()
+    mend()
 else:
     collect_ignore_glob.append("*")
 

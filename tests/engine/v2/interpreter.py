@@ -5,6 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 
+def mend() -> None:
+    """All of it, once the stand-in backend is in place and before vLLM's kernels are imported."""
+    keep_booleans()
+    provide_log1p()
+    patch_language_once()
+    filter_with_torch()
+
+
 def keep_booleans() -> None:
     """Let a scalar comparison stay boolean when it is combined with a block.
 
