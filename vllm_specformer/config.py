@@ -10,8 +10,9 @@ refused by name.
 from __future__ import annotations
 
 import json
+import reprlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import PreTrainedConfig
@@ -22,6 +23,9 @@ ARCHITECTURE = "SpecFormerDraftModel"
 SPECULATORS_TYPE = "specformer"
 FORMAT_VERSION = "1"
 MAX_SLOTS = 64
+# Far beyond any model; products of larger sizes would overflow before anything could explain it.
+MAX_SIZE = 1 << 20
+MAX_POSITIONS = 1 << 28
 MAX_SLOT_LAYERS = 8
 MIN_TARGET_LAYERS = 4
 
@@ -54,24 +58,29 @@ class HeadConfigError(SpecFormerError):
     """A head's configuration is unusable; the message names field, value and remedy."""
 
 
+Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
+
+
 class HeadFields(BaseModel):
     """All choices that define a head. `H` is the hidden size, `K` the number of draft slots.
 
     A field with a default may be absent from files; it is always written.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=False, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=False, frozen=True, allow_inf_nan=False)
 
-    vocab_size: int = Field(gt=0, description="Target vocabulary; logits come from its lm_head.")
-    hidden_size: int = Field(gt=0, description="Target hidden size H.")
-    num_attention_heads: int = Field(gt=0, description="Query heads of both attentions.")
-    num_key_value_heads: int = Field(gt=0, description="K/V heads; divides the query heads.")
-    head_dim: int = Field(gt=0, multiple_of=2, description="Size of one attention head.")
-    intermediate_size: int = Field(gt=0, description="Width of the SwiGLU of the slots.")
+    vocab_size: Size = Field(description="Target vocabulary; logits come from its lm_head.")
+    hidden_size: Size = Field(description="Target hidden size H.")
+    num_attention_heads: Size = Field(description="Query heads of both attentions.")
+    num_key_value_heads: Size = Field(description="K/V heads; divides the query heads.")
+    head_dim: Size = Field(multiple_of=2, description="Size of one attention head.")
+    intermediate_size: Size = Field(description="Width of the SwiGLU of the slots.")
     rms_norm_eps: float = Field(gt=0, description="Epsilon of every RMSNorm of the head.")
     rope_theta: float = Field(gt=0, description="Base of the rotary embedding.")
     max_position_embeddings: int = Field(
-        gt=0, description="Positions the rotary embedding covers; at least the target's."
+        gt=0,
+        le=MAX_POSITIONS,
+        description="Positions the rotary embedding covers; at least the target's.",
     )
     num_draft_slots: int = Field(
         ge=1, le=MAX_SLOTS, description="K, the tokens drafted in one pass; serving may use fewer."
@@ -101,6 +110,7 @@ class HeadFields(BaseModel):
     )
     markov_rank: int = Field(
         ge=0,
+        le=MAX_SIZE,
         description="Rank of the term that adds U[previous token] V to a slot's logits; 0: none. "
         "It makes sampling sequential over the slots (the head still runs once).",
     )
@@ -111,7 +121,9 @@ class HeadFields(BaseModel):
     )
     target_architecture: str = Field(min_length=1, description="Target's architecture name.")
     target_num_layers: int = Field(
-        ge=MIN_TARGET_LAYERS, description="Decoder layers of the target the head was trained for."
+        ge=MIN_TARGET_LAYERS,
+        le=MAX_SIZE,
+        description="Decoder layers of the target the head was trained for.",
     )
     target_name_or_path: str = Field(
         min_length=1, description="Where `vllm serve HEAD` finds the target."
@@ -192,16 +204,17 @@ def _explain(error: ValidationError, where: str) -> HeadConfigError:
     lines = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"])
+        given = reprlib.repr(item["input"])
         if item["type"] == "missing":
             lines.append(f"field {field!r} is missing; add it or train the head again")
         elif item["type"] == "extra_forbidden":
             lines.append(
-                f"field {field!r} with value {item['input']!r} is unknown; remove it or install "
-                "the vllm-specformer release that wrote this head"
+                f"field {field!r} with value {given} is unknown; remove it or "
+                "install the vllm-specformer release that wrote this head"
             )
         else:
             message = item["msg"].removeprefix("Value error, ")
-            value = f"field {field!r} with value {item['input']!r}: " if item["loc"] else ""
+            value = f"field {field!r} with value {given}: " if item["loc"] else ""
             lines.append(value + message)
     return HeadConfigError(f"SpecFormer head config{where}: " + "; ".join(lines))
 
@@ -216,7 +229,7 @@ class SpecFormerConfig(PreTrainedConfig):
     model_type = SPECULATORS_TYPE
     has_no_defaults_at_init = True
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **fields: Any) -> None:
         known = {k: v for k, v in fields.items() if k in HeadFields.model_fields}
         rest = {k: v for k, v in fields.items() if k not in known}
         internal = {k: rest.pop(k) for k in list(rest) if k in _BOOKKEEPING or k.startswith("_")}
@@ -338,6 +351,11 @@ def flat_fields(config: dict[str, Any], source: str = "") -> dict[str, Any]:
     Raises:
         HeadConfigError: when it describes another kind of speculator or lacks a section.
     """
+    if not isinstance(config, dict):
+        raise HeadConfigError(
+            f"SpecFormer head config{source}: the file holds {reprlib.repr(config)} in place of an "
+            "object of fields; copy or train the head again"
+        )
     kind = config.get("speculators_model_type")
     if kind != SPECULATORS_TYPE:
         raise HeadConfigError(
@@ -351,12 +369,30 @@ def flat_fields(config: dict[str, Any], source: str = "") -> dict[str, Any]:
             f"SpecFormer head config{source}: field 'transformer_layer_config' is missing; "
             "the file is incomplete, train or download the head again"
         )
-    own = {k: v for k, v in config.items() if k not in _BOOKKEEPING}
-    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
+    own = _choices(config)
+    verifier = _section(_section(config, "speculators_config", source), "verifier", source)
     if "name_or_path" in verifier:
         own["target_name_or_path"] = verifier["name_or_path"]
-    # Written by vLLM's own converter into the layer section; see engine/patches.py.
-    return own | {k: v for k, v in layer.items() if k in _LAYER_FIELDS or k not in own}
+    return own | {k: v for k, v in _choices(layer).items() if k in _LAYER_FIELDS or k not in own}
+
+
+def _choices(section: dict[str, Any]) -> dict[str, Any]:
+    """What is ours in a section of a file.
+
+    vLLM's own converter writes into the layer section, too; see engine/patches.py.
+    """
+    return {k: v for k, v in section.items() if not (k in _BOOKKEEPING or k.startswith("_"))}
+
+
+def _section(config: dict[str, Any], name: str, source: str) -> dict[str, Any]:
+    """The object under `name`, empty where there is none."""
+    section = config.get(name)
+    if section is not None and not isinstance(section, dict):
+        raise HeadConfigError(
+            f"SpecFormer head config{source}: field {name!r} is {reprlib.repr(section)}, expected "
+            "an object; copy or train the head again"
+        )
+    return section or {}
 
 
 def read_config(directory: Path) -> SpecFormerConfig:
@@ -368,13 +404,19 @@ def read_config(directory: Path) -> SpecFormerConfig:
     path = directory / "config.json"
     source = f" {path}"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise HeadConfigError(
             f"SpecFormer head {directory}: config.json is missing; 'model' must name a directory "
             "that holds a trained head"
         ) from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise HeadConfigError(
+            f"SpecFormer head config{source}: cannot be read ({error.strerror}); 'model' must name "
+            "a directory whose files this user may read"
+        ) from None
+    # Broken text, broken JSON, a number of thousands of digits; or nested without end.
+    except (ValueError, RecursionError) as error:
         raise HeadConfigError(
             f"SpecFormer head config{source}: not valid JSON ({error}); "
             "copy or train the head again"

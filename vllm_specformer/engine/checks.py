@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,12 @@ from vllm_specformer.config import (
     read_config,
 )
 from vllm_specformer.engine.patches import verifies_coupled
-from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.engine.speculative_fields import (
+    SpeculativeConfigError,
+    check_fields,
+    checked_tokens,
+)
 from vllm_specformer.weights import check_weights
-
-# What decides about a draft: vLLM's own rejection sampler, or the request's own noise.
-DEFAULT_VERIFICATION = "vllm"
-VERIFICATIONS = (DEFAULT_VERIFICATION, "coupled")
-
-
-class SpeculativeConfigError(SpecFormerError):
-    """The speculative config, head and target do not go together."""
 
 
 def is_specformer(speculative: dict[str, Any]) -> bool:
@@ -32,39 +30,11 @@ def is_specformer(speculative: dict[str, Any]) -> bool:
     method = speculative.get("method")
     if method is not None or not speculative.get("model"):
         return method == SPECULATORS_TYPE
-    directory = Path(str(speculative["model"]))
-    if not (directory / "config.json").is_file():
-        return False
-    content, _ = PreTrainedConfig.get_config_dict(str(directory))
-    return content.get("speculators_model_type") == SPECULATORS_TYPE
-
-
-def split_verification(speculative: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Take our own field `verification` out of a speculative config, which vLLM would refuse.
-
-    Raises:
-        SpeculativeConfigError: unknown value, or one that contradicts another field.
-    """
-    verification = speculative.get("verification", DEFAULT_VERIFICATION)
-    if verification not in VERIFICATIONS:
-        raise SpeculativeConfigError(
-            f"speculative config: verification={verification!r} must be one of "
-            f"{', '.join(map(repr, VERIFICATIONS))}"
-        )
-    rule = speculative.get("rejection_sample_method", "standard")
-    if rule == "block":
-        raise SpeculativeConfigError(
-            "speculative config: rejection_sample_method='block' does not keep the target's "
-            "distribution in this vLLM (it meets the same noise twice, see docs/kernels.md); leave "
-            "it out, or set verification='coupled'"
-        )
-    if verification == "coupled" and rule != "standard":
-        raise SpeculativeConfigError(
-            f"speculative config: rejection_sample_method={rule!r} is a rule of vLLM's own "
-            "verification; leave it out, or set verification='vllm'"
-        )
-    rest = {key: value for key, value in speculative.items() if key != "verification"}
-    return rest, verification
+    try:
+        content = json.loads((Path(str(speculative["model"])) / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # whatever it is, vLLM will say what it cannot read
+    return isinstance(content, dict) and content.get("speculators_model_type") == SPECULATORS_TYPE
 
 
 def check_v1_verification(speculative_config: Any) -> None:
@@ -93,6 +63,7 @@ def checked(
     Raises:
         SpeculativeConfigError, HeadConfigError, HeadWeightError: see their messages.
     """
+    check_fields(speculative)
     head = _read_head(speculative)
     tokens = checked_tokens(speculative.get("num_speculative_tokens"), head.num_draft_slots)
     check_pair(head, target_model_config.hf_config, target_model_config.model)
@@ -116,34 +87,18 @@ def _read_head(speculative: dict[str, Any]) -> SpecFormerConfig:
             "speculative config: field 'model' is missing; set it to the directory or repository "
             "of a trained SpecFormer head"
         )
-    if Path(str(model)).exists():
-        return read_config(Path(str(model)))
     try:
+        if Path(str(model)).exists():
+            return read_config(Path(str(model)))
         content, _ = PreTrainedConfig.get_config_dict(
             str(model), revision=speculative.get("revision")
         )
     except OSError as error:
         raise SpeculativeConfigError(
-            f"speculative config: 'model' is {model!r}, which is neither a directory nor a "
-            f"repository that can be read ({str(error).splitlines()[0]})"
+            f"speculative config: 'model' is {reprlib.repr(model)}, which is neither a directory "
+            f"nor a repository that can be read ({str(error).splitlines()[0][:200]})"
         ) from None
     return SpecFormerConfig.from_dict(content, _source=f" {model}")
-
-
-def checked_tokens(tokens: Any, slots: int) -> int:
-    """`num_speculative_tokens` as given, or all slots of the head where it is not.
-
-    Raises:
-        SpeculativeConfigError: no whole number from 1 to `slots`.
-    """
-    if tokens is None:
-        return slots
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= slots:
-        raise SpeculativeConfigError(
-            f"speculative config: num_speculative_tokens={tokens!r} must be a whole number from 1 "
-            f"to {slots}, the draft slots this head has"
-        )
-    return tokens
 
 
 def check_pair(head: SpecFormerConfig, target: PreTrainedConfig, name: str) -> None:

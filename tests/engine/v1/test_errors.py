@@ -27,6 +27,7 @@ from vllm_specformer.engine.checks import (
     check_v1_verification,
 )
 from vllm_specformer.engine.compat import ALLOW_UNTESTED, IncompatibleVLLMError
+from vllm_specformer.engine.speculative_fields import SCHEDULE
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.plugin import register
 from vllm_specformer.weights import HeadWeightError
@@ -124,6 +125,11 @@ def test_path_that_does_not_exist(tmp_path: Path) -> None:
         configured(asking(tmp_path / "gone"))
 
 
+def test_path_too_long_for_a_file_system() -> None:
+    with pytest.raises(SpeculativeConfigError, match=r"'model' is 'xx.*xx', which is neither"):
+        configured(asking("x" * 5000))
+
+
 def test_target_given_as_head() -> None:
     message = "'speculators_model_type' is None, expected 'specformer'.*must name a SpecFormer head"
     with pytest.raises(HeadConfigError, match=message):
@@ -133,6 +139,29 @@ def test_target_given_as_head() -> None:
 def test_empty_directory(tmp_path: Path) -> None:
     with pytest.raises(HeadConfigError, match=r"config\.json is missing; 'model' must name"):
         configured(asking(tmp_path))
+
+
+# --- fields that vLLM judges too late ---
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"quantization": "fp8"}, "quantization='fp8' has no meaning for a SpecFormer head .*; le"),
+        ({"use_local_argmax_reduction": True}, "use_local_argmax_reduction=True has no meaning"),
+        ({"enable_adaptive_verification": True}, "enable_adaptive_verification=True has no mean"),
+        ({SCHEDULE: []}, r"per_batch_size=\[\]: it is no list of ranges; write ranges"),
+        ({SCHEDULE: [[1, 4]]}, r"\[1, 4\] is not \[first, last, tokens\]"),
+        ({SCHEDULE: [[1, 4, 2.5]]}, "does not hold three whole numbers"),
+        ({SCHEDULE: [[2, 4, 1]]}, "the first range must start at 1"),
+        ({SCHEDULE: [[1, 4, 4], [4, 8, 2]]}, "two ranges hold the batch size 4"),
+        ({SCHEDULE: [[4, 1, 4]]}, "must have 1 <= first <= last"),
+        ({SCHEDULE: [[1, 4, -1]]}, "tokens >= 0"),
+    ],
+)
+def test_fields_vllm_judges_after_loading(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpeculativeConfigError, match=message):
+        configured(asking(HEAD, **more))
 
 
 # --- head configuration ---
