@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -50,6 +51,9 @@ class DraftCounts:
     drafted: int = 0
     accepted: int = 0
     accepted_at: tuple[int, ...] = ()
+    # Time in the proposer and its calls, where the method counts them.
+    draft_seconds: float | None = None
+    draft_steps: int | None = None
 
     def __sub__(self, earlier: DraftCounts) -> DraftCounts:
         before = earlier.accepted_at or (0,) * len(self.accepted_at)
@@ -58,6 +62,8 @@ class DraftCounts:
             self.drafted - earlier.drafted,
             self.accepted - earlier.accepted,
             tuple(now - then for now, then in zip(self.accepted_at, before, strict=True)),
+            _minus(self.draft_seconds, earlier.draft_seconds),
+            _minus(self.draft_steps, earlier.draft_steps),
         )
 
     @property
@@ -69,6 +75,11 @@ class DraftCounts:
     def acceptance_per_position(self) -> list[float]:
         """Share of the drafts whose first n tokens were accepted, for n = 1..K."""
         return [count / self.drafts if self.drafts else 0.0 for count in self.accepted_at]
+
+
+def _minus(now: Any, then: Any) -> Any:
+    """The increase, None where nothing is counted."""
+    return None if now is None else now - (then or 0)
 
 
 def parse_draft_counts(metrics: str) -> DraftCounts:

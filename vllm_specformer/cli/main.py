@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("vllm_specformer.cli.train", "train a head on the target's own answers"),
     "check": ("vllm_specformer.cli.check", "tell whether a head fits a target, from the files"),
     "eval": ("vllm_specformer.cli.evaluate", "measure a head offline and in the engine"),
+    "bench": ("vllm_specformer.cli.bench", "compare speculation under load with real servers"),
+    "plan": ("vllm_specformer.cli.plan", "choose how many tokens to draft at each batch size"),
     "enlarge": ("vllm_specformer.cli.enlarge", "make a heavy target of a light one, to measure"),
 }
 

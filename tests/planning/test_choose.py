@@ -1,0 +1,159 @@
+"""The choice of K: from costs and acceptance to a schedule that vLLM takes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+
+from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.planning.acceptance import from_evaluation
+from vllm_specformer.planning.chips import CHIPS
+from vllm_specformer.planning.choose import Row, best_count, between, combine, schedule
+from vllm_specformer.planning.paper import rows_on_paper
+from vllm_specformer.planning.plan import Plan, read_plan
+from vllm_specformer.planning.report import plot, print_plan
+from vllm_specformer.planning.shapes import HeadShape, TargetShape
+
+QWEN3_8B = TargetShape(36, 4096, 32, 8, 128, 12288, 151936)
+ACCEPTED = {0: 1.0, 2: 2.0, 4: 2.5, 8: 2.8}
+
+
+def row(batch: int, count: int, ratio: float) -> Row:
+    return Row(batch, count, tokens_per_step=ratio, plain=1.0, step=1.0, draft=0.1)
+
+
+def rows() -> list[Row]:
+    """Costs of a machine where rows are free until 32 of them, then cost 1 each."""
+    plain = {batch: max(32.0, batch) for batch in (1, 4, 16, 64)}
+    steps = {(b, k): max(32.0, b * (k + 1)) for b in plain for k in ACCEPTED}
+    return combine(plain, steps, dict.fromkeys(steps, 0.0), ACCEPTED)
+
+
+def test_gain_is_tokens_per_step_over_the_cost_of_a_step() -> None:
+    found = {(row.batch, row.count): row.ratio for row in rows()}
+    assert found[1, 8] == 2.8
+    assert found[4, 8] == pytest.approx(2.8 * 32 / 36)
+    assert found[16, 4] == pytest.approx(2.5 * 32 / 80)
+    assert found[64, 0] == 1.0
+    assert found[64, 4] == pytest.approx(2.5 / 5)
+
+
+def test_best_count_gains_most_or_is_none() -> None:
+    assert best_count([row(1, 0, 0.98), row(1, 2, 1.5), row(1, 4, 1.4)]) == 2
+    assert best_count([row(1, 0, 0.98), row(1, 2, 0.99), row(1, 4, 0.7)]) == 0
+    assert best_count([row(1, 0, 0.98), row(1, 2, 1.01)], margin=0.02) == 0
+    assert best_count([row(1, 0, 0.98), row(1, 2, 1.01)], margin=0.0) == 2
+
+
+def test_schedule_follows_the_costs_between_measured_batch_sizes() -> None:
+    found = schedule(rows())
+    lookup = build_dynamic_sd_schedule_lookup(found, 64, 8)  # vLLM's own reading of it
+    assert lookup[1] == lookup[3] == 8
+    assert lookup[64] == lookup[40] == 0
+    for batch in range(1, 65):
+        assert lookup[batch] == best_count(between(rows(), batch))
+    assert found[0][0] == 1
+    assert found[-1][1] == 64
+    assert all(a[2] != b[2] and a[1] + 1 == b[0] for a, b in itertools.pairwise(found))
+
+
+def test_between_measured_batch_sizes_costs_are_straight_lines() -> None:
+    (middle,) = between([Row(4, 2, 2.0, 10, 20, 4), Row(8, 2, 2.0, 30, 60, 8)], 6)
+    assert middle == Row(6, 2, 2.0, 20, 40, 6)
+    measured = [row(4, 2, 1.5), row(8, 2, 1.2)]
+    assert [between(measured, batch)[0].ratio for batch in (1, 4, 8, 99)] == [1.5, 1.5, 1.2, 1.2]
+
+
+def test_on_paper_small_batches_draft_and_large_ones_do_not() -> None:
+    head = HeadShape.default_for(QWEN3_8B)
+    batches = (1, 8, 64, 512)
+    found = rows_on_paper(CHIPS["h200"], QWEN3_8B, head, batches, ACCEPTED, 1000)
+    gains = {(row.batch, row.count): row.ratio for row in found}
+    assert 2.4 < gains[1, 8] < 2.8
+    assert gains[512, 8] < 0.8
+    assert 0.97 < gains[512, 0] < 1
+    plan = Plan.of(found, {}, 0.02)
+    assert plan.count_at(1) == 8
+    assert plan.count_at(512) < 4
+
+
+def test_a_plan_survives_its_file(tmp_path: Path) -> None:
+    plan = Plan.of(rows(), {"costs": "made up"}, 0.02)
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan.to_json("HEAD")))
+    again = read_plan(path)
+    assert again == plan
+    assert again.predicted(4, 8) == pytest.approx(2.8 * 32 / 36)
+    assert again.predicted(4, 3) is None
+    config = json.loads(path.read_bytes())["speculative_config"]
+    assert config["num_speculative_tokens"] == 8
+    assert config["num_speculative_tokens_per_batch_size"] == plan.schedule
+
+
+def test_a_plan_that_never_pays_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan.of([row(1, 0, 0.99), row(1, 4, 0.8), row(8, 0, 0.99), row(8, 4, 0.5)], {}, 0.02)
+    assert plan.schedule == [[1, 8, 0]]
+    assert plan.to_json("HEAD")["speculative_config"] is None
+    print_plan(plan, "HEAD")
+    assert "Speculation pays at none of these batch sizes" in capsys.readouterr().out
+
+
+def test_the_printed_line_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan.of(rows(), {"target": "t"}, 0.02)
+    print_plan(plan, "HEAD")
+    printed = capsys.readouterr().out
+    line = printed.partition("--speculative-config '")[2].partition("'")[0]
+    assert json.loads(line) == plan.speculative_config("HEAD")
+    assert "2.49" in printed  # 2.8 * 32 / 36
+    assert plot(plan).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[], [[2, 4, 1]], [[1, 4, 1], [6, 8, 0]], [[1, 4, -1]], [[4, 1, 1]], [[1, 4]], [[1, 4, 1.5]]],
+)
+def test_schedules_that_vllm_would_not_take_are_refused(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "schedule.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(SpecFormerError, match=r"--schedule .*: expected a schedule such as \[\[1"):
+        read_plan(path)
+    path.write_text("[[1, 8, 4], [9, 64, 0]]")
+    assert read_plan(path) == Plan([[1, 8, 4], [9, 64, 0]])
+
+
+def test_files_that_are_no_plan_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.json"
+    with pytest.raises(SpecFormerError, match="not readable as JSON"):
+        read_plan(path)
+    path.write_text("{}")
+    with pytest.raises(SpecFormerError, match="expected what `specformer plan --json` writes"):
+        read_plan(path)
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    counts = {
+        "K=2": {"tokens_per_step": 2.1, "acceptance_per_position": [0.7, 0.4]},
+        "K=4": {"tokens_per_step": 2.6, "acceptance_per_position": [0.7, 0.5, 0.3, 0.1]},
+    }
+    path = tmp_path / "eval.json"
+    greedy = {"temperature": 0.0, "all": {"head": counts}}
+    path.write_text(json.dumps({"offline": {"greedy": greedy}}))
+    return path
+
+
+def test_acceptance_of_an_evaluation(evaluation: Path) -> None:
+    found = from_evaluation(evaluation, [0, 2, 3, 4])
+    assert found == {0: 1.0, 2: 2.1, 3: pytest.approx(1 + 0.7 + 0.5 + 0.3), 4: 2.6}
+    with pytest.raises(SpecFormerError, match=r"has no figures for 8 drafted tokens or more"):
+        from_evaluation(evaluation, [8])
+    with pytest.raises(SpecFormerError, match=r"--temperature 1: .* has temperature 0 only"):
+        from_evaluation(evaluation, [2], temperature=1.0)
+    evaluation.write_text("[]")
+    with pytest.raises(SpecFormerError, match="not what `specformer eval --json` writes"):
+        from_evaluation(evaluation, [2])

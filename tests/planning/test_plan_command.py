@@ -1,0 +1,161 @@
+"""`specformer plan`: on paper in full; measuring with one real engine, in full when slow."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_specformer.bench.enlarge import HeavyPair, enlarge
+from vllm_specformer.cli.main import main
+from vllm_specformer.engine.measuring import listing_schedule
+from vllm_specformer.planning.measure import EngineProcess
+from vllm_specformer.planning.plan import read_plan
+
+ROOT = Path(__file__).parents[2]
+TARGET = ROOT / "examples" / "models" / "python-target"
+HEAD = ROOT / "examples" / "models" / "python-specformer"
+PROMPTS = ROOT / "examples" / "server" / "prompts.jsonl"
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 512,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 128 << 20,
+}
+COUNTS = [0, 2, 4]
+TEXTS, ANSWER = 6, 24
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> HeavyPair:
+    return enlarge(TARGET, HEAD, tmp_path_factory.mktemp("heavy"), 30_000_000, 8)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    lines = PROMPTS.read_text().splitlines()[:TEXTS]
+    return [list(tokenizer(json.loads(line)["prompt"])["input_ids"]) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def engine(pair: HeavyPair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    speculative = {
+        "method": "specformer",
+        "model": str(pair.head),
+        "num_speculative_tokens": max(COUNTS),
+        "num_speculative_tokens_per_batch_size": listing_schedule(COUNTS),
+    }
+    arguments = ENGINE | {
+        "model": str(pair.target),
+        "speculative_config": speculative,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
+    }
+    process = EngineProcess(arguments, True, tmp_path_factory.mktemp("engine") / "log")
+    try:
+        process.answer()
+        yield process
+    finally:
+        process.end()
+
+
+def test_the_enlarged_target_answers_as_the_small_one(
+    engine: EngineProcess, prompts: list[list[int]]
+) -> None:
+    """The real engine, drafting for the heavy target, against the small one without any of it."""
+    answered = engine.ask(do="accepted", prompts=prompts, count=4, max_tokens=ANSWER)
+    small = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
+    for ids, answer in zip(prompts, answered["answers"], strict=True):
+        text = small.generate(torch.tensor([ids]), max_new_tokens=ANSWER, do_sample=False)
+        assert text[0, len(ids) :].tolist() == answer
+    assert answered["tokens_per_step"] > 1.8  # as the head has it for its own target
+    nothing = engine.ask(do="accepted", prompts=prompts, count=0, max_tokens=ANSWER)
+    assert nothing == {"tokens_per_step": 1.0, "answers": answered["answers"]}
+
+
+def test_steps_are_timed_at_every_count(engine: EngineProcess, prompts: list[list[int]]) -> None:
+    found = engine.ask(do="times", prompts=prompts, counts=COUNTS, steps=5, seconds=60.0)
+    assert {int(count): len(times) for count, times in found["steps"].items()} == {
+        count: 5 for count in COUNTS
+    }
+    drafts = {int(count): times for count, times in found["drafts"].items()}
+    steps = {int(count): times for count, times in found["steps"].items()}
+    for count in COUNTS:
+        assert len(drafts[count]) == 5
+        assert all(
+            0 < draft < step for draft, step in zip(drafts[count], steps[count], strict=True)
+        )
+    # Storing K/V is a part of drafting.
+    assert statistics.median(drafts[0]) < statistics.median(drafts[4])
+    short = engine.ask(do="times", prompts=prompts, counts=[2], steps=50, seconds=0.0)
+    assert len(short["steps"]["2"]) == 2
+
+
+@pytest.fixture
+def evaluation(tmp_path: Path) -> Path:
+    shares = [0.75, 0.5, 0.33, 0.2, 0.1, 0.06, 0.04, 0.03]
+    counts = {"K=8": {"tokens_per_step": 3.0, "acceptance_per_position": shares}}
+    greedy = {"temperature": 0.0, "all": {"head": counts}}
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({"offline": {"greedy": greedy}}))
+    return path
+
+
+def test_a_plan_on_paper(
+    evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    command = ["plan", HEAD, "--target", TARGET, "--chip", "h200", "--eval", evaluation]
+    assert main([str(part) for part in (*command, "--json", out, "--plot", picture)]) == 0
+    printed = capsys.readouterr().out
+    assert "NVIDIA H200 SXM" in printed
+    plan = read_plan(out)
+    assert plan.count_at(1) > 0
+    # The head is a third of so small a target, and has to be read in every step too.
+    assert 1.5 < (plan.predicted(1, 4) or 0) < 1 + 0.75 + 0.5 + 0.33 + 0.2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--num-speculative-tokens", "9"], "--num-speculative-tokens 9: this head drafts 1 to 8"),
+        (["--chip", "v100", "--eval", "EVAL"], "--chip v100: unknown; choose one of a100"),
+        (["--chip", "h200"], "--chip: needs --eval"),
+        ([], "--prompts: needed to measure with"),
+        (["--engine-args", '{"model": "x"}'], "--engine-args: 'model' is set by the plan"),
+        (["--json", "/nowhere/plan.json"], "no such directory as /nowhere"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_at_once(
+    changes: list[str], message: str, evaluation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(evaluation) if part == "EVAL" else part for part in changes]
+    assert main(["plan", str(HEAD), "--target", str(TARGET), *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_plan_by_measuring(pair: HeavyPair, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    small = ["--batch", "1", "4", "--num-speculative-tokens", "2", "4", "--cycles", "1"]
+    texts = ["--prompts", str(PROMPTS), "--max-prompts", "4", "--max-tokens", "16", "--steps", "4"]
+    engine: dict[str, Any] = {name: ENGINE[name] for name in ENGINE if name != "max_num_seqs"}
+    arguments = [*small, *texts, "--engine-args", json.dumps(engine), "--json", str(out)]
+    assert main(["plan", str(pair.head), *arguments]) == 0
+    plan = read_plan(out)
+    assert [(row.batch, row.count) for row in plan.rows] == [
+        (batch, count) for batch in (1, 4) for count in COUNTS
+    ]
+    for row in plan.rows:
+        assert 0 < row.draft < row.step
+        assert row.plain > 0
+    assert plan.predicted(1, 4) > 1

@@ -1,0 +1,54 @@
+"""Tokens per step by number of drafted tokens, out of what `specformer eval --json` wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_specformer.errors import SpecFormerError
+
+
+def from_evaluation(
+    path: Path, counts: Sequence[int], temperature: float = 0.0
+) -> dict[int, float]:
+    """Tokens per step at each of `counts`, 1 at a count of 0.
+
+    A count that was not evaluated is taken from the next larger one: the drafts it would have kept.
+
+    Raises:
+        SpecFormerError: no such file, another kind of file, or nothing about these counts.
+    """
+    evaluated = _by_count(path, temperature)
+    return {count: 1.0 if count == 0 else _at(evaluated, count, path) for count in counts}
+
+
+def _at(evaluated: dict[int, dict[str, Any]], count: int, path: Path) -> float:
+    if count in evaluated:
+        return float(evaluated[count]["tokens_per_step"])
+    larger = [known for known in evaluated if known > count]
+    if not larger:
+        raise SpecFormerError(
+            f"--eval {path}: has no figures for {count} drafted tokens or more; run `specformer "
+            f"eval` with --num-speculative-tokens {count}"
+        )
+    shares = evaluated[min(larger)]["acceptance_per_position"]
+    return 1.0 + float(sum(shares[:count]))
+
+
+def _by_count(path: Path, temperature: float) -> dict[int, dict[str, Any]]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SpecFormerError(f"--eval {path}: not readable as JSON ({error})") from None
+    groups = content.get("offline") if isinstance(content, dict) else None
+    if not isinstance(groups, dict):
+        raise SpecFormerError(f"--eval {path}: not what `specformer eval --json` writes")
+    for group in groups.values():
+        if group["temperature"] == round(temperature, 4):
+            return {int(k.removeprefix("K=")): row for k, row in group["all"]["head"].items()}
+    known = ", ".join(f"{group['temperature']:g}" for group in groups.values())
+    raise SpecFormerError(
+        f"--temperature {temperature:g}: --eval {path} has temperature {known} only"
+    )

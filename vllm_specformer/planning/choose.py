@@ -1,0 +1,105 @@
+"""From costs and acceptance to the number of drafted tokens that pays at each batch size.
+
+Expected throughput against no speculation, at batch size B with K drafted tokens:
+
+    ratio(B, K) = a(K) * T_plain(B) / T_step(B, K)
+
+where a(K) is the mean number of tokens a step emits, T_plain the step of a server without
+speculation, and T_step the whole step with it: verifying K + 1 rows and drafting. K = 0 costs what
+storing the head's K/V costs, so its ratio is just below 1.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+# Gains below this are within the noise of measuring, and not worth the risk of being a loss.
+MARGIN = 0.02
+
+
+@dataclass(frozen=True)
+class Row:
+    """One batch size and number of drafted tokens; times are of one step, in seconds."""
+
+    batch: int
+    count: int
+    tokens_per_step: float
+    plain: float
+    step: float
+    draft: float
+
+    @property
+    def ratio(self) -> float:
+        """Tokens per second over those without speculation."""
+        return self.tokens_per_step * self.plain / self.step
+
+
+def best_count(rows: Sequence[Row], margin: float = MARGIN) -> int:
+    """The K that gains most of the rows of one batch size, 0 if none gains more than `margin`."""
+    drafting = [row for row in rows if row.count]
+    best = max(drafting, key=lambda row: row.ratio, default=None)
+    return best.count if best is not None and best.ratio > 1 + margin else 0
+
+
+def between(rows: Sequence[Row], batch: int) -> list[Row]:
+    """The rows of a batch size, by straight lines between those that are there."""
+    found = []
+    for count in sorted({row.count for row in rows}):
+        known = sorted((row for row in rows if row.count == count), key=lambda row: row.batch)
+        found.append(_interpolated(known, batch))
+    return found
+
+
+def _interpolated(known: Sequence[Row], batch: int) -> Row:
+    place = bisect_left([row.batch for row in known], batch)
+    if place == len(known):
+        return _at(known[-1], known[-1], batch)
+    return _at(known[max(0, place - 1)], known[place], batch)
+
+
+def _at(low: Row, high: Row, batch: int) -> Row:
+    width = high.batch - low.batch
+    share = min(1.0, max(0.0, (batch - low.batch) / width)) if width else 0.0
+
+    def mix(a: float, b: float) -> float:
+        return a + share * (b - a)
+
+    return Row(
+        batch,
+        low.count,
+        mix(low.tokens_per_step, high.tokens_per_step),
+        mix(low.plain, high.plain),
+        mix(low.step, high.step),
+        mix(low.draft, high.draft),
+    )
+
+
+def schedule(rows: Sequence[Row], margin: float = MARGIN) -> list[list[int]]:
+    """The best K for every batch size up to the largest, as vLLM takes it.
+
+    Returns:
+        [[first batch size, last, K], ...], inclusive and without gaps.
+    """
+    ranges: list[list[int]] = []
+    for batch in range(1, max(row.batch for row in rows) + 1):
+        count = best_count(between(rows, batch), margin)
+        if ranges and ranges[-1][2] == count:
+            ranges[-1][1] = batch
+        else:
+            ranges.append([batch, batch, count])
+    return ranges
+
+
+def combine(
+    plain: Mapping[int, float],
+    steps: Mapping[tuple[int, int], float],
+    drafts: Mapping[tuple[int, int], float],
+    tokens_per_step: Mapping[int, float],
+) -> list[Row]:
+    """Rows out of costs by batch size, or by batch size and count, and acceptance by count."""
+    return [
+        Row(batch, count, tokens_per_step[count], plain[batch], seconds, drafts[batch, count])
+        for (batch, count), seconds in sorted(steps.items())
+    ]

@@ -1,0 +1,209 @@
+"""What a step costs on the machine at hand: two engines, with the head and without, timed by turns.
+
+Only ratios of the two count, and a machine does not run equally fast all the time. So, where both
+fit, they take turns at every batch size; each waits while the other works. On a GPU, where an
+engine takes the memory it finds, one is done before the other starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_specformer.bench.server import server_environment
+from vllm_specformer.engine.measuring import listing_schedule
+from vllm_specformer.errors import SpecFormerError
+
+WORKER = "vllm_specformer.planning.worker"
+_TAIL_LINES = 30
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and for how long.
+
+    Attributes:
+        batches: requests in a step.
+        counts: drafted tokens per step, 0 among them.
+        cycles: visits of every batch size and count.
+        steps, seconds: timed steps of a visit, and the time after which they are enough.
+    """
+
+    batches: Sequence[int]
+    counts: Sequence[int]
+    cycles: int = 3
+    steps: int = 8
+    seconds: float = 2.0
+    max_tokens: int = 128
+
+
+@dataclass
+class Costs:
+    """Medians over all timed steps, in seconds; by batch size, or batch size and count."""
+
+    plain: dict[int, float] = field(default_factory=dict)
+    steps: dict[tuple[int, int], float] = field(default_factory=dict)
+    drafts: dict[tuple[int, int], float] = field(default_factory=dict)
+
+
+class EngineProcess:
+    """One engine's process; it waits for its next order without working."""
+
+    def __init__(self, engine: dict[str, Any], drafts: bool, log: Path) -> None:
+        self.log = log
+        order = json.dumps({"engine": engine, "drafts": drafts})
+        with log.open("w") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", WORKER, order],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+                env=server_environment(),
+            )
+
+    def ask(self, **order: Any) -> dict[str, Any]:
+        """Send an order and wait for its answer.
+
+        Raises:
+            SpecFormerError: the engine ended.
+        """
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(order), file=self._process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
+            raise SpecFormerError(f"the engine ended; the last of its messages:\n{tail}")
+        content: dict[str, Any] = json.loads(line)
+        if "error" in content:
+            raise SpecFormerError(f"vLLM does not start: {content['error']}")
+        return content
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+class Machine:
+    """Measures a pair with the engine arguments that its server would have."""
+
+    def __init__(
+        self,
+        engine_args: dict[str, Any],
+        head: Path,
+        prompts: Sequence[list[int]],
+        settings: Settings,
+        logs: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        self.settings, self.prompts, self.say, self.logs = settings, prompts, say, logs
+        shared = {
+            "enable_prefix_caching": False,
+            "max_num_seqs": max(*settings.batches, len(settings.counts)),
+            "disable_log_stats": False,
+            **engine_args,
+        }
+        speculative = {
+            "method": "specformer",
+            "model": str(head),
+            "num_speculative_tokens": max(settings.counts),
+            "num_speculative_tokens_per_batch_size": listing_schedule(list(settings.counts)),
+        }
+        self.engines = {
+            "plain": (shared, False),
+            "head": (shared | {"speculative_config": speculative}, True),
+        }
+        self._steps: dict[tuple[str, int, int], list[float]] = {}
+        self._drafts: dict[tuple[int, int], list[float]] = {}
+
+    def measure(self, live: bool) -> tuple[Costs, dict[int, float]]:
+        """Costs and, if asked for, tokens per step of a live run by count."""
+        if torch.cuda.is_available():
+            return self._one_after_the_other(live)
+        with self._engine("plain") as plain, self._engine("head") as head:
+            for cycle in range(self.settings.cycles):
+                for batch in self.settings.batches:
+                    self._visit("plain", plain, batch, cycle)
+                    self._visit("head", head, batch, cycle)
+            accepted = self._accepted(head) if live else {}
+        return self._costs(), accepted
+
+    def _one_after_the_other(self, live: bool) -> tuple[Costs, dict[int, float]]:
+        accepted: dict[int, float] = {}
+        for name in self.engines:
+            with self._engine(name) as engine:
+                for cycle in range(self.settings.cycles):
+                    for batch in self.settings.batches:
+                        self._visit(name, engine, batch, cycle)
+                if live and name == "head":
+                    accepted = self._accepted(engine)
+        return self._costs(), accepted
+
+    @contextlib.contextmanager
+    def _engine(self, name: str) -> Iterator[EngineProcess]:
+        arguments, drafts = self.engines[name]
+        log = self.logs / f"engine-{name}.log"
+        self.say(f"starting the engine {'with' if drafts else 'without'} the head (log: {log})")
+        engine = EngineProcess(arguments, drafts, log)
+        try:
+            engine.answer()
+            yield engine
+        finally:
+            engine.end()
+
+    def _visit(self, name: str, engine: EngineProcess, batch: int, cycle: int) -> None:
+        counts, steps = list(self.settings.counts), self.settings.steps
+        if name == "plain":  # the one that all others are compared with: as many steps as they
+            counts, steps = [0], steps * len(counts)
+        found = engine.ask(
+            do="times",
+            prompts=[self.prompts[place % len(self.prompts)] for place in range(batch)],
+            counts=counts[::-1] if cycle % 2 else counts,
+            steps=steps,
+            seconds=self.settings.seconds,
+        )
+        for text, seconds in found["steps"].items():
+            self._steps.setdefault((name, batch, int(text)), []).extend(seconds)
+        for text, seconds in found["drafts"].items():
+            self._drafts.setdefault((batch, int(text)), []).extend(seconds)
+        self.say(f"cycle {cycle + 1} of {self.settings.cycles}: {batch} requests, {name}")
+
+    def _accepted(self, engine: EngineProcess) -> dict[int, float]:
+        """Tokens per step on the prompts themselves, answered to their end."""
+        found = {0: 1.0}
+        for count in self.settings.counts:
+            if count:
+                self.say(f"acceptance with {count} drafted tokens")
+                answered = engine.ask(
+                    do="accepted",
+                    prompts=list(self.prompts),
+                    count=count,
+                    max_tokens=self.settings.max_tokens,
+                )
+                found[count] = answered["tokens_per_step"]
+        return found
+
+    def _costs(self) -> Costs:
+        costs = Costs()
+        for (name, batch, count), seconds in self._steps.items():
+            if name == "plain":
+                costs.plain[batch] = statistics.median(seconds)
+            else:
+                costs.steps[batch, count] = statistics.median(seconds)
+                inside = self._drafts[batch, count]
+                costs.drafts[batch, count] = statistics.median(inside) if inside else 0.0
+        return costs

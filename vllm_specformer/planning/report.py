@@ -1,0 +1,76 @@
+"""A plan for people: the table on the terminal, the plot, and the line to serve with."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_specformer.planning.choose import Row
+from vllm_specformer.planning.plan import Plan
+
+_WIDTH = 110
+
+
+def print_plan(plan: Plan, head: str) -> None:
+    console = Console(width=_WIDTH, highlight=False)
+    console.print(_table(plan))
+    if not plan.pays:
+        console.print("Speculation pays at none of these batch sizes: serve without it.")
+        return
+    config = json.dumps(plan.speculative_config(head))
+    console.print("\nServe with", style="bold")
+    console.print(f"--speculative-config {shlex.quote(config)}", markup=False, soft_wrap=True)
+
+
+def _table(plan: Plan) -> Table:
+    counts = sorted({row.count for row in plan.rows})
+    table = Table(
+        title="expected tokens/s over no speculation, by drafted tokens K",
+        caption=str(plan.about.get("costs", "")),
+        title_justify="left",
+        caption_justify="left",
+    )
+    for name in ("requests", "step without, ms", *(f"K={count}" for count in counts), "best K"):
+        table.add_column(name, justify="right")
+    for batch in sorted({row.batch for row in plan.rows}):
+        rows = {row.count: row for row in plan.rows if row.batch == batch}
+        best = plan.count_at(batch)
+        cells = [_cell(rows[count], count == best) for count in counts]
+        table.add_row(str(batch), f"{1000 * rows[counts[0]].plain:.3g}", *cells, str(best))
+    accepted = {row.count: row.tokens_per_step for row in plan.rows}
+    table.add_section()
+    table.add_row("tokens/step", "", *(f"{accepted[count]:.2f}" for count in counts), "")
+    return table
+
+
+def _cell(row: Row, best: bool) -> str:
+    text = f"{row.ratio:.2f} ({1000 * row.draft:.2g} ms)"
+    return f"[bold]{text}[/]" if best else text
+
+
+def plot(plan: Plan) -> bytes:
+    """Expected ratio over the batch size, one line for every K and one for the schedule; PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    batches = sorted({row.batch for row in plan.rows})
+    for count in sorted({row.count for row in plan.rows}):
+        rows = sorted((row for row in plan.rows if row.count == count), key=lambda row: row.batch)
+        axes.plot(batches, [row.ratio for row in rows], marker="o", label=f"K={count}")
+    chosen = [plan.predicted(batch, plan.count_at(batch)) or float("nan") for batch in batches]
+    axes.plot(batches, chosen, "k--", linewidth=2, label="schedule")
+    axes.axhline(1, color="grey", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(batches, list(map(str, batches)))
+    axes.set(xlabel="requests in a step", ylabel="expected tokens/s over no speculation")
+    axes.set_title(str(plan.about.get("target", "")), fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
+    return content.getvalue()
