@@ -105,8 +105,12 @@ def _accept_method() -> None:
 
 
 def _drafts_with_us(vllm_config: Any, *_: Any) -> bool:
-    speculative = getattr(vllm_config, "speculative_config", None)
-    return ARCHITECTURE in (getattr(_head_config(speculative), "architectures", None) or [])
+    return drafts_with_head(getattr(vllm_config, "speculative_config", None))
+
+
+def drafts_with_head(speculative_config: Any) -> bool:
+    """Whether vLLM's speculative config, if there is one, drafts with a SpecFormer head."""
+    return ARCHITECTURE in (getattr(_head_config(speculative_config), "architectures", None) or [])
 
 
 def verifies_coupled(speculative_config: Any) -> bool:
@@ -161,11 +165,13 @@ def _construct_ours(base: type, replaced: _Replaced) -> None:
     setattr(base, _MARK, True)
 
 
-# Modules whose functions fail on the CPU build -> the repair in `cpu_sampling`.
+# Modules whose functions fail on the CPU build, or with speculation -> "module:function" of ours.
 _REPAIRS = {
-    "vllm.utils.cpu_triton_utils": "repair_kernels",
-    "vllm.v1.sample.ops.topk_topp_sampler": "repair_top_k",
-    "vllm.v1.worker.cpu_model_runner": "repair_generators",
+    "vllm.utils.cpu_triton_utils": "cpu_sampling:repair_kernels",
+    "vllm.v1.sample.ops.topk_topp_sampler": "cpu_sampling:repair_top_k",
+    "vllm.v1.worker.cpu_model_runner": "cpu_sampling:repair_generators",
+    "vllm.v1.sample.sampler": "request_repairs:repair_min_tokens",
+    "vllm.sampling_params": "request_repairs:refuse_logprob_token_ids",
 }
 
 
@@ -192,8 +198,8 @@ class _PostImportHook(importlib.abc.MetaPathFinder):
 
 def _patch_module(module: ModuleType) -> None:
     if module.__name__ in _REPAIRS:
-        cpu_sampling = import_module("vllm_specformer.engine.cpu_sampling")
-        getattr(cpu_sampling, _REPAIRS[module.__name__])(module)
+        file, function = _REPAIRS[module.__name__].split(":")
+        getattr(import_module(f"vllm_specformer.engine.{file}"), function)(module)
         return
     replaced = _REPLACED[module.__name__]
     _construct_ours(getattr(module, replaced.name), replaced)
@@ -272,6 +278,20 @@ LEDGER: tuple[Patch, ...] = (
         reason="a seeded request whose prompt takes two steps ends the engine on the CPU build, "
         "with or without speculation (see engine/cpu_sampling.py)",
         guard="the CPU's runner alone; acts on rows whose sample is thrown away, wrapped once",
+        apply=_install_dispatch,
+    ),
+    Patch(
+        target="vllm.v1.sample.sampler.Sampler.apply_logits_processors",
+        reason="min_tokens forbids the end of a text one token too long where drafts reach the "
+        "minimum, with any speculation on the V1 runner (see engine/request_repairs.py)",
+        guard="acts on bonus tokens of requests whose drafts reach min_tokens; wrapped once",
+        apply=_install_dispatch,
+    ),
+    Patch(
+        target="vllm.sampling_params.SamplingParams._validate_spec_decode",
+        reason="logprob_token_ids ends the engine or returns other tokens' log-probabilities with "
+        "any speculation: refuses it by name (see engine/request_repairs.py)",
+        guard="acts only when the draft architecture is SpecFormerDraftModel; wrapped once",
         apply=_install_dispatch,
     ),
 )

@@ -60,6 +60,7 @@ V1 = "engine/proposer_v1.py"
 V2 = "engine/speculator_v2.py"
 CPU_SAMPLING = "engine/cpu_sampling.py"
 CPU_SYNTHETIC = "engine/cpu_synthetic.py"
+REQUESTS = "engine/request_repairs.py"
 COUPLED = "engine/coupled.py"
 VOCABULARY = "engine/draft_vocabulary.py"
 

@@ -9,6 +9,7 @@ from vllm_specformer.engine.relied_on import (
     CPU_SYNTHETIC,
     MODEL,
     PATCHES,
+    REQUESTS,
     V1,
     V2,
     Reliance,
@@ -280,6 +281,33 @@ RUNNER_V2: tuple[Reliance, ...] = (
     ),
     call(f"{_RUNNER_V1}._sample", CPU_SAMPLING, "repaired on a CPU", "logits spec_decode_metadata"),
     *members(_RUNNER_V1, CPU_SAMPLING, "which samples are thrown away", "discard_request_mask"),
+    call(
+        "vllm.v1.sample.sampler:Sampler.apply_logits_processors",
+        REQUESTS,
+        "min_tokens repaired",
+        "logits sampling_metadata predict_bonus_token",
+    ),
+    *members(
+        "vllm.v1.sample.metadata:SamplingMetadata",
+        REQUESTS,
+        "drafts before a bonus token; processors of its logits",
+        "spec_token_ids logitsprocs",
+    ),
+    *members(
+        "vllm.v1.sample.logits_processor.builtin:MinTokensLogitsProcessor",
+        REQUESTS,
+        "requests below their minimum",
+        "min_toks",
+    ),
+    call(
+        "vllm.sampling_params:SamplingParams._validate_spec_decode",
+        REQUESTS,
+        "refuses logprob_token_ids",
+        "speculative_config",
+    ),
+    *members(
+        "vllm.sampling_params:SamplingParams", REQUESTS, "what is refused", "logprob_token_ids"
+    ),
 )
 
 _SAMPLER_V2 = "vllm.v1.worker.gpu.sample.sampler:Sampler"
