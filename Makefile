@@ -6,7 +6,7 @@ WORKERS ?= 2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-slow test-statistics test-families lint bench bench-kernels ablation pair clean
+.PHONY: help setup demo serve test test-slow test-statistics test-families lint bench bench-kernels bench-gpu bench-gpu-dry ablation pair clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,12 @@ bench: setup  ## measure serving on the CPU (benchmarks/results/serving-cpu.*)
 
 bench-kernels: setup  ## check every kernel and time it (benchmarks/results/gpu); smoke run without a GPU
 	$(BIN)/python benchmarks/kernels.py
+
+bench-gpu: setup  ## all that is to be measured on a GPU, as far as 8 minutes reach; again: goes on (docs/gpu.md)
+	$(BIN)/python benchmarks/gpu.py
+
+bench-gpu-dry: setup  ## the same at toy sizes without a GPU, no times: 8 minutes
+	$(BIN)/python benchmarks/gpu.py --dry --minutes 30
 
 ablation: setup  ## what each part of head and training brings (benchmarks/results/ablation.*): hours
 	$(BIN)/python benchmarks/ablation.py

@@ -52,6 +52,8 @@ class SpecFormerSpeculator(DFlashSpeculator):
             (self.max_num_tokens,), PAD_SLOT_ID, dtype=torch.int64, device=device
         )
         self.slot_offsets = torch.arange(self.num_speculative_steps, device=device)
+        # Requests and context rows of the last batch: rows past them are inert in all buffers.
+        self._live_rows = (0, 0)
         self._block_table: Tensor | None = None
 
     def load_draft_model(
@@ -119,14 +121,23 @@ class SpecFormerSpeculator(DFlashSpeculator):
         )
 
     def _pad(self, num_reqs: int, num_tokens: int) -> None:
-        """Make every row past the batch inert: no K/V written, no draft logits cached."""
-        steps = self.num_speculative_steps
-        self.context_slots[num_tokens:].fill_(PAD_SLOT_ID)
-        self.anchor_rows[num_reqs:].zero_()
-        self.anchor_positions[num_reqs:].zero_()
-        self.bonus_tokens[num_reqs:].zero_()
-        self.sample_pos[num_reqs * steps :].zero_()
-        self.sample_idx_mapping[num_reqs * steps :].fill_(-1)
+        """Make every row past the batch inert: no K/V written, no draft logits cached.
+
+        Only rows of the batch before are not inert already, so a batch that stays as large, or
+        grows, launches nothing here.
+        """
+        (old_reqs, old_tokens), self._live_rows = self._live_rows, (num_reqs, num_tokens)
+        if old_tokens > num_tokens:
+            self.context_slots[num_tokens:old_tokens].fill_(PAD_SLOT_ID)
+        if old_reqs > num_reqs:
+            requests = slice(num_reqs, old_reqs)
+            self.anchor_rows[requests].zero_()
+            self.anchor_positions[requests].zero_()
+            self.bonus_tokens[requests].zero_()
+            steps = self.num_speculative_steps
+            samples = slice(num_reqs * steps, old_reqs * steps)
+            self.sample_pos[samples].zero_()
+            self.sample_idx_mapping[samples].fill_(-1)
 
     def _stage(
         self,

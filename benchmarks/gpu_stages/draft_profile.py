@@ -1,0 +1,51 @@
+"""Stage e: one draft step under the profiler: launches, gaps, bytes, share of the step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gpu_stages import serving
+from gpu_stages.checkpoints import write_head, write_target
+from gpu_stages.predict import draft
+from gpu_stages.shapes import TARGETS, TOY
+from gpu_stages.trace import draft_figures
+from vllm_specformer.planning.shapes import TargetShape
+
+Options = dict[str, Any]
+
+
+def run(options: Options) -> Options:
+    """Figures of a SpecFormer draft at each batch; options as stage d's, with `traced` steps."""
+    shape = TARGETS.get(options["shape"], TOY)
+    folder = Path(options["folder"]) / shape.name
+    target = write_target(folder / "target", shape)
+    head = write_head(folder / options["head"], options["head"], shape, target)
+    speculative = head | {
+        "num_speculative_tokens": options["num_speculative_tokens"],
+        "rejection_sample_method": "synthetic",
+        "synthetic_acceptance_length": options["acceptance_length"],
+    }
+    options = options | {"target": str(target), "speculative": speculative}
+    llm = serving.start(options)
+    sizes = TargetShape.from_config(shape.config())
+    rows = [_profile(llm, batch, options, sizes) for batch in sorted(options["batches"])[::-1]]
+    return {"rows": rows[::-1]}
+
+
+def _profile(llm: Any, batch: int, options: Options, sizes: TargetShape) -> Options:
+    drafts, context = options["num_speculative_tokens"], options["context"]
+    requests = serving.SteadyBatch(llm, batch, options)
+    requests.steps(serving.WARM_UP)
+    llm.collective_rpc("start_draft_clock")
+    requests.steps(2)  # with the clock in place
+    llm.collective_rpc("start_trace")
+    requests.steps(options["traced"])
+    path = Path(options["folder"]) / f"trace-{batch}.json"
+    llm.collective_rpc("write_trace", args=(str(path),))
+    requests.end()
+    step, _ = draft(options["head"], sizes, batch, drafts, context)
+    found = draft_figures(json.loads(path.read_text()))
+    rate = step.total.bytes / (1e-6 * found["busy"]) if found["busy"] else 0.0
+    return {"batch": batch, "least_bytes": step.total.bytes, "bytes_per_second": rate, **found}

@@ -1,0 +1,138 @@
+"""What is run, in the order of its worth: every unit is one process with a result of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpu_stages import pair
+from gpu_stages.arms import ARMS, BATCHES, CONTEXT, EQUAL_LENGTH, PUBLISHED, SHAPES, Arm
+
+STAGES = {
+    "a": "environment, vLLM with the plugin",
+    "b": "kernels",
+    "c": "the bundled pair: output and acceptance",
+    "d": "throughput against other methods",
+    "e": "profile of a draft step",
+}
+# Of stage d on the first shape, run before anything that is worth less.
+FIRST_ARMS = 6
+MAX_LENGTH = 4096
+V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+# A dry run draws one small engine after another in the interpreter.
+DRY_ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 64 << 20,
+    "max_model_len": 256,
+    "max_num_batched_tokens": 256,
+    "max_num_seqs": 8,
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One process.
+
+    Attributes:
+        name: of the result within its stage.
+        module: of `gpu_stages`, whose `run` gets the options.
+        expected: seconds, a guess; a call with too little time left does not start it.
+        limit: seconds after which it is ended and counts as failed.
+        on_v1: needs vLLM's V1 runner, which runs on a CPU without the interpreter.
+    """
+
+    stage: str
+    name: str
+    module: str
+    options: dict[str, Any] = field(repr=False)
+    expected: int = 60
+    limit: int = 240
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
+    on_v1: bool = False
+
+
+def units(dry: bool, results: Path, scratch: Path) -> list[Unit]:
+    """All units; `scratch` is for checkpoints and traces."""
+    # All but the first shape in full, in a dry run: one shape of toy size.
+    shapes = ("toy",) if dry else SHAPES
+    first, *others = shapes
+    throughput = [_throughput(first, arm, dry, scratch) for arm in ARMS]
+    published = [_throughput(first, arm, dry, scratch) for arm in PUBLISHED]
+    return [
+        _environment(dry),
+        *_pair(dry),
+        *throughput[:FIRST_ARMS],
+        _profile(first, dry, scratch),
+        _kernels(dry, results),
+        *throughput[FIRST_ARMS:],
+        *published,
+        *(_throughput(shape, arm, dry, scratch) for shape in others for arm in ARMS),
+    ]
+
+
+def _environment(dry: bool) -> Unit:
+    return Unit("a", "start", "environment", {"engine": DRY_ENGINE if dry else {}}, 60)
+
+
+def _kernels(dry: bool, results: Path) -> Unit:
+    arguments = ["--quick", "--op", "grouped_rms_norm", "--device", "cpu"] if dry else ["--quick"]
+    options = {"arguments": arguments, "stem": str(results / "kernels")}
+    return Unit("b", "kernels", "kernels", options, 150, 420, on_v1=True)
+
+
+def _pair(dry: bool) -> Iterator[Unit]:
+    """Engines with and without graphs, drafts and coupled verification, all of them in float32."""
+    size = {"prompts": 6, "max_tokens": 8, "group": 2}
+    full = {"prompts": 48, "max_tokens": 96, "group": 5}
+    arms = {
+        "none": None,
+        "specformer": pair.speculative(),
+        "coupled": pair.speculative(verification="coupled", draft_sample_method="probabilistic"),
+    }
+    for graphs in (False,) if dry else (True, False):
+        for name, speculative in arms.items():
+            engine = DRY_ENGINE if dry else {"dtype": "float32", "enforce_eager": not graphs}
+            options: dict[str, Any] = (size if dry else full) | {
+                "speculative": speculative,
+                "engine": engine,
+            }
+            yield Unit("c", f"{name}, {'graphs' if graphs else 'eager'}", "pair", options, 45)
+    served = {"prompts": 6, "max_tokens": 12} if dry else {"prompts": 48, "max_tokens": 96}
+    engine = {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True} if dry else {}
+    evaluated = served | {"num_speculative_tokens": 4, "engine": engine}
+    yield Unit("c", "acceptance", "acceptance", evaluated, 90, on_v1=True)
+
+
+def _throughput(shape: str, arm: Arm, dry: bool, scratch: Path) -> Unit:
+    options = {
+        "shape": shape,
+        "head": arm.head,
+        "num_speculative_tokens": arm.num_tokens,
+        "acceptance_length": arm.length,
+        "batches": (1, 3) if dry else BATCHES,
+        "context": 24 if dry else CONTEXT,
+        "steps": 3 if dry else 40,
+        "folder": str(scratch),
+        "engine": DRY_ENGINE if dry else {"dtype": "bfloat16", "max_model_len": MAX_LENGTH},
+    }
+    environment = V1 if arm.on_v1 else {}
+    name = f"{shape} {arm.name}"
+    return Unit("d", name, "throughput", options, 75, 300, environment, arm.on_v1)
+
+
+def _profile(shape: str, dry: bool, scratch: Path) -> Unit:
+    options = {
+        "shape": shape,
+        "head": "specformer",
+        "num_speculative_tokens": 4,
+        "acceptance_length": EQUAL_LENGTH,
+        "batches": (1, 3) if dry else (1, 64, 256),
+        "context": 24 if dry else CONTEXT,
+        "traced": 3 if dry else 6,
+        "folder": str(scratch),
+        "engine": DRY_ENGINE if dry else {"dtype": "bfloat16", "max_model_len": MAX_LENGTH},
+    }
+    return Unit("e", f"{shape} draft step", "draft_profile", options, 75)

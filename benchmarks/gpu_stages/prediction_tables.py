@@ -1,0 +1,51 @@
+"""The predictions as Markdown, as docs/performance.md has them: `gpu.py --predictions`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from gpu_stages.arms import ARMS, BATCHES, PUBLISHED, SHAPES, Arm
+from gpu_stages.predict import Costs, predict
+
+# The V1 baseline is the same on paper.
+SHOWN = [arm for arm in ARMS if arm.head is not None]
+
+
+def tables() -> str:
+    """One table per target, then the published acceptance lengths."""
+    parts = [_shape(shape) for shape in SHAPES]
+    return "\n\n".join([*parts, _published()])
+
+
+def _shape(shape: str) -> str:
+    plain = [predict(shape, ARMS[0], batch).plain for batch in BATCHES]
+    lines = [_line(f"{shape.upper()}, {_length(ARMS[1])}", (f"batch {b}" for b in BATCHES))]
+    lines.append("|" + "---|" * (len(BATCHES) + 1))
+    lines.append(_line("none: step, ms", (f"{ms:.2f}" for ms in plain)))
+    return "\n".join([*lines, *(_line(arm.name, _cells(shape, arm)) for arm in SHOWN)])
+
+
+def _published() -> str:
+    arms: Sequence[Arm] = (ARMS[1], *PUBLISHED)
+    lines = [_line("8B, published lengths", ("tokens/step", *(f"batch {b}" for b in BATCHES)))]
+    lines.append("|" + "---|" * (len(BATCHES) + 2))
+    for arm in arms:
+        lines.append(_line(arm.name, (f"{arm.length:g}", *_cells("8b", arm))))
+    return "\n".join(lines)
+
+
+def _length(arm: Arm) -> str:
+    return f"{arm.length:g} tokens/step"
+
+
+def _cells(shape: str, arm: Arm) -> Iterable[str]:
+    return (_cell(predict(shape, arm, batch), arm) for batch in BATCHES)
+
+
+def _cell(costs: Costs, arm: Arm) -> str:
+    """Draft in milliseconds, θ, and tokens per second over no speculation."""
+    return f"{costs.draft:.2f} / {costs.theta:.2f} / **{arm.length / costs.theta:.2f}**"
+
+
+def _line(head: str, cells: Iterable[str]) -> str:
+    return "| " + " | ".join([head, *cells]) + " |"
