@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specformer.engine.relied_on import CPU_KERNELS, LAYERS, REGISTRATION, Reliance
+from vllm_specformer.engine.relied_on_measuring import MEASURED
 from vllm_specformer.engine.relied_on_runners import RUNNER_V1, RUNNER_V2, VERIFICATION
 
 RELIED_ON: tuple[Reliance, ...] = (
@@ -25,6 +26,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     *VERIFICATION,
     *LAYERS,
     *CPU_KERNELS,
+    *MEASURED,
 )
 
 # How a parameter is written in a Signature: "name", with default "name=", keyword-only "*, name".
