@@ -68,16 +68,35 @@ def checked(
     tokens = checked_tokens(speculative.get("num_speculative_tokens"), head.num_draft_slots)
     check_pair(head, target_model_config.hf_config, target_model_config.model)
     _check_states(head, target_model_config)
-    stages = getattr(parallel_config, "pipeline_parallel_size", 1)
-    if stages > 1:
-        raise SpeculativeConfigError(
-            f"pipeline_parallel_size={stages}: SpecFormer does not support pipeline parallelism; "
-            "use tensor parallelism, or serve without speculation"
-        )
+    _check_engine(target_model_config, parallel_config)
     directory = Path(str(speculative["model"]))
     if directory.is_dir():
         check_weights(directory, head)
     return speculative | {"method": "dflash", "num_speculative_tokens": tokens}
+
+
+# Ways of spreading a model over devices that the head cannot follow, and why.
+_NOT_SPREAD = {
+    "pipeline_parallel_size": "its hidden states come from layers of every stage",
+    "decode_context_parallel_size": "its K/V lie whole on every rank, not spread by token",
+    "prefill_context_parallel_size": "its K/V lie whole on every rank, not spread by token",
+}
+
+
+def _check_engine(model_config: Any, parallel_config: Any) -> None:
+    """Refuse what the engine is to do if a head cannot take part in it."""
+    for field, reason in _NOT_SPREAD.items():
+        size = getattr(parallel_config, field, 1)
+        if size > 1:
+            raise SpeculativeConfigError(
+                f"{field}={size}: SpecFormer does not support it ({reason}); use tensor "
+                "parallelism, or serve without speculation"
+            )
+    if getattr(model_config, "runner_type", "generate") != "generate":
+        raise SpeculativeConfigError(
+            f"runner={model_config.runner_type!r}: this engine generates no text that SpecFormer "
+            "could draft; leave the speculative config out"
+        )
 
 
 def _read_head(speculative: dict[str, Any]) -> SpecFormerConfig:

@@ -229,10 +229,21 @@ def test_shallow_target(tmp_path: Path) -> None:
         configured(asking(HEAD), target)
 
 
-def test_pipeline_parallelism() -> None:
-    message = "pipeline_parallel_size=2: .*use tensor parallelism"
+@pytest.mark.parametrize(
+    "field",
+    ["pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"],
+)
+def test_spread_over_devices(field: str) -> None:
+    message = f"{field}=2: SpecFormer does not support it .*; use tensor parallelism, or serve"
     with pytest.raises(SpeculativeConfigError, match=message):
-        configured(asking(HEAD), pipeline_parallel_size=2, distributed_executor_backend="mp")
+        configured(
+            asking(HEAD), distributed_executor_backend="mp", tensor_parallel_size=2, **{field: 2}
+        )
+
+
+def test_engine_that_generates_nothing() -> None:
+    with pytest.raises(SpeculativeConfigError, match=r"runner='pooling': .* leave the speculative"):
+        configured(asking(HEAD), runner="pooling")
 
 
 # --- weights ---
