@@ -86,15 +86,10 @@ def test_steps_are_timed_at_every_count(engine: EngineProcess, prompts: list[lis
     assert {int(count): len(times) for count, times in found["steps"].items()} == {
         count: 5 for count in COUNTS
     }
-    drafts = {int(count): times for count, times in found["drafts"].items()}
-    steps = {int(count): times for count, times in found["steps"].items()}
-    for count in COUNTS:
-        assert len(drafts[count]) == 5
-        assert all(
-            0 < draft < step for draft, step in zip(drafts[count], steps[count], strict=True)
-        )
+    for count, times in found["steps"].items():
+        assert 0 < found["drafts"][count] < statistics.mean(times)
     # Storing K/V is a part of drafting.
-    assert statistics.median(drafts[0]) < statistics.median(drafts[4])
+    assert found["drafts"]["0"] < found["drafts"]["4"]
     short = engine.ask(do="times", prompts=prompts, counts=[2], steps=50, seconds=0.0)
     assert len(short["steps"]["2"]) == 2
 

@@ -12,13 +12,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_specformer.engine.draft_clock import VARIABLE as DRAFT_CLOCK
+from vllm_specformer.engine.draft_clock import read_clocks
 from vllm_specformer.errors import SpecFormerError
 
 HOST = "127.0.0.1"
@@ -41,6 +43,7 @@ class Server:
     log: Path
     process: subprocess.Popen[bytes] = field(repr=False)
     started_in_s: float = 0.0
+    clock: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,11 @@ def parse_draft_counts(metrics: str) -> DraftCounts:
 
 
 def read_draft_counts(server: Server) -> DraftCounts:
+    """What /metrics and, where a head drafts with a clock, its clock show."""
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
-        return parse_draft_counts(answer.read().decode())
+        counts = parse_draft_counts(answer.read().decode())
+    steps, seconds = read_clocks(server.clock) if server.clock else (0, 0.0)
+    return replace(counts, draft_steps=steps, draft_seconds=seconds) if steps else counts
 
 
 def free_port() -> int:
@@ -147,6 +153,7 @@ def serving(
     log: Path,
     *,
     command: Sequence[str] | None = None,
+    clock: Path | None = None,
     timeout_s: float = START_TIMEOUT_S,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Server]:
@@ -155,6 +162,7 @@ def serving(
     Args:
         log: file that gets the server's output.
         command: what to run instead of `vllm serve`.
+        clock: directory that gets the time of draft steps; see engine/draft_clock.py.
         on_wait: called with the seconds waited so far, about twice a second.
 
     Raises:
@@ -165,20 +173,25 @@ def serving(
     arguments = [*base, *options, "--host", HOST, "--port", str(port)]
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    with log.open("wb") as output, process_group(arguments, output) as process:
+    environment = server_environment() | ({DRAFT_CLOCK: str(clock)} if clock else {})
+    with log.open("wb") as output, process_group(arguments, output, environment) as process:
         url = f"http://{HOST}:{port}"
         _wait_until_healthy(process, url, log, timeout_s, on_wait)
-        yield Server(url, shlex.join(arguments), log, process, time.monotonic() - started)
+        took = time.monotonic() - started
+        yield Server(url, shlex.join(arguments), log, process, took, clock)
 
 
 @contextlib.contextmanager
 def process_group(
-    arguments: Sequence[str], output: int | object, stop_timeout_s: float = STOP_TIMEOUT_S
+    arguments: Sequence[str],
+    output: int | object,
+    environment: Mapping[str, str] | None = None,
+    stop_timeout_s: float = STOP_TIMEOUT_S,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command in a process group of its own and leave no member of it behind."""
     process = subprocess.Popen(
         arguments,
-        env=server_environment(),
+        env=server_environment() if environment is None else environment,
         stdin=subprocess.DEVNULL,
         stdout=output,  # type: ignore[arg-type]
         stderr=subprocess.STDOUT,

@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_specformer.engine.checks import check_target_class, check_v1_verification
+from vllm_specformer.engine.draft_clock import clocked
 from vllm_specformer.engine.monitor import AcceptanceMonitor
 
 
@@ -82,6 +83,7 @@ class SpecFormerProposer(DFlashProposer):
         """The runner's concatenation [T, G*H] as G views [T, H]."""
         return states.unflatten(-1, (-1, self.hidden_size)).unbind(-2)
 
+    @clocked
     @torch.inference_mode()
     def propose(
         self,

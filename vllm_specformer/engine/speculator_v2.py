@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_specformer.engine.checks import check_target_class
+from vllm_specformer.engine.draft_clock import clocked
 from vllm_specformer.engine.monitor import AcceptanceMonitor
 from vllm_specformer.engine.patches import verifies_coupled
 
@@ -181,6 +182,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         self.sample_pos[:samples].copy_(keys.flatten())
         self.sample_idx_mapping[:samples].copy_(state.repeat_interleave(steps))
 
+    @clocked
     @torch.inference_mode()
     def propose(
         self,

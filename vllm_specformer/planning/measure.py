@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from vllm_specformer.bench.server import server_environment
+from vllm_specformer.engine.draft_clock import VARIABLE as DRAFT_CLOCK
 from vllm_specformer.engine.measuring import listing_schedule
 from vllm_specformer.errors import SpecFormerError
 
@@ -60,6 +61,7 @@ class EngineProcess:
 
     def __init__(self, engine: dict[str, Any], drafts: bool, log: Path) -> None:
         self.log = log
+        clock = {DRAFT_CLOCK: str(log.with_suffix(".clock"))} if drafts else {}
         order = json.dumps({"engine": engine, "drafts": drafts})
         with log.open("w") as output:
             self._process = subprocess.Popen(
@@ -68,7 +70,7 @@ class EngineProcess:
                 stdout=subprocess.PIPE,
                 stderr=output,
                 text=True,
-                env=server_environment(),
+                env=server_environment() | clock,
             )
 
     def ask(self, **order: Any) -> dict[str, Any]:
@@ -128,7 +130,7 @@ class Machine:
             "head": (shared | {"speculative_config": speculative}, True),
         }
         self._steps: dict[tuple[str, int, int], list[float]] = {}
-        self._drafts: dict[tuple[int, int], list[float]] = {}
+        self._drafts: dict[tuple[str, int, int], list[float]] = {}
 
     def measure(self, live: bool) -> tuple[Costs, dict[int, float]]:
         """Costs and, if asked for, tokens per step of a live run by count."""
@@ -178,8 +180,7 @@ class Machine:
         )
         for text, seconds in found["steps"].items():
             self._steps.setdefault((name, batch, int(text)), []).extend(seconds)
-        for text, seconds in found["drafts"].items():
-            self._drafts.setdefault((batch, int(text)), []).extend(seconds)
+            self._drafts.setdefault((name, batch, int(text)), []).append(found["drafts"][text])
         self.say(f"cycle {cycle + 1} of {self.settings.cycles}: {batch} requests, {name}")
 
     def _accepted(self, engine: EngineProcess) -> dict[int, float]:
@@ -204,6 +205,5 @@ class Machine:
                 costs.plain[batch] = statistics.median(seconds)
             else:
                 costs.steps[batch, count] = statistics.median(seconds)
-                inside = self._drafts[batch, count]
-                costs.drafts[batch, count] = statistics.median(inside) if inside else 0.0
+                costs.drafts[batch, count] = statistics.median(self._drafts[name, batch, count])
         return costs

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TextIO
 
 _SETTLING_STEPS = 2  # the first still verifies drafts of the count before
@@ -29,10 +30,6 @@ class Worker:
         self.engine = self.llm.llm_engine
         self.drafts = drafts
         self.served = 0
-        if drafts:
-            from vllm_specformer.engine.measuring import DraftTimer
-
-            self.timer = DraftTimer(self.llm)
 
     def times(
         self, prompts: list[list[int]], counts: list[int], steps: int, seconds: float
@@ -44,7 +41,7 @@ class Worker:
             steps, seconds: timed steps at each count, fewer (but two) once they took so long.
 
         Returns:
-            By count: the steps' seconds, and those of the draft step within.
+            By count: the steps' seconds, and the mean of the draft steps within.
         """
         room = (max(counts) + 1) * (steps + _SETTLING_STEPS) * len(counts) + 1
         names = self._submit(prompts, room, ignore_eos=True)
@@ -57,13 +54,17 @@ class Worker:
             self._hold(count)
             for _ in range(_SETTLING_STEPS):
                 self.engine.step()
-            self._taken()
+            clock = self._clock()
             timed: list[float] = []
             while len(timed) < steps and (len(timed) < _MIN_STEPS or sum(timed) < seconds):
                 began = time.perf_counter()
                 self.engine.step()
                 timed.append(time.perf_counter() - began)
-            found["steps"][count], found["drafts"][count] = timed, self._taken()
+            found["steps"][count] = timed
+            draft_steps, seconds_in_them = (
+                b - a for a, b in zip(clock, self._clock(), strict=True)
+            )
+            found["drafts"][count] = seconds_in_them / max(1, draft_steps)
         self.engine.abort_request(names)
         while self.engine.has_unfinished_requests():
             self.engine.step()
@@ -109,8 +110,11 @@ class Worker:
 
             hold_drafts(self.llm, count)
 
-    def _taken(self) -> list[float]:
-        return self.timer.take() if self.drafts else []
+    def _clock(self) -> tuple[int, float]:
+        """Draft steps so far and the seconds in them."""
+        from vllm_specformer.engine.draft_clock import VARIABLE, read_clocks
+
+        return read_clocks(Path(os.environ[VARIABLE])) if self.drafts else (0, 0.0)
 
     def _accepted_tokens(self) -> int:
         name = "vllm:spec_decode_num_accepted_tokens"
