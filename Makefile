@@ -6,7 +6,7 @@ WORKERS ?= 2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-slow test-statistics test-families lint bench bench-kernels bench-gpu bench-gpu-dry ablation pair clean
+.PHONY: help setup demo serve test test-slow test-statistics test-families lint bench bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,24 @@ lint: setup  ## ruff and mypy
 
 bench: setup  ## measure serving on the CPU (benchmarks/results/serving-cpu.*)
 	$(BIN)/python benchmarks/serving_cpu.py
+
+# Both commands go on where they were stopped. Both in float32, where outputs must be the same.
+PAIR := examples/models/python-target examples/models/python-specformer
+LOAD := --prompts tests/data/prompts.jsonl --engine-args '{"dtype": "float32", "enforce_eager": true, \
+	"max_model_len": 512, "kv_cache_memory_bytes": 1073741824}'
+
+bench-load: export OMP_NUM_THREADS = 1
+bench-load: export VLLM_CPU_OMP_THREADS_BIND = nobind
+bench-load: setup  ## plan K and compare arms under load, bundled and heavy target (build/bench): hours
+	mkdir -p build/bench
+	$(BIN)/specformer enlarge $(PAIR) --parameters 100M --out build/heavy
+	for pair in bundled=examples/models/python-specformer heavy=build/heavy/head; do \
+		name=$${pair%%=*}; head=$${pair#*=}; \
+		test -f build/bench/$$name-plan.json || $(BIN)/specformer plan $$head $(LOAD) \
+			--json build/bench/$$name-plan.json --plot build/bench/$$name-plan.png || exit 1; \
+		$(BIN)/specformer bench $$head $(LOAD) --schedule build/bench/$$name-plan.json \
+			--requests-per-slot 2 --out build/bench/$$name || exit 1; \
+	done
 
 bench-kernels: setup  ## check every kernel and time it (benchmarks/results/gpu); smoke run without a GPU
 	$(BIN)/python benchmarks/kernels.py

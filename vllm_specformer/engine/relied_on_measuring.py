@@ -1,4 +1,4 @@
-"""What `specformer bench` and `specformer plan` rely on in vLLM; serving needs none of it."""
+"""What `bench`, `plan` and `eval --engine` rely on in vLLM; serving needs none of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from vllm_specformer.engine.relied_on import Reliance, call, members
 
 CLIENT = "bench/client.py"
 MEASURING = "engine/measuring.py"
+EVALUATION = "evaluation/serve_worker.py"
 
 MEASURED: tuple[Reliance, ...] = (
     call("vllm.benchmarks.serve:add_cli_args", CLIENT, "the client's own options", "parser"),
@@ -13,8 +14,11 @@ MEASURED: tuple[Reliance, ...] = (
     *members(
         "vllm.v1.engine.llm_engine:LLMEngine",
         MEASURING,
-        "from an engine to its scheduler, and which runner it has",
-        "engine_core vllm_config",
+        "from an engine to its scheduler",
+        "engine_core",
+    ),
+    *members(
+        "vllm.v1.engine.llm_engine:LLMEngine", EVALUATION, "which runner it has", "vllm_config"
     ),
     *members(
         "vllm.v1.engine.core_client:InprocClient", MEASURING, "to the scheduler", "engine_core"
