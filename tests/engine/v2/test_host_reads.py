@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from specformer_kernels.verify import Verification, triton_kernel
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from v1.engines import (
     HEAD,
     DenseReference,
@@ -28,78 +28,12 @@ from v1.engines import (
 )
 from vllm import SamplingParams
 
+from vllm_specformer.engine import coupled
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
+from .host_reads import HostReads
 from .support import LONG, MAX_TOKENS, TEXTS, K, assert_all_equal, engine, watching
-from .triton_ops import OUR_KERNELS, use_triton
-
-# Methods of a tensor that make the host wait for its values and that dispatch no operator on a CPU.
-READING_METHODS = ("tolist", "numpy", "cpu", "__array__")
-READING_OPERATORS = {
-    "_local_scalar_dense",  # item(), int(), float(), bool(), an index or a slice bound
-    "nonzero",
-    "masked_select",
-    "equal",
-    "is_nonzero",
-    "_unique2",
-}
-
-
-class HostReads(TorchDispatchMode):
-    """Counts what would make the host wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-        self.operators = 0
-        self._paused = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operators += 1
-        name = func.overloadpacket.__name__
-        if name in READING_OPERATORS:
-            self.found[name] += 1
-        if name in ("index", "index_put", "index_put_"):
-            for index in args[1]:
-                if index is not None and index.dtype in (torch.bool, torch.uint8):
-                    self.found["boolean index"] += 1
-        # Its output has as many rows as the values say, unless the caller gave the number.
-        if func is torch.ops.aten.repeat_interleave.Tensor and not (kwargs or {}).get(
-            "output_size"
-        ):
-            self.found["repeat_interleave"] += 1
-        return func(*args, **(kwargs or {}))
-
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[None]:
-        self._paused = False
-        try:
-            with self:
-                yield
-        finally:
-            self._paused = True
-
-    @contextlib.contextmanager
-    def pausing(self) -> Iterator[None]:
-        """For the interpreter, which reads a kernel's tensors as no compiled kernel would."""
-        was, self._paused = self._paused, True
-        try:
-            with _disable_current_modes():
-                yield
-        finally:
-            self._paused = was
-
-    def patch_methods(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in READING_METHODS:
-            monkeypatch.setattr(Tensor, name, self._counted(name, getattr(Tensor, name)))
-
-    def _counted(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self._paused:
-                self.found[name] += 1
-            return method(tensor, *args, **kwargs)
-
-        return counted
+from .triton_ops import OUR_KERNELS, Launched, use_triton
 
 
 def test_our_triton_kernels_inside_vllm(
@@ -120,6 +54,12 @@ def test_our_triton_kernels_inside_vllm(
     assert_all_equal(reference, watch, at_least=60)
 
 
+def pinned(tensor: Tensor) -> None:
+    """Which cannot be had without a device; that it was asked for is what counts."""
+    with contextlib.suppress(RuntimeError):
+        tensor.pin_memory()
+
+
 READS: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda x: x[0].item(),
     "tolist": lambda x: x.tolist(),
@@ -135,14 +75,38 @@ READS: dict[str, Callable[[Tensor], Any]] = {
     "masked_select": lambda x: x.masked_select(x > 0),
     "unique": lambda x: x.unique(),
     "equal": lambda x: torch.equal(x, x),
+    "unique rows": lambda x: x.view(2, 2).unique(dim=0),
+    "runs": lambda x: x.unique_consecutive(),
+    "counts": lambda x: x.bincount(),
+    "drawn": lambda x: x.float().multinomial(1),
+    "contained": lambda x: 3 in x,
     "repeats": lambda x: x.repeat_interleave(x),
+    "pinned": pinned,
+    "host's data": lambda x: x + torch.tensor([1, 2, 3, 4]),
+    "index from the host": lambda x: x[torch.as_tensor([0, 1])],
+    "host's tensor": lambda x: x + torch.arange(4),
+    "to the host": lambda x: x.to("cpu"),
+    "waiting": lambda x: torch.cuda.synchronize(),
+}
+
+# What looks like one of them and keeps the host out of it.
+NO_READS: dict[str, Callable[[Tensor], Any]] = {
+    "where": lambda x: torch.where(x > 0, x, 0),
+    "mask": lambda x: x.masked_fill(x > 0, 1),
+    "index": lambda x: x[x.clamp(max=3)],
+    "assignment": lambda x: x.clone().__setitem__(x, x),
+    "repeats": lambda x: x.repeat_interleave(2),
+    "on the device": lambda x: x + torch.arange(4, device=x.device),
+    "as another": lambda x: x.new_zeros(4),
+    "type": lambda x: x.to(x.device, torch.float32),
+    "slice": lambda x: x[1:3],
 }
 
 
 @pytest.mark.parametrize("name", READS)
 def test_the_counter_sees_a_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reads, tensor = HostReads(), torch.arange(4)
-    reads.patch_methods(monkeypatch)
+    reads.patch(monkeypatch)
     with reads.counting():
         tensor.clone().add_(1)
     assert reads.found.total() == 0
@@ -155,28 +119,48 @@ def test_the_counter_sees_a_read(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert reads.found.total() == seen
 
 
-@pytest.mark.parametrize("method", ["greedy", "probabilistic"])
+@pytest.mark.parametrize("name", NO_READS)
+def test_the_counter_sees_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, tensor = HostReads(), torch.arange(4)
+    reads.patch(monkeypatch)
+    with reads.counting():
+        NO_READS[name](tensor)
+    assert reads.found == Counter()
+
+
+@pytest.mark.parametrize("method", ["greedy", "probabilistic", "coupled"])
 def test_no_host_read_in_a_step(
     method: str, tmp_path: Path, answers: dict[Tokens, Tokens], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drawn drafts come from a head with all that a head may have."""
+    """Drawn drafts come from a head with all that a head may have; some steps want no draft."""
     head = HEAD
     if method == "probabilistic":
         everything = {"num_slot_layers": 2, "draft_vocab_size": 700, "markov_rank": 8}
         head = make_head(tmp_path / "head", "default", **everything)
     reads = HostReads()
-    reads.patch_methods(monkeypatch)
+    reads.patch(monkeypatch)
     launches = use_triton(monkeypatch, reads.pausing)
     propose, steps = SpecFormerSpeculator.propose, Counter[bool]()
+    kernel = Launched(triton_kernel._follow_kernel, reads.pausing, launches)
+    monkeypatch.setattr(triton_kernel, "_follow_kernel", kernel)
 
     def counted(self: SpecFormerSpeculator, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
         steps[bool((args[4] == 0).any())] += 1
+        if steps.total() % 4 == 0:
+            kwargs["num_speculative_tokens"] = 0
         with reads.counting():
             return propose(self, batch, *args, **kwargs)
 
+    def follow(*args: Any) -> Verification:
+        with reads.counting():
+            return triton_kernel.follow(*args)
+
     monkeypatch.setattr(SpecFormerSpeculator, "propose", counted)
+    monkeypatch.setattr(coupled, "follow", follow)
     sampled = SamplingParams(temperature=0.8, max_tokens=6, seed=1)
-    speculative = drafting(K, head, draft_sample_method=method)
+    rule = {"verification": "coupled"} if method == "coupled" else {}
+    drawn = "greedy" if method == "greedy" else "probabilistic"
+    speculative = drafting(K, head, draft_sample_method=drawn, **rule)
     with engine(speculative, max_num_batched_tokens=64) as llm:
         outputs = llm.generate(
             [*TEXTS[:4], LONG[0]], [greedy(8)] * 3 + [sampled] * 2, use_tqdm=False
@@ -190,6 +174,8 @@ def test_no_host_read_in_a_step(
     assert steps[True] > 0
     assert steps[False] > 0
     assert launches.keys() >= OUR_KERNELS
+    # Coupled drafts are drawn as the target's tokens are, which are not counted.
     assert ("_gumbel_sample_kernel" in launches) == (method == "probabilistic")
+    assert ("_follow_kernel" in launches) == (method == "coupled")
     assert reads.operators > 100 * steps.total()
     assert reads.found == Counter()

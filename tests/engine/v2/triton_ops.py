@@ -22,6 +22,9 @@ class Launched:
     def __init__(self, kernel: Any, pausing: Callable[[], Any], launches: Counter[str]) -> None:
         self.kernel, self.pausing, self.launches = kernel, pausing, launches
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernel, name)
+
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
             # vLLM samples the target's tokens with the same kernel as our drafts.
