@@ -124,7 +124,10 @@ def test_a_plan_on_paper(
     [
         (["--num-speculative-tokens", "9"], "--num-speculative-tokens 9: this head drafts 1 to 8"),
         (["--chip", "v100", "--eval", "EVAL"], "--chip v100: unknown; choose one of a100"),
-        (["--chip", "h200"], "--chip: needs --eval"),
+        (["--chip", "h200"], "--chip: needs --eval or --accepted"),
+        (["--chip", "h200", "--accepted", "0.5", "0.6"], "no later position can be reached more"),
+        (["--chip", "h200", "--accepted", "0.5", "0.4"], "--accepted: has 2 positions"),
+        (["--chip", "h200", "--target", "/nowhere"], "target /nowhere: neither a directory"),
         ([], "--prompts: needed to measure with"),
         (["--engine-args", '{"model": "x"}'], "--engine-args: 'model' is set by the plan"),
         (["--json", "/nowhere/plan.json"], "no such directory as /nowhere"),
@@ -134,8 +137,38 @@ def test_what_cannot_be_planned_is_refused_at_once(
     changes: list[str], message: str, evaluation: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [str(evaluation) if part == "EVAL" else part for part in changes]
-    assert main(["plan", str(HEAD), "--target", str(TARGET), *given]) == 2
+    target = [] if "--target" in given else ["--target", str(TARGET)]
+    assert main(["plan", str(HEAD), *target, *given]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_plan_on_paper_needs_no_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen3-8B's shape from its config.json alone, with a head as `train` would make it."""
+    model = tmp_path / "config.json"
+    sizes = {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    }
+    model.write_text(json.dumps({"model_type": "qwen3"} | sizes))
+    shares = ["--accepted", "0.7", "0.5", "0.3", "0.2"]
+    where = ["--chip", "h200", "--batch", "1", "256", "--num-speculative-tokens", "4"]
+    out = tmp_path / "plan.json"
+    command = ["plan", "--target", str(tmp_path), *where, *shares, "--json", str(out)]
+    assert main(command) == 0
+    assert "--speculative-config" in capsys.readouterr().out
+    plan = read_plan(out)
+    # One request reads 15.2 GB of target, and for its draft 1.2 GB of lm_head and 0.8 GB of head.
+    assert plan.predicted(1, 4) == pytest.approx(2.7 * 15.2 / (15.2 + 1.2 + 0.8), rel=0.01)
+    assert (plan.predicted(256, 4) or 0) < 1.3
+    assert main(["plan", *where, *shares]) == 2
+    assert "needs HEAD or --target" in capsys.readouterr().err
+    assert main(["plan", "--prompts", str(PROMPTS)]) == 2
+    assert "HEAD: needed to measure with" in capsys.readouterr().err
 
 
 @pytest.mark.slow

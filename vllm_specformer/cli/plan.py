@@ -14,7 +14,13 @@ INTERRUPTED = 130
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what")
-    what.add_argument("head", type=Path, metavar="HEAD", help="directory of the head")
+    what.add_argument(
+        "head",
+        type=Path,
+        nargs="?",
+        metavar="HEAD",
+        help="directory of the head; on paper it may be left out for one of the default shape",
+    )
     what.add_argument("--target", help="directory or hub name; default: the one the head names")
     what.add_argument("--revision", help="branch, tag or commit of a model of the hub")
     what.add_argument(
@@ -36,6 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     accepted = parser.add_argument_group("acceptance")
     accepted.add_argument(
         "--eval", type=Path, metavar="FILE", help="what `specformer eval --json` wrote"
+    )
+    accepted.add_argument(
+        "--accepted",
+        nargs="+",
+        type=share,
+        default=(),
+        metavar="SHARE",
+        help="instead: the share of drafts accepted up to position 1, 2, ...",
     )
     accepted.add_argument(
         "--temperature", type=temperature, default=0.0, metavar="T", help="of --eval to use (0)"
@@ -118,9 +132,10 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _say("\ninterrupted; nothing was written")
         return INTERRUPTED
-    print_plan(plan, str(options.head))
+    head = str(options.head or "HEAD")
+    print_plan(plan, head)
     if options.json is not None:
-        content = json.dumps(plan.to_json(str(options.head)), indent=2) + "\n"
+        content = json.dumps(plan.to_json(head), indent=2) + "\n"
         write_atomic(options.json, content.encode())
     if options.plot is not None:
         write_atomic(options.plot, plot(plan))

@@ -24,6 +24,25 @@ def from_evaluation(
     return {count: 1.0 if count == 0 else _at(evaluated, count, path) for count in counts}
 
 
+def from_shares(shares: Sequence[float], counts: Sequence[int]) -> dict[int, float]:
+    """Tokens per step at each of `counts`, of the share of drafts accepted up to each position.
+
+    Raises:
+        SpecFormerError: shares that rise, or fewer than the largest count.
+    """
+    if list(shares) != sorted(shares, reverse=True):
+        raise SpecFormerError(
+            f"--accepted {' '.join(f'{share:g}' for share in shares)}: no later position can be "
+            "reached more often; give the share of drafts accepted up to position 1, 2, ..."
+        )
+    if len(shares) < max(counts):
+        raise SpecFormerError(
+            f"--accepted: has {len(shares)} positions, and --num-speculative-tokens asks for "
+            f"{max(counts)}"
+        )
+    return {count: 1.0 + sum(shares[:count]) for count in counts}
+
+
 def _at(evaluated: dict[int, dict[str, Any]], count: int, path: Path) -> float:
     if count in evaluated:
         return float(evaluated[count]["tokens_per_step"])

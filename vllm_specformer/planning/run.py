@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
 from vllm_specformer.bench.hardware import hardware
 from vllm_specformer.bench.prompts import read_prompts
 from vllm_specformer.config import HeadFields, SpecFormerConfig, read_config
-from vllm_specformer.data.target import find_target, read_json
+from vllm_specformer.data.target import find_target
 from vllm_specformer.engine.checks import check_pair
 from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.planning.acceptance import from_evaluation
-from vllm_specformer.planning.chips import find_chip
+from vllm_specformer.planning.acceptance import from_evaluation, from_shares
+from vllm_specformer.planning.chips import Chip, find_chip
 from vllm_specformer.planning.choose import MARGIN, combine
 from vllm_specformer.planning.measure import Machine, Settings
 from vllm_specformer.planning.paper import rows_on_paper
@@ -36,11 +36,12 @@ _OWN = ("model", "speculative_config", "disable_log_stats")
 class Options:
     """The command's arguments; see `cli/plan.py` for their meaning."""
 
-    head: Path
+    head: Path | None
     target: str | None = None
     revision: str | None = None
     prompts: Sequence[Path] = ()
     eval: Path | None = None
+    accepted: Sequence[float] = ()
     temperature: float = 0.0
     batch: Sequence[int] = BATCHES
     num_speculative_tokens: Sequence[int] = COUNTS
@@ -63,61 +64,97 @@ def make_plan(options: Options, say: Callable[[str], None]) -> Plan:
     Raises:
         SpecFormerError: anything the user can put right.
     """
+    if options.chip is not None:
+        return _on_paper(options, find_chip(options.chip))
+    if options.head is None:
+        raise SpecFormerError("HEAD: needed to measure with; or plan on paper with --chip")
     config = read_config(options.head)
-    counts = sorted({0, *options.num_speculative_tokens})
-    if counts[-1] > config.num_draft_slots:
-        raise SpecFormerError(
-            f"--num-speculative-tokens {counts[-1]}: this head drafts 1 to {config.num_draft_slots}"
-        )
     name = options.target or config.target_name_or_path
     place, _ = find_target(name, options.revision)
     check_pair(config, read_target_config(place), name)
-    accepted = from_evaluation(options.eval, counts, options.temperature) if options.eval else None
-    about = {"target": name, "head": str(options.head), "versions": versions()}
-    if options.chip is None:
-        return _measured(options, config, place, counts, accepted, about, say)
+    return _measured(options, options.head, config, place, name, say)
+
+
+def _on_paper(options: Options, chip: Chip) -> Plan:
+    """Needs no weights, and no head either: then one of the default shape is taken."""
+    config = read_config(options.head) if options.head is not None else None
+    name = options.target or (config.target_name_or_path if config is not None else None)
+    if name is None:
+        raise SpecFormerError("--chip: needs HEAD or --target, to know whose step it is about")
+    target = TargetShape.from_config(_configuration(name, options.revision))
+    head = HeadShape.default_for(target)
+    if config is not None:
+        fields = {field: getattr(config, field) for field in HeadFields.model_fields}
+        head = HeadShape.from_fields(fields)
+    accepted = _given_acceptance(options, _counts(options, head.slots))
     if accepted is None:
-        raise SpecFormerError("--chip: needs --eval, since nothing runs that could show acceptance")
-    return _on_paper(options, config, place, accepted, about)
-
-
-def _on_paper(
-    options: Options,
-    config: SpecFormerConfig,
-    place: Path,
-    accepted: dict[int, float],
-    about: dict[str, Any],
-) -> Plan:
-    chip = find_chip(options.chip or "").derated(options.bandwidth, options.arithmetic)
-    fields = {name: getattr(config, name) for name in HeadFields.model_fields}
+        raise SpecFormerError(
+            "--chip: needs --eval or --accepted, since nothing runs that could show acceptance"
+        )
     rows = rows_on_paper(
-        chip,
-        TargetShape.from_config(read_json(place / "config.json")),
-        HeadShape.from_fields(fields),
+        chip.derated(options.bandwidth, options.arithmetic),
+        target,
+        head,
         options.batch,
         accepted,
         options.context,
         weight_bytes=options.weight_bytes,
     )
-    costs = f"on paper: {chip.name}; {options.context} tokens of context; {chip.source}"
-    return Plan.of(rows, about | {"costs": costs}, options.margin)
+    shares = f"{options.bandwidth:.0%} of its bandwidth, {options.arithmetic:.0%} of its arithmetic"
+    about = {
+        "target": name,
+        "head": str(options.head) if options.head is not None else "a head of the default shape",
+        "versions": versions(),
+        "costs": f"on paper: {chip.name} at {shares}; {options.context} tokens of context; "
+        f"{chip.source}",
+    }
+    return Plan.of(rows, about, options.margin)
+
+
+def _configuration(name: str, revision: str | None) -> dict[str, Any]:
+    """A target's config.json alone, of a directory or of the hub."""
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    except OSError as error:
+        raise SpecFormerError(
+            f"target {name}: neither a directory with a config.json nor a model whose "
+            f"configuration could be fetched ({str(error).strip().splitlines()[0]}); check the name"
+        ) from None
+    return dict(content)
+
+
+def _counts(options: Options, slots: int) -> list[int]:
+    counts = sorted({0, *options.num_speculative_tokens})
+    if counts[-1] > slots:
+        raise SpecFormerError(
+            f"--num-speculative-tokens {counts[-1]}: this head drafts 1 to {slots}"
+        )
+    return counts
+
+
+def _given_acceptance(options: Options, counts: Sequence[int]) -> dict[int, float] | None:
+    """Tokens per step by count, where the options tell; None where they must be measured."""
+    if options.eval is not None:
+        return from_evaluation(options.eval, counts, options.temperature)
+    return from_shares(options.accepted, counts) if options.accepted else None
 
 
 def _measured(
     options: Options,
+    head: Path,
     config: SpecFormerConfig,
     place: Path,
-    counts: list[int],
-    accepted: dict[int, float] | None,
-    about: dict[str, Any],
+    name: str,
     say: Callable[[str], None],
 ) -> Plan:
-    for name in options.engine_args:
-        if name in _OWN:
-            raise SpecFormerError(f"--engine-args: {name!r} is set by the plan; leave it out")
+    for argument in options.engine_args:
+        if argument in _OWN:
+            raise SpecFormerError(f"--engine-args: {argument!r} is set by the plan; leave it out")
+    counts = _counts(options, config.num_draft_slots)
+    accepted = _given_acceptance(options, counts)
     if not options.prompts:
         raise SpecFormerError("--prompts: needed to measure with; or plan on paper with --chip")
-    check_weights(options.head, config)
+    check_weights(head, config)
     settings = Settings(
         options.batch, counts, options.cycles, options.steps, max_tokens=options.max_tokens
     )
@@ -130,11 +167,16 @@ def _measured(
     ids = [list(tokenizer(text)["input_ids"]) for text in texts]
     engine = {"model": str(place), **options.engine_args}
     with tempfile.TemporaryDirectory(prefix="specformer-plan-") as logs:
-        machine = Machine(engine, options.head, ids, settings, Path(logs), say)
+        machine = Machine(engine, head, ids, settings, Path(logs), say)
         costs, live = machine.measure(live=accepted is None)
     rows = combine(costs.plain, costs.steps, costs.drafts, accepted or live)
-    source = f"{options.eval}" if accepted else f"a live run of {len(ids)} prompts"
-    about |= {
+    source = (
+        f"a live run of {len(ids)} prompts" if accepted is None else str(options.eval or "given")
+    )
+    about = {
+        "target": name,
+        "head": str(head),
+        "versions": versions(),
         "costs": f"measured on this machine; acceptance: {source}",
         "hardware": hardware(),
         "engine_args": dict(options.engine_args),
