@@ -21,6 +21,7 @@ from vllm import LLM, SamplingParams
 from vllm.config.compilation import CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 
 from vllm_specformer.engine import speculator_v2
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
@@ -265,6 +266,43 @@ def test_graphs_are_asked_for_when_vllm_wants_them(
             assert ours.query_cudagraph_manager.decode_query_len == 1
     finally:
         ours.query_cudagraph_manager = before
+
+
+def test_each_batch_has_its_graph(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own choice: the smallest captured batch that holds the requests, else eager.
+
+    One graph per size whatever number of drafts a schedule asks for, so nothing is captured anew.
+    """
+    monkeypatch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
+    ours = speculator(llm)
+    largest = ours.max_num_reqs  # of the engine, 8
+    sizes = [1, 2, 4, 6, 10, 20]  # rows: those past the largest batch fit a verification only
+    compilation = ours.vllm_config.compilation_config
+    monkeypatch.setattr(compilation, "cudagraph_capture_sizes", sizes)
+    monkeypatch.setattr(compilation, "max_cudagraph_capture_size", sizes[-1])
+    monkeypatch.setattr(ours, "query_cudagraph_manager", None)
+    ours.init_cudagraph_manager(CUDAGraphMode.FULL_AND_PIECEWISE)
+    manager = ours.query_cudagraph_manager
+    assert manager is not None
+    captured = [desc.num_reqs for desc in manager._capture_descs[CUDAGraphMode.FULL]]
+    assert captured == [6, 4, 2, 1]
+    manager._graphs_captured = True
+
+    def chosen(requests: int, need_eager: bool = False) -> int | None:
+        desc, _ = dispatch_cg_and_sync_dp(
+            manager,
+            requests,
+            requests,
+            uniform_token_count=1,
+            dp_size=1,
+            dp_rank=0,
+            need_eager=need_eager,
+        )
+        return desc.num_reqs if desc.cg_mode == CUDAGraphMode.FULL else None
+
+    found = [chosen(requests) for requests in range(1, largest + 1)]
+    assert found == [1, 2, 4, 4, 6, 6, None, None]
+    assert chosen(2, need_eager=True) is None
 
 
 @pytest.mark.parametrize(
