@@ -46,8 +46,11 @@ def test_gain_is_tokens_per_step_over_the_cost_of_a_step() -> None:
 def test_best_count_gains_most_or_is_none() -> None:
     assert best_count([row(1, 0, 0.98), row(1, 2, 1.5), row(1, 4, 1.4)]) == 2
     assert best_count([row(1, 0, 0.98), row(1, 2, 0.99), row(1, 4, 0.7)]) == 0
-    assert best_count([row(1, 0, 0.98), row(1, 2, 1.01)], margin=0.02) == 0
-    assert best_count([row(1, 0, 0.98), row(1, 2, 1.01)], margin=0.0) == 2
+    assert best_count([row(1, 0, 0.98), row(1, 2, 0.99), row(1, 4, 0.7)], margin=0.0) == 2
+    assert best_count([row(1, 2, 0.99), row(1, 4, 1.1)]) == 4
+    assert best_count([row(1, 2, 0.99), row(1, 4, 1.01)]) == 0
+    # Where K = 0 is dear, a smaller loss is the better choice.
+    assert best_count([row(1, 0, 0.7), row(1, 2, 0.9)]) == 2
 
 
 def test_schedule_follows_the_costs_between_measured_batch_sizes() -> None:
@@ -101,6 +104,16 @@ def test_a_plan_that_never_pays_says_so(tmp_path: Path, capsys: pytest.CaptureFi
     assert plan.to_json("HEAD")["speculative_config"] is None
     print_plan(plan, "HEAD")
     assert "Speculation pays at none of these batch sizes" in capsys.readouterr().out
+    dear = Plan.of([row(1, 0, 0.7), row(1, 4, 0.9)], {}, 0.02)
+    assert dear.schedule == [[1, 1, 4]]
+    assert not dear.pays
+
+
+def test_a_plan_names_where_it_loses(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan.of([row(1, 0, 0.9), row(1, 4, 1.5), row(8, 0, 0.9), row(8, 4, 0.5)], {}, 0.02)
+    assert plan.gains() == {1: 1.5, 8: 0.9}
+    print_plan(plan, "HEAD")
+    assert "At 8 requests even the best K loses a little" in capsys.readouterr().out
 
 
 def test_the_printed_line_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,11 @@ class Options:
                     f"--engine-args: {name!r} is set by the benchmark; leave it out"
                 )
 
+    def max_model_len(self, otherwise: int) -> int:
+        """The longest text the servers take, in tokens."""
+        given = {name.replace("-", "_"): value for name, value in self.engine_args.items()}
+        return int(given.get("max_model_len", otherwise))
+
     def requests(self, concurrency: int, available: int) -> int:
         """Requests of a measurement: some for every slot, at least 8 in all, each prompt once.
 
@@ -71,11 +77,5 @@ def server_arguments(engine_args: Mapping[str, Any], max_num_seqs: int) -> list[
         if isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            arguments += [f"--{flag}", value if isinstance(value, str) else _json(value)]
+            arguments += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
     return arguments
-
-
-def _json(value: Any) -> str:
-    import json
-
-    return json.dumps(value)

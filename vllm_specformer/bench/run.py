@@ -87,7 +87,7 @@ class _Comparison:
         self.arms = build(
             names, str(options.head), self.head.slots, schedule, options.speculative_config
         )
-        context = int(options.engine_args.get("max_model_len", config.max_position_embeddings))
+        context = options.max_model_len(config.max_position_embeddings)
         self.prompts = read_prompts(options.prompts, self.place, options.max_tokens, context)
         for concurrency in options.concurrency:
             options.requests(concurrency, len(self.prompts))

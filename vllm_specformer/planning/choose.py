@@ -6,7 +6,7 @@ Expected throughput against no speculation, at batch size B with K drafted token
 
 where a(K) is the mean number of tokens a step emits, T_plain the step of a server without
 speculation, and T_step the whole step with it: verifying K + 1 rows and drafting. K = 0 costs what
-storing the head's K/V costs, so its ratio is just below 1.
+storing the head's K/V and the engine's own provisions for drafts cost, so its ratio is below 1.
 """
 
 from __future__ import annotations
@@ -37,10 +37,13 @@ class Row:
 
 
 def best_count(rows: Sequence[Row], margin: float = MARGIN) -> int:
-    """The K that gains most of the rows of one batch size, 0 if none gains more than `margin`."""
-    drafting = [row for row in rows if row.count]
-    best = max(drafting, key=lambda row: row.ratio, default=None)
-    return best.count if best is not None and best.ratio > 1 + margin else 0
+    """The K of one batch size that gains most, 0 unless it gains `margin` more than 0 does.
+
+    What K = 0 costs is part of the choice: where it is much, drafting at a small loss is better.
+    """
+    best = max(rows, key=lambda row: row.ratio)
+    without = next((row.ratio for row in rows if row.count == 0), 1.0)
+    return best.count if best.ratio > without * (1 + margin) else 0
 
 
 def between(rows: Sequence[Row], batch: int) -> list[Row]:

@@ -27,7 +27,19 @@ class Plan:
 
     @property
     def pays(self) -> bool:
-        return any(count for _, _, count in self.schedule)
+        """Whether speculation is expected to gain at any batch size."""
+        if not self.rows:
+            return any(count for _, _, count in self.schedule)
+        return any(gain > 1 for gain in self.gains().values())
+
+    def gains(self) -> dict[int, float]:
+        """Expected tokens/s of the schedule over no speculation, by batch size."""
+        batches = sorted({row.batch for row in self.rows})
+        return {
+            batch: gain
+            for batch in batches
+            if (gain := self.predicted(batch, self.count_at(batch))) is not None
+        }
 
     def count_at(self, batch: int) -> int:
         """Drafted tokens at a batch size; the last range goes on."""

@@ -21,6 +21,12 @@ def print_plan(plan: Plan, head: str) -> None:
     if not plan.pays:
         console.print("Speculation pays at none of these batch sizes: serve without it.")
         return
+    losing = [str(batch) for batch, gain in plan.gains().items() if gain < 1]
+    if losing:
+        console.print(
+            f"At {', '.join(losing)} requests even the best K loses a little: a server without a "
+            "speculative config is faster there."
+        )
     config = json.dumps(plan.speculative_config(head))
     console.print("\nServe with", style="bold")
     console.print(f"--speculative-config {shlex.quote(config)}", markup=False, soft_wrap=True)
@@ -62,8 +68,8 @@ def plot(plan: Plan) -> bytes:
     for count in sorted({row.count for row in plan.rows}):
         rows = sorted((row for row in plan.rows if row.count == count), key=lambda row: row.batch)
         axes.plot(batches, [row.ratio for row in rows], marker="o", label=f"K={count}")
-    chosen = [plan.predicted(batch, plan.count_at(batch)) or float("nan") for batch in batches]
-    axes.plot(batches, chosen, "k--", linewidth=2, label="schedule")
+    gains = plan.gains()
+    axes.plot(list(gains), list(gains.values()), "k--", linewidth=2, label="schedule")
     axes.axhline(1, color="grey", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(batches, list(map(str, batches)))
