@@ -144,6 +144,7 @@ class SpecFormerHead(PreTrainedModel):
         self.context_attn = Projections(config)
         self.positional_norm = RMSNorm(size, eps)
         self.positional_proj = nn.Linear(size, slots * size, bias=True)
+        self.slot_width = size  # of what this process computes of a slot; a rank may have a share
         if config.use_bonus_embedding:
             self.bonus_norm = RMSNorm(size, eps)
             self.bonus_proj = nn.Linear(size, size, bias=False)
@@ -224,8 +225,11 @@ class SpecFormerHead(PreTrainedModel):
         if self.config.use_bonus_embedding:
             assert bonus_embeds is not None
             hidden = hidden + self.bonus_proj(self.bonus_norm(bonus_embeds))
-        normed = self.positional_norm(hidden)
-        proj, rows = self.positional_proj, num_slots * self.config.hidden_size
+        return self.open_slots(self.positional_norm(hidden), num_slots)
+
+    def open_slots(self, normed: Tensor, num_slots: int) -> Tensor:
+        """The positional projection of the leading slots: [..., H] -> [..., num_slots, H]."""
+        proj, rows = self.positional_proj, num_slots * self.slot_width
         if rows == proj.out_features:
             slots = proj(normed)
         else:

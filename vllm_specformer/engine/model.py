@@ -1,9 +1,8 @@
 """The head as a vLLM model: `SpecFormerHead` over the paged cache, sharing the target's ends.
 
 Registered as architecture `SpecFormerDraftModel`. It owns the head's weights only; embedding, final
-norm and logits come from the loaded target by reference. Under tensor parallelism every rank runs
-the whole head (one layer; its weights are about one decoder layer's), and the target's own
-vocabulary-parallel `compute_logits` does the large GEMM sharded.
+norm and logits come from the loaded target by reference. Under tensor parallelism the head is
+sharded as the target is (see `sharding`).
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.engine.attention import DraftAttention
 from vllm_specformer.engine.draft_vocabulary import logits_of_some
+from vllm_specformer.engine.sharding import HeadShare
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.parts import NORM_NAMES, find_part
 from vllm_specformer.weights import HeadWeightError, check_draft_tokens
@@ -59,12 +59,14 @@ class SpecFormerDraftModel(nn.Module):
         served = vllm_config.model_config.max_model_len
         self.config.max_position_embeddings = max(self.config.max_position_embeddings, served)
         self.head = SpecFormerHead(self.config)
+        ranks = speculative.draft_parallel_config.tensor_parallel_size
+        self.share = HeadShare(self.config, ranks)
         self.num_slots = self.config.num_draft_slots
         self.num_served = speculative.num_speculative_tokens
         layers = vllm_config.model_config.get_total_num_hidden_layers()
         self.attn = DraftAttention(
             prefix=f"model.layers.{layers}.self_attn.attn",
-            num_kv_heads=self.config.num_key_value_heads,
+            num_kv_heads=self.share.kv_heads,
             head_size=self.config.head_dim,
             scale=self.head.scale,
             max_requests=vllm_config.scheduler_config.max_num_seqs,
@@ -195,13 +197,14 @@ class SpecFormerDraftModel(nn.Module):
         return loaded
 
     def _prepare_for_serving(self) -> None:
-        """Drop slots that are never drafted; on a CPU, pack the matrices as vLLM packs its own."""
+        """Drop slots that are never drafted and what other ranks hold; on a CPU, pack the rest."""
         if self.config.nested_slots:
             proj = self.head.positional_proj
             rows = self.num_served * self.config.hidden_size
             proj.weight = nn.Parameter(proj.weight[:rows].clone(), requires_grad=False)
             proj.bias = nn.Parameter(proj.bias[:rows].clone(), requires_grad=False)
             proj.out_features = rows
+        self.share.cut(self.head)
         if self.head.fc.weight.device.type == "cpu":
             self._pack()
 

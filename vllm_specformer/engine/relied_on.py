@@ -56,6 +56,7 @@ MODEL = "engine/model.py"
 CHECKS = "engine/checks.py"
 ATTENTION = "engine/attention.py"
 CPU_PAGES = "engine/cpu_pages.py"
+SHARDING = "engine/sharding.py"
 V1 = "engine/proposer_v1.py"
 V2 = "engine/speculator_v2.py"
 CPU_SAMPLING = "engine/cpu_sampling.py"
@@ -70,6 +71,8 @@ _BACKEND = "vllm.v1.attention.backend"
 _LAYER = "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase"
 _EAGLE = "vllm.model_executor.models.interfaces"
 _ENDS = "vllm.model_executor.layers"
+_RANKS = "vllm.distributed.parallel_state"
+_TOGETHER = "vllm.distributed.communication_op"
 
 _OPS = "vllm._custom_ops"
 _CPU_BACKEND = "vllm.v1.attention.backends.cpu_attn"
@@ -112,7 +115,8 @@ REGISTRATION: tuple[Reliance, ...] = (
         V1 + ", " + V2,
         "read to set up drafting",
         "method num_speculative_tokens draft_model_config draft_sample_method "
-        "use_local_argmax_reduction parallel_drafting disable_eagle_block_drop",
+        "use_local_argmax_reduction parallel_drafting disable_eagle_block_drop "
+        "draft_parallel_config",
     ),
     call(f"{_SPEC}:SpeculativeConfig.use_dflash", PATCHES, "chooses vLLM's DFlash path"),
     call(f"{_SPEC}:SpeculativeConfig.use_eagle", PATCHES, "turns auxiliary states on"),
@@ -278,6 +282,10 @@ LAYERS: tuple[Reliance, ...] = (
         "whether the lm_head is whole",
         "tp_size quant_method",
     ),
+    call(f"{_RANKS}:get_tensor_model_parallel_rank", SHARDING, "which share of the head"),
+    call(f"{_RANKS}:get_tensor_model_parallel_world_size", SHARDING, "how many shares"),
+    call(f"{_TOGETHER}:tensor_model_parallel_all_gather", SHARDING, "parts side by side", "input_"),
+    call(f"{_TOGETHER}:tensor_model_parallel_all_reduce", SHARDING, "sum of parts", "input_"),
     Reliance("vllm.v1.attention.backends.utils:PAD_SLOT_ID", V2, "marks rows to skip", VALUE),
     call("vllm.compilation.backends:set_model_tag", V1 + ", " + V2, "cache key", "tag"),
 )

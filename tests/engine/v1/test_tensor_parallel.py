@@ -13,6 +13,8 @@ import pytest
 
 from .engines import HEAD, PROMPTS, TARGET, drafting, make_head
 
+pytestmark = pytest.mark.slow
+
 # Spawned workers import the script anew, hence the guard.
 SCRIPT = """
 import json, sys
@@ -31,7 +33,9 @@ if __name__ == "__main__":
 """
 
 
-def run(tmp_path: Path, head: Path, ranks: int) -> tuple[list[list[int]], list[Any]]:
+def run(
+    tmp_path: Path, head: Path, ranks: int, **speculative: Any
+) -> tuple[list[list[int]], list[Any]]:
     """Answers, and what each rank drafted."""
     script = tmp_path / "engine.py"
     script.write_text(SCRIPT)
@@ -39,7 +43,7 @@ def run(tmp_path: Path, head: Path, ranks: int) -> tuple[list[list[int]], list[A
     options = {
         "model": str(TARGET),
         "tensor_parallel_size": ranks,
-        "speculative_config": drafting(4, head),
+        "speculative_config": drafting(4, head, **speculative),
     }
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(options), json.dumps(prompts)],
@@ -56,9 +60,9 @@ def run(tmp_path: Path, head: Path, ranks: int) -> tuple[list[list[int]], list[A
     return answers, drafted
 
 
-def assert_ranks_agree(tmp_path: Path, head: Path) -> None:
+def assert_ranks_agree(tmp_path: Path, head: Path, **speculative: Any) -> None:
     alone, (drafted,) = run(tmp_path, head, 1)
-    together, ranks = run(tmp_path, head, 2)
+    together, ranks = run(tmp_path, head, 2, **speculative)
     assert together == alone
     assert len(drafted) > 10
     assert ranks == [drafted, drafted]
@@ -68,8 +72,17 @@ def test_equal_drafts(tmp_path: Path) -> None:
     assert_ranks_agree(tmp_path, HEAD)
 
 
-@pytest.mark.slow
-def test_equal_drafts_of_a_draft_vocabulary(tmp_path: Path) -> None:
-    """The lm_head is sharded, so the head's tokens are taken from the gathered logits."""
-    head = make_head(tmp_path / "head", "default", draft_vocab_size=700, num_draft_slots=4)
+def test_a_head_that_is_not_sharded(tmp_path: Path) -> None:
+    assert_ranks_agree(tmp_path, HEAD, draft_tensor_parallel_size=1)
+
+
+def test_two_layers_one_kv_head_and_a_draft_vocabulary(tmp_path: Path) -> None:
+    """Both ranks hold the K/V head; the head's tokens are taken from the gathered logits."""
+    changes = {"num_key_value_heads": 1, "num_slot_layers": 2, "draft_vocab_size": 700}
+    head = make_head(tmp_path / "head", "default", num_draft_slots=6, markov_rank=8, **changes)
+    assert_ranks_agree(tmp_path, head)
+
+
+def test_shapes_that_do_not_divide(tmp_path: Path) -> None:
+    head = make_head(tmp_path / "head", "default", num_draft_slots=4, intermediate_size=511)
     assert_ranks_agree(tmp_path, head)
