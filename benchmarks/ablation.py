@@ -1,7 +1,7 @@
 """What each part of the head and of its training brings: one head per arm and seed.
 
     make ablation                                      # bundled pair; hours on two cores
-    python benchmarks/ablation.py --steps 20 --seeds 0 --arms default paper    # a look at it
+    python benchmarks/ablation.py --steps 20 --seeds 0 --arms base paper    # a look at it
 
 All heads see the same texts in the same number of steps. What is missing of the data is made first,
 by the recipe of the bundled pair. A head that is complete is not trained again, so the command may
@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from ablation_report import write_plot, write_table
+from ablation_report import BASE, write_plot, write_table
 from safetensors import safe_open
 from tqdm import tqdm
 
@@ -43,8 +43,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "paper + mixed mask": (*_ALL[:2], *_ALL[3:5]),
     "paper + Markov": (*_ALL[:2], *_ALL[5:]),
     "paper + all three": _ALL,
-    "default": (),  # all three, and trained with varying numbers of slots
-    # The rest changes one thing of the default each.
+    BASE: (),  # all three, and trained with varying numbers of slots
+    # The rest changes one thing of the base each.
     "no Markov": ("--markov-rank", "0"),
     "Markov, rank 16": ("--markov-rank", "16"),
     "hook: last": ("--hooks", "6"),
@@ -61,6 +61,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "draft vocabulary 1,024": ("--draft-vocab", "1024"),
     "draft vocabulary 512": ("--draft-vocab", "512"),
     "AdamW": ("--optimizer", "adamw"),
+    "feed-forward twice as wide": ("--intermediate-size", "1536"),
 }
 
 
@@ -141,7 +142,7 @@ def train(head: Path, arm: str, seed: int, args: argparse.Namespace) -> None:
         "--seed": seed,
     }
     if not arm.startswith("paper"):
-        options["--markov-rank"] = 64
+        options |= {"--markov-rank": 64, "--kl-weight": 0}
     run("train", *(str(part) for item in options.items() for part in item), *ARMS[arm])
 
 

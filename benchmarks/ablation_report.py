@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Rows = Sequence[dict[str, Any]]
-BASE = "default"
+BASE = "base"
 # Column of the table -> field of a row, digits.
 COLUMNS = {
     "parameters": ("parameters", 0),

@@ -3,7 +3,8 @@
     python benchmarks/training_cost.py                      # the table of docs/training.md
 
 Heads are built without memory to count their parameters; FLOPs are two per weight and token of a
-matrix product, four more for a backward pass through it (two more through frozen weights).
+matrix product, four more for a backward pass through it (two more through frozen weights). The
+divergence asks the target for its own logits too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from transformers import Qwen3Config
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.training.settings import MARKOV_RANK
 
 # Layers, hidden size, query heads, feed-forward width, parameters in billions, tied embeddings:
 # the models' published configurations. All: 8 K/V heads of 128, vocabulary 151,936.
@@ -61,19 +63,22 @@ def cost(name: str, plan: Plan) -> Cost:
         num_attention_heads=heads, num_key_value_heads=8, intermediate_size=width,
         tie_word_embeddings=tied, architectures=["Qwen3ForCausalLM"],
     )  # fmt: skip
-    config = SpecFormerConfig.preset("default", target, name, num_draft_slots=plan.slots)
+    config = SpecFormerConfig.preset(
+        "default", target, name, num_draft_slots=plan.slots, markov_rank=MARKOV_RANK
+    )
     with torch.device("meta"):
         head = SpecFormerHead(config)
     sizes = {n: p.numel() for n, p in head.named_parameters()}
     parameters = sum(sizes.values())
     per_token = sum(n for name, n in sizes.items() if name.startswith(("fc", "context")))
     positional = sizes["positional_proj.weight"]
-    per_slot = parameters - per_token - positional + positional / plan.slots
+    looked_up = sizes["markov_embed.weight"]
+    per_slot = parameters - per_token - looked_up - positional + positional / plan.slots
     slot_rows = plan.anchors * plan.mean_slots
     per_text = (
         plan.text_tokens * (2e9 * billions + 6 * per_token)
         + 6 * slot_rows * per_slot
-        + 4 * slot_rows * hidden * VOCABULARY
+        + 6 * slot_rows * hidden * VOCABULARY
     )
     # fp32 weights, gradients and one moment (Muon).
     states = 3 * SINGLE * parameters + HALF * 1e9 * billions

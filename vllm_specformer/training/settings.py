@@ -19,6 +19,8 @@ PLACES = ("target", "data", "out")
 SLOT_DECAY = 0.85
 COSINE_FLOOR = 0.02  # of the highest rate: 5e-4 falls to 1e-5, as in the paper
 DECAY_SHARE = 0.5  # of the steps of a trapezoid
+# Of the default head; docs/ablation.md has the measurements.
+MARKOV_RANK, KL_WEIGHT = 64, 0.5
 LEARNING_RATES = {"adamw": 5e-4, "muon": 0.02}
 
 
@@ -59,7 +61,10 @@ class TrainSettings(BaseModel):
         None, ge=1, le=MAX_SLOT_LAYERS, description="Layers over the slots; default: 1."
     )
     markov_rank: int | None = Field(
-        None, ge=0, description="Rank of the term that sees the previous draft; 0: none."
+        None,
+        ge=0,
+        description="Rank of the term that sees the previous draft; 0: none; default: 64, none for "
+        "the paper's head.",
     )
     draft_vocab: int | None = Field(
         None, ge=0, description="Score only so many tokens, the answers' most frequent; 0: all."
@@ -114,8 +119,12 @@ class TrainSettings(BaseModel):
     slot_counts: IntList | None = Field(
         None, description="Numbers of slots drawn from in each step; default for 8: 2,4,4,8."
     )
-    kl_weight: float = Field(
-        0.0, ge=0, le=1, description="Share of the divergence from the target's distribution."
+    kl_weight: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the divergence from the target's distribution in the loss; default: "
+        "0.5, 0 for the paper's head.",
     )
 
     eval_share: float = Field(0.05, ge=0, lt=1, description="Share of the texts held out.")
@@ -183,12 +192,22 @@ class TrainSettings(BaseModel):
         """The scheduler in force."""
         return self.scheduler or ("trapezoid" if self.optimizer == "muon" else "cosine")
 
+    @property
+    def divergence(self) -> float:
+        """The share of the loss that is divergence, the rest being cross entropy."""
+        if self.kl_weight is not None:
+            return self.kl_weight
+        return KL_WEIGHT if self.preset == "default" else 0.0
+
     def head_fields(self) -> dict[str, Any]:
         """Fields of the head's configuration that differ from the preset's."""
+        rank = self.markov_rank
+        if rank is None and self.preset == "default":
+            rank = MARKOV_RANK
         fields = {
             "num_draft_slots": self.slots,
             "num_slot_layers": self.slot_layers,
-            "markov_rank": self.markov_rank,
+            "markov_rank": rank,
             "draft_vocab_size": self.draft_vocab,
             "aux_hidden_state_layer_ids": self.hooks,
             "slot_mask": self.slot_mask,

@@ -108,7 +108,7 @@ class HeadTrainer(Trainer):
         self.target, self.settings, self.directory = target, settings, directory
         self.packed, self.memory, self.save_dtype = packed, memory, save_dtype
         self.texts, self.held_out = batches.texts, held_out
-        self.objective = Objective(settings.weights(), settings.kl_weight, memory)
+        self.objective = Objective(settings.weights(), settings.divergence, memory)
         self.loss_is_scaled_for_ga = False
         super().__init__(
             model=head,
