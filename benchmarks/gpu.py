@@ -139,8 +139,10 @@ def finish(process: subprocess.Popen[bytes], limit: float) -> str | None:
 
 
 def environment(unit: Unit, dry: bool) -> dict[str, str]:
-    paths = [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
-    found = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | unit.environment
+    """This process's, with our folders on the path of vLLM's processes too."""
+    folders = [str(ROOT / name) for name in ("benchmarks", "", "kernels")]
+    path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = os.environ | {"PYTHONPATH": path} | unit.environment
     if dry:
         found |= {
             "OMP_NUM_THREADS": "1",

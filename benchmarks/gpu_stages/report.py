@@ -24,7 +24,8 @@ def print_report(store: Store, dry: bool) -> None:
     for stage in "abcde":
         for name, unit in store.read(stage).items():
             if unit.get("failure"):
-                console.print(f"{stage}, {name}: FAILED: {unit['failure']}", markup=False)
+                reason = unit["failure"].splitlines()[0]
+                console.print(f"{stage}, {name}: FAILED: {reason}", markup=False)
     for line in (*_started(store), *_kernels(store, dry), *_pair(store), *_acceptance(store)):
         console.print(line, markup=False)
     rows = throughput_rows(store)
