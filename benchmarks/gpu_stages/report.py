@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gpu_stages import predict
-from gpu_stages.arms import ARMS, PUBLISHED, Arm, find
+from gpu_stages.arms import ARMS, BASELINE, PUBLISHED, Arm, find
 from gpu_stages.shapes import TARGETS
 from gpu_stages.store import Store
 
@@ -30,7 +31,9 @@ def print_report(store: Store, dry: bool) -> None:
         console.print(line, markup=False)
     rows = throughput_rows(store)
     if rows:
-        console.print(_throughput_table(rows, dry))
+        store.summarise(rows)
+        for _, own in itertools.groupby(rows, key=lambda row: row["shape"]):
+            console.print(_throughput_table(list(own), dry))
         for line in (*_sources(rows), *([] if dry else aims(rows))):
             console.print(line, markup=False)
     for line in _profile(store, dry):
@@ -139,26 +142,32 @@ def aims(rows: list[Result]) -> Iterator[str]:
 
 
 def _throughput_table(rows: list[Result], dry: bool) -> Table:
-    columns = ("target", "arm", "batch", "tokens/step", "step ms", "draft ms", "θ", "ratio")
-    table = Table(*columns, "pred. step", "draft", "θ", "ratio", "GiB")
-    table.columns[1].no_wrap = True
-    last = None
-    for row in rows:
-        if last not in (None, (row["shape"], row["arm"])):
-            table.add_section()
-        last = (row["shape"], row["arm"])
-        expected = row.get("predicted")
-        cells = [row["shape"], row["arm"], str(row["batch"]), f"{row['tokens_per_step']:.2f}"]
-        measured = [row["step_ms"], row["draft_ms"], row.get("theta"), row.get("ratio")]
-        cells += ["" if dry or value is None else f"{value:.2f}" for value in measured]
-        if expected:
-            step = expected["verify_ms"] + expected["draft_ms"]
-            values = (step, expected["draft_ms"], expected["theta"], expected["ratio"])
-            cells += [f"{value:.2f}" for value in values]
+    """One target: a line for each arm, and below it what was predicted."""
+    cells = {(row["arm"], row["batch"]): row for row in rows}
+    batches = sorted({row["batch"] for row in rows})
+    shown = "tokens per step" if dry else "draft ms, θ, ratio"
+    table = Table(f"{rows[0]['shape']}: {shown}", *(f"batch {batch}" for batch in batches))
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = [cells.get((arm, batch), {}) for batch in batches]
+        if dry:
+            table.add_row(arm, *(f"{row['tokens_per_step']:.2f}" for row in own))
+        elif not arm.startswith(BASELINE):
+            table.add_row(arm, *(_figures(row) for row in own))
+            table.add_row("  predicted", *(_figures(row.get("predicted", {})) for row in own))
         else:
-            cells += [""] * 4
-        table.add_row(*cells, "" if dry else f"{row['weights_gib']:.1f}")
+            table.add_row(f"{arm}: step ms", *(_step(row, "step_ms") for row in own))
+            predicted = (row.get("predicted", {}) for row in own)
+            table.add_row("  predicted", *(_step(row, "plain_ms") for row in predicted))
     return table
+
+
+def _figures(row: Result) -> str:
+    values = (row.get(name) for name in ("draft_ms", "theta", "ratio"))
+    return " ".join("-" if value is None else f"{value:.2f}" for value in values) if row else ""
+
+
+def _step(row: Result, name: str) -> str:
+    return f"{row[name]:.2f}" if name in row else ""
 
 
 def _profile(store: Store, dry: bool) -> Iterator[str]:

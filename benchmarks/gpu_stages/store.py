@@ -33,5 +33,10 @@ class Store:
         content = json.dumps({"stage": stage, "units": units}, indent=1) + "\n"
         write_atomic(self._path(stage), content.encode())
 
+    def summarise(self, rows: list[Result]) -> None:
+        """Write stage d's rows, measured beside predicted."""
+        content = json.dumps(rows, indent=1) + "\n"
+        write_atomic(self.folder / "summary.json", content.encode())
+
     def _path(self, stage: str) -> Path:
         return self.folder / f"stage-{stage}.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -73,4 +74,9 @@ def test_the_table(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert "c  graphs: batching alone: 1 of 2 same" in out
     assert "coupled: greedy 2 of 2 same, seeded 1 of 2 same, 2.20 tokens per step" in out
     assert "40 kernels from 27 calls, 500 us of which 30 us gaps, 11% of the step" in out
-    assert "specformer-k4" in out
+    lines = [line.replace("│", " ").split() for line in out.splitlines() if "│" in line]
+    assert ["none:", "step", "ms", "4.00", "6.00"] in lines
+    measured = lines.index(["specformer-k4", "0.30", "1.05", "2.00", "1.00", "1.50", "1.47"])
+    assert lines[measured + 1][0] == "predicted"
+    assert len(lines[measured + 1]) == 7
+    assert json.loads((store.folder / "summary.json").read_text()) == throughput_rows(store)
