@@ -20,7 +20,8 @@ STAGES = {
 # Of stage d on the first shape, run before anything that is worth less.
 FIRST_ARMS = 6
 MAX_LENGTH = 4096
-V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+# Said outright, so that vLLM refuses what a runner cannot do instead of taking the other one.
+V1, V2 = ({"VLLM_USE_V2_MODEL_RUNNER": choice} for choice in "01")
 # A dry run draws one small engine after another in the interpreter.
 DRY_ENGINE = {
     "dtype": "float32",
@@ -74,7 +75,7 @@ def units(dry: bool, results: Path, scratch: Path) -> list[Unit]:
 
 
 def _environment(dry: bool) -> Unit:
-    return Unit("a", "start", "environment", {"engine": DRY_ENGINE if dry else {}}, 60)
+    return Unit("a", "start", "environment", {"engine": DRY_ENGINE if dry else {}}, environment=V2)
 
 
 def _kernels(dry: bool, results: Path) -> Unit:
@@ -99,7 +100,8 @@ def _pair(dry: bool) -> Iterator[Unit]:
                 "speculative": speculative,
                 "engine": engine,
             }
-            yield Unit("c", f"{name}, {'graphs' if graphs else 'eager'}", "pair", options, 45)
+            mode = "graphs" if graphs else "eager"
+            yield Unit("c", f"{name}, {mode}", "pair", options, 45, environment=V2)
     served = {"prompts": 6, "max_tokens": 12} if dry else {"prompts": 48, "max_tokens": 96}
     engine = {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True} if dry else {}
     evaluated = served | {"num_speculative_tokens": 4, "engine": engine}
@@ -118,7 +120,7 @@ def _throughput(shape: str, arm: Arm, dry: bool, scratch: Path) -> Unit:
         "folder": str(scratch),
         "engine": DRY_ENGINE if dry else {"dtype": "bfloat16", "max_model_len": MAX_LENGTH},
     }
-    environment = V1 if arm.on_v1 else {}
+    environment = V1 if arm.on_v1 else V2
     name = f"{shape} {arm.name}"
     return Unit("d", name, "throughput", options, 75, 300, environment, arm.on_v1)
 
@@ -135,4 +137,4 @@ def _profile(shape: str, dry: bool, scratch: Path) -> Unit:
         "folder": str(scratch),
         "engine": DRY_ENGINE if dry else {"dtype": "bfloat16", "max_model_len": MAX_LENGTH},
     }
-    return Unit("e", f"{shape} draft step", "draft_profile", options, 75)
+    return Unit("e", f"{shape} draft step", "draft_profile", options, 75, environment=V2)
