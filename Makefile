@@ -6,7 +6,7 @@ WORKERS ?= 2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-slow test-statistics test-families lint bench bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
+.PHONY: help setup demo serve test test-slow test-statistics test-families test-matrix soak lint bench bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,7 +35,7 @@ test: export OMP_NUM_THREADS = 1
 test: export VLLM_CPU_OMP_THREADS_BIND = nobind
 test: setup  ## run the tests, without the slow and the statistical ones
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-		-m "not slow and not statistics and not families"
+		-m "not slow and not statistics and not families and not matrix and not soak"
 
 test-slow: setup  ## run the slow tests
 	$(BIN)/python -m pytest -q -m slow
@@ -45,6 +45,15 @@ test-statistics: setup  ## sampling frequencies of the verification rules over m
 
 test-families: setup  ## train a head for a tiny target of every family and serve it (build/families.csv)
 	$(BIN)/python -m pytest -q -m families
+
+test-matrix: export OMP_NUM_THREADS = 1
+test-matrix: export VLLM_CPU_OMP_THREADS_BIND = nobind
+test-matrix: setup  ## vLLM's features beside speculation, both runners (docs/compatibility.md)
+	$(BIN)/python -m pytest -q -m matrix
+	cd tests/engine && ../../$(BIN)/python -m matrix.document
+
+soak: setup  ## 10,000 requests to a server, an hour at most (build/soak.json; REQUESTS=, MINUTES=)
+	$(BIN)/python -m pytest -q -m soak
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

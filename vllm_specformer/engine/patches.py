@@ -74,6 +74,7 @@ def _accept_method() -> None:
         self: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
         from vllm_specformer.engine.checks import checked, is_specformer
+        from vllm_specformer.engine.draft_time import publish
         from vllm_specformer.engine.speculative_fields import (
             DEFAULT_VERIFICATION,
             as_dictionary,
@@ -94,6 +95,7 @@ def _accept_method() -> None:
             merged, verification = split_verification(merged)
             self.speculative_config = checked(merged, target_model_config, target_parallel_config)
             self.spec_method = self.spec_model = self.spec_tokens = None
+            publish()
         config = original(self, target_model_config, target_parallel_config)
         if verification != DEFAULT_VERIFICATION:
             # vLLM's config has no field for it; the head's own config travels to every worker.

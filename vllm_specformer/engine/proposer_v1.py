@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_specformer.engine.checks import check_target_class, check_v1_verification
-from vllm_specformer.engine.draft_clock import clocked
+from vllm_specformer.engine.draft_time import DraftClock, timed
 from vllm_specformer.engine.monitor import AcceptanceMonitor
 
 
@@ -27,6 +27,7 @@ class SpecFormerProposer(DFlashProposer):
         super().__init__(vllm_config, device, runner)
         self.runner = runner
         self.monitor = AcceptanceMonitor(device)
+        self.clock = DraftClock(device, vllm_config.parallel_config)
         self._num_drafted = 0
         self._last_draft_probs: Tensor | None = None
 
@@ -83,7 +84,7 @@ class SpecFormerProposer(DFlashProposer):
         """The runner's concatenation [T, G*H] as G views [T, H]."""
         return states.unflatten(-1, (-1, self.hidden_size)).unbind(-2)
 
-    @clocked
+    @timed
     @torch.inference_mode()
     def propose(
         self,

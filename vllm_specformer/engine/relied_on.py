@@ -62,6 +62,7 @@ V2 = "engine/speculator_v2.py"
 CPU_SAMPLING = "engine/cpu_sampling.py"
 CPU_SYNTHETIC = "engine/cpu_synthetic.py"
 REQUESTS = "engine/request_repairs.py"
+DRAFT_TIME = "engine/draft_time.py"
 COUPLED = "engine/coupled.py"
 VOCABULARY = "engine/draft_vocabulary.py"
 

@@ -7,6 +7,7 @@ from vllm_specformer.engine.relied_on import (
     COUPLED,
     CPU_SAMPLING,
     CPU_SYNTHETIC,
+    DRAFT_TIME,
     MODEL,
     PATCHES,
     REQUESTS,
@@ -286,6 +287,12 @@ RUNNER_V2: tuple[Reliance, ...] = (
         REQUESTS,
         "min_tokens repaired",
         "logits sampling_metadata predict_bonus_token",
+    ),
+    *members(
+        "vllm.config.parallel:ParallelConfig",
+        DRAFT_TIME,
+        "which worker counts the draft time",
+        "rank data_parallel_rank",
     ),
     *members(
         "vllm.v1.sample.metadata:SamplingMetadata",

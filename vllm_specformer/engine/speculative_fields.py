@@ -26,6 +26,10 @@ _WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
         (None, False),
         "a head computes whole rows of logits, there is no local argmax to reduce",
     ),
+    "disable_padded_drafter_batch": (
+        (None, False),
+        "vLLM drafts for the whole, padded batch with every method that drafts in one pass",
+    ),
     "enable_adaptive_verification": (
         (None, False),
         f"vLLM has it for its method 'dspark' alone; {SCHEDULE!r} adapts a head's drafts to load",

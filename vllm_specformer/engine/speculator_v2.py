@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_specformer.engine.checks import check_target_class
-from vllm_specformer.engine.draft_clock import clocked
+from vllm_specformer.engine.draft_time import DraftClock, timed
 from vllm_specformer.engine.monitor import AcceptanceMonitor
 from vllm_specformer.engine.patches import verifies_coupled
 
@@ -45,6 +45,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         # One query row per request: its last accepted token.
         self.num_query_per_req = 1
         self.monitor = AcceptanceMonitor(device)
+        self.clock = DraftClock(device, vllm_config.parallel_config)
         requests = self.max_num_reqs
         self.anchor_rows = torch.zeros(requests, dtype=torch.int64, device=device)
         self.anchor_positions = torch.zeros(requests, dtype=torch.int64, device=device)
@@ -182,7 +183,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         self.sample_pos[:samples].copy_(keys.flatten())
         self.sample_idx_mapping[:samples].copy_(state.repeat_interleave(steps))
 
-    @clocked
+    @timed
     @torch.inference_mode()
     def propose(
         self,

@@ -188,3 +188,148 @@ class Engine:
     message: str = ""
     alters: bool = False
     note: str = ""
+
+
+ON_V1 = {V1: SAME}
+REFUSED_ON_V1 = {V1: REFUSED}
+# Small blocks, so that the prompts used here fill several.
+BLOCKS = {"block_size": 32}
+SCHEDULE = [[1, 2, 4], [3, 5, 2], [6, 64, 0]]
+
+ENGINES: tuple[Engine, ...] = (
+    Engine("`enable_prefix_caching=True`", BLOCKS),
+    Engine("`enable_prefix_caching=False`", {"enable_prefix_caching": False}, expected=ON_V1),
+    Engine("`disable_eagle_block_drop`", BLOCKS, {"disable_eagle_block_drop": True}),
+    Engine(
+        "chunked prefill",
+        {"max_num_batched_tokens": 24, "max_num_seqs": 4},
+        note="24 tokens per step for 4 requests",
+    ),
+    Engine(
+        "`enable_chunked_prefill=False`",
+        {"enable_chunked_prefill": False, "max_num_batched_tokens": 512},
+        expected=ON_V1,
+    ),
+    Engine(
+        "`max_num_batched_tokens` = K + 2",
+        {"max_num_batched_tokens": 6, "max_num_seqs": 1},
+        expected=ON_V1,
+    ),
+    Engine(
+        "`max_num_batched_tokens` = K",
+        {"max_num_batched_tokens": 4, "max_num_seqs": 1},
+        expected=REFUSED_ON_V1,
+        message="does not have enough slots to schedule a token",
+        note="by vLLM",
+    ),
+    Engine("preemption", {**BLOCKS, "num_gpu_blocks_override": 18, "max_num_seqs": 8}),
+    Engine("`scheduling_policy=priority`", {"scheduling_policy": "priority"}, expected=ON_V1),
+    Engine(
+        "`async_scheduling`",
+        {"async_scheduling": True},
+        expected=ON_V1,
+        note="vLLM's CPU build switches it off again",
+    ),
+    Engine("`logprobs_mode=raw_logits`", {"logprobs_mode": "raw_logits"}, alters=True),
+    Engine(
+        "`logprobs_mode=processed_logprobs`",
+        {"logprobs_mode": "processed_logprobs"},
+        expected=ON_V1,
+        alters=True,
+    ),
+    Engine(
+        "schedule by batch size", speculative={"num_speculative_tokens_per_batch_size": SCHEDULE}
+    ),
+    Engine(
+        "`draft_sample_method=probabilistic`", speculative={"draft_sample_method": "probabilistic"}
+    ),
+    Engine(
+        "`verification=coupled`",
+        speculative={"verification": "coupled"},
+        expected={V1: REFUSED, V2: SAME},
+        message="needs vLLM's V2 model runner",
+    ),
+    Engine(
+        "`rejection_sample_method=block`",
+        speculative={"rejection_sample_method": "block"},
+        expected=REFUSED_ON_V1,
+        message="does not keep the target's distribution",
+    ),
+    Engine("draft `kv_cache_dtype=fp8`", speculative={"kv_cache_dtype": "fp8"}, expected=ON_V1),
+    Engine(
+        "draft `attention_backend`",
+        speculative={"attention_backend": "FLASH_ATTN"},
+        expected=ON_V1,
+        note="a head has its own; the field is without effect",
+    ),
+    Engine("draft `max_model_len`", speculative={"max_model_len": 64}, expected=ON_V1),
+    Engine(
+        "draft `quantization`",
+        speculative={"quantization": "fp8"},
+        expected=REFUSED_ON_V1,
+        message="quantization='fp8' has no meaning for a SpecFormer head",
+    ),
+    Engine(
+        "`disable_padded_drafter_batch`",
+        speculative={"disable_padded_drafter_batch": True},
+        expected=REFUSED_ON_V1,
+        message="disable_padded_drafter_batch=True has no meaning",
+    ),
+    Engine(
+        "`use_local_argmax_reduction`",
+        speculative={"use_local_argmax_reduction": True},
+        expected=REFUSED_ON_V1,
+        message="use_local_argmax_reduction=True has no meaning",
+    ),
+    Engine(
+        "`enable_adaptive_verification`",
+        speculative={"enable_adaptive_verification": True},
+        expected=REFUSED_ON_V1,
+        message="enable_adaptive_verification=True has no meaning",
+    ),
+    Engine(
+        "`pipeline_parallel_size=2`",
+        {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+        expected=REFUSED_ON_V1,
+        message="pipeline_parallel_size=2: SpecFormer does not support it",
+    ),
+    Engine(
+        "`decode_context_parallel_size=2`",
+        {
+            "decode_context_parallel_size": 2,
+            "tensor_parallel_size": 2,
+            "distributed_executor_backend": "mp",
+        },
+        expected=REFUSED_ON_V1,
+        message="decode_context_parallel_size=2: SpecFormer does not support it",
+    ),
+    Engine(
+        "pooling, embeddings",
+        {"runner": "pooling"},
+        expected=REFUSED_ON_V1,
+        message="runner='pooling': this engine generates no text",
+    ),
+    Engine(
+        "`kv_sharing_fast_prefill`",
+        {"kv_sharing_fast_prefill": True},
+        expected=REFUSED_ON_V1,
+        message="Fast prefill optimization for KV sharing is not compatible with EAGLE",
+        note="by vLLM",
+    ),
+)
+
+# What no engine here can try, and where it stands.
+NOT_TRIED = {
+    "CUDA graphs, `torch.compile` on a GPU": "no GPU here; written for full graphs, see "
+    "[one-step.md](one-step.md)",
+    "`torch.compile` on a CPU": "`make test-slow` (`tests/engine/v1/test_modes.py`)",
+    "tensor parallelism": "`tests/engine/v1/test_tensor_parallel.py`, two ranks on a CPU",
+    "sleep mode": "vLLM refuses it on a CPU, with or without speculation",
+    "quantised targets": "vLLM's CPU build has none for fp32; a head shares the target's `lm_head` "
+    "and embedding by reference",
+    "multi-modal targets": "M-RoPE is refused by name; others see [families.md](families.md)",
+    "expert parallelism, data parallelism": "not tried",
+    "bfloat16 and float16": "greedy texts may part at ties, as between batch sizes of vLLM",
+    "`rejection_sample_method=synthetic`": "for measuring at a chosen acceptance; the output is "
+    "not the target's (`tests/engine/v1/test_synthetic.py`)",
+}

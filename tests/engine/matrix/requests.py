@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,7 +91,3 @@ def refusal(llm: LLM, request: Request) -> str:
     except (ValueError, VLLMValidationError) as error:
         return str(error)
     return ""
-
-
-def same_settings(request: Request, **changes: Any) -> Request:
-    return dataclasses.replace(request, settings={**request.settings, **changes})

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from prometheus_client import REGISTRY, generate_latest
 from v1.drafts import truth, watching
 from v1.engines import (
+    ROOT,
     Job,
     continuations,
     drafting,
@@ -24,6 +27,7 @@ from .requests import MAX_TOKENS, OPTIONS, by_request, difference, job, refusal
 
 COMPARED = named(SAME)
 PROMPTS_EACH = 2
+DASHBOARD = ROOT / "examples" / "monitoring" / "dashboard.json"
 TEXTS = prompts()[100:148]
 Answers = dict[str, list[RequestOutput]]
 
@@ -89,6 +93,20 @@ def test_features_change_the_output(plain: Plain) -> None:
     for request in COMPARED:
         changed = token_ids(plain.answers[request.name]) != token_ids(plain.bare[request.name])
         assert changed or not request.changes_output, request.name
+
+
+@pytest.mark.usefixtures("found")
+def test_the_dashboard_reads_what_is_counted() -> None:
+    """After requests of every kind, /metrics has each series that the Grafana dashboard draws."""
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    drawn = {name for query in queries for name in re.findall(r"(?:vllm|specformer):\w+", query)}
+    page = generate_latest(REGISTRY).decode()
+    samples = dict(re.findall(r"^([a-z]\w*:\w+)(?:\{.*\})? (\S+)$", page, flags=re.MULTILINE))
+    assert len(drawn) >= 12
+    assert drawn <= samples.keys()
+    assert float(samples["specformer:draft_steps_total"]) > 10
+    assert float(samples["specformer:draft_seconds_total"]) > 0
 
 
 def test_drafts_count_towards_a_minimum(llm: LLM, plain: Plain) -> None:

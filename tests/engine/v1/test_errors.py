@@ -149,6 +149,7 @@ def test_empty_directory(tmp_path: Path) -> None:
     [
         ({"quantization": "fp8"}, "quantization='fp8' has no meaning for a SpecFormer head .*; le"),
         ({"use_local_argmax_reduction": True}, "use_local_argmax_reduction=True has no meaning"),
+        ({"disable_padded_drafter_batch": True}, "disable_padded_drafter_batch=True has no mean"),
         ({"enable_adaptive_verification": True}, "enable_adaptive_verification=True has no mean"),
         ({SCHEDULE: []}, r"per_batch_size=\[\]: it is no list of ranges; write ranges"),
         ({SCHEDULE: [[1, 4]]}, r"\[1, 4\] is not \[first, last, tokens\]"),

