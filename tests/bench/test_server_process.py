@@ -85,6 +85,22 @@ def test_draft_counts_of_a_metrics_page() -> None:
     assert counts.acceptance_per_position == pytest.approx([0.8, 0.5])
 
 
+def test_draft_time_where_a_server_counts_it() -> None:
+    page = """\
+# TYPE specformer:draft_seconds_total counter
+specformer:draft_seconds_total{engine="0"} 1.5
+specformer:draft_seconds_total{engine="1"} 0.5
+# TYPE specformer:draft_steps_total counter
+specformer:draft_steps_total{engine="0"} 30.0
+specformer:draft_steps_total{engine="1"} 10.0
+"""
+    counts = parse_draft_counts(METRICS + page)
+    assert (counts.draft_seconds, counts.draft_steps) == (2.0, 40)
+    assert parse_draft_counts(METRICS).draft_seconds is None
+    since = counts - parse_draft_counts(page)
+    assert (since.draft_seconds, since.draft_steps) == (0.0, 0)
+
+
 def test_draft_counts_without_speculation() -> None:
     counts = parse_draft_counts("# TYPE vllm:num_requests_running gauge\n")
     assert counts == DraftCounts()

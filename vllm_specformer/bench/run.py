@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -172,9 +171,7 @@ class _Comparison:
             options += ["--speculative-config", json.dumps(arm.speculative)]
         log = self.options.out / f"server-{arm.name}.log"
         self.say(f"starting {arm.name} (log: {log})")
-        clock = self.options.out / f"clock-{arm.name}"
-        shutil.rmtree(clock, ignore_errors=True)
-        with serving(options, log, clock=clock, timeout_s=_START_TIMEOUT_S) as server:
+        with serving(options, log, timeout_s=_START_TIMEOUT_S) as server:
             write_atomic(log.with_suffix(".command"), (server.command + "\n").encode())
             for concurrency in (max(self.options.concurrency), 1):
                 self._call(server, concurrency, concurrency, _WARM_UP_TOKENS)

@@ -12,15 +12,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_specformer.engine.draft_clock import VARIABLE as DRAFT_CLOCK
-from vllm_specformer.engine.draft_clock import read_clocks
 from vllm_specformer.errors import SpecFormerError
 
 HOST = "127.0.0.1"
@@ -28,6 +26,7 @@ START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 20.0
 LOG_TAIL_LINES = 40
 PREFIX = "vllm:spec_decode_num_"
+DRAFT_SECONDS, DRAFT_STEPS = "specformer:draft_seconds_total", "specformer:draft_steps_total"
 
 
 class ServerError(SpecFormerError):
@@ -43,7 +42,6 @@ class Server:
     log: Path
     process: subprocess.Popen[bytes] = field(repr=False)
     started_in_s: float = 0.0
-    clock: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,11 @@ def parse_draft_counts(metrics: str) -> DraftCounts:
     """Read the speculative decoding counters out of a /metrics page; zeros where there are none."""
     totals: dict[str, int] = {}
     positions: dict[int, int] = {}
+    times: dict[str, float] = {}
     for family in text_string_to_metric_families(metrics):
         for sample in family.samples:
+            if sample.name in (DRAFT_SECONDS, DRAFT_STEPS):  # one of each per engine
+                times[sample.name] = times.get(sample.name, 0.0) + sample.value
             # The Prometheus client adds a `_created` time stamp to every counter.
             if not sample.name.startswith(PREFIX) or not sample.name.endswith("_total"):
                 continue
@@ -105,15 +106,14 @@ def parse_draft_counts(metrics: str) -> DraftCounts:
         totals.get("draft_tokens", 0),
         totals.get("accepted_tokens", 0),
         tuple(positions[position] for position in sorted(positions)),
+        times.get(DRAFT_SECONDS),
+        int(times[DRAFT_STEPS]) if DRAFT_STEPS in times else None,
     )
 
 
 def read_draft_counts(server: Server) -> DraftCounts:
-    """What /metrics and, where a head drafts with a clock, its clock show."""
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
-        counts = parse_draft_counts(answer.read().decode())
-    steps, seconds = read_clocks(server.clock) if server.clock else (0, 0.0)
-    return replace(counts, draft_steps=steps, draft_seconds=seconds) if steps else counts
+        return parse_draft_counts(answer.read().decode())
 
 
 def free_port() -> int:
@@ -153,7 +153,6 @@ def serving(
     log: Path,
     *,
     command: Sequence[str] | None = None,
-    clock: Path | None = None,
     timeout_s: float = START_TIMEOUT_S,
     on_wait: Callable[[float], None] = lambda seconds: None,
 ) -> Iterator[Server]:
@@ -162,7 +161,6 @@ def serving(
     Args:
         log: file that gets the server's output.
         command: what to run instead of `vllm serve`.
-        clock: directory that gets the time of draft steps; see engine/draft_clock.py.
         on_wait: called with the seconds waited so far, about twice a second.
 
     Raises:
@@ -173,25 +171,22 @@ def serving(
     arguments = [*base, *options, "--host", HOST, "--port", str(port)]
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    environment = server_environment() | ({DRAFT_CLOCK: str(clock)} if clock else {})
-    with log.open("wb") as output, process_group(arguments, output, environment) as process:
+    with log.open("wb") as output, process_group(arguments, output) as process:
         url = f"http://{HOST}:{port}"
         _wait_until_healthy(process, url, log, timeout_s, on_wait)
-        took = time.monotonic() - started
-        yield Server(url, shlex.join(arguments), log, process, took, clock)
+        yield Server(url, shlex.join(arguments), log, process, time.monotonic() - started)
 
 
 @contextlib.contextmanager
 def process_group(
     arguments: Sequence[str],
     output: int | object,
-    environment: Mapping[str, str] | None = None,
     stop_timeout_s: float = STOP_TIMEOUT_S,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command in a process group of its own and leave no member of it behind."""
     process = subprocess.Popen(
         arguments,
-        env=server_environment() if environment is None else environment,
+        env=server_environment(),
         stdin=subprocess.DEVNULL,
         stdout=output,  # type: ignore[arg-type]
         stderr=subprocess.STDOUT,

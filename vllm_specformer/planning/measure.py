@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from vllm_specformer.bench.server import server_environment
-from vllm_specformer.engine.draft_clock import VARIABLE as DRAFT_CLOCK
 from vllm_specformer.engine.measuring import listing_schedule
 from vllm_specformer.errors import SpecFormerError
 
@@ -61,7 +60,6 @@ class EngineProcess:
 
     def __init__(self, engine: dict[str, Any], drafts: bool, log: Path) -> None:
         self.log = log
-        clock = {DRAFT_CLOCK: str(log.with_suffix(".clock"))} if drafts else {}
         order = json.dumps({"engine": engine, "drafts": drafts})
         with log.open("w") as output:
             self._process = subprocess.Popen(
@@ -70,7 +68,7 @@ class EngineProcess:
                 stdout=subprocess.PIPE,
                 stderr=output,
                 text=True,
-                env=server_environment() | clock,
+                env=server_environment(),
             )
 
     def ask(self, **order: Any) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TextIO
+
+from vllm_specformer.bench.server import DRAFT_SECONDS, DRAFT_STEPS
 
 _SETTLING_STEPS = 2  # the first still verifies drafts of the count before
 _MIN_STEPS = 2
@@ -110,11 +111,14 @@ class Worker:
 
             hold_drafts(self.llm, count)
 
-    def _clock(self) -> tuple[int, float]:
-        """Draft steps so far and the seconds in them."""
-        from vllm_specformer.engine.draft_clock import VARIABLE, read_clocks
+    def _clock(self) -> tuple[float, float]:
+        """Draft steps so far and the seconds in them, as /metrics would show them; 0 without."""
+        from prometheus_client import REGISTRY
 
-        return read_clocks(Path(os.environ[VARIABLE])) if self.drafts else (0, 0.0)
+        def value(name: str) -> float:
+            return REGISTRY.get_sample_value(name, {"engine": "0"}) or 0.0
+
+        return value(DRAFT_STEPS), value(DRAFT_SECONDS)
 
     def _accepted_tokens(self) -> int:
         name = "vllm:spec_decode_num_accepted_tokens"
