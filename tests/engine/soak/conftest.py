@@ -1,0 +1,5 @@
+"""The short soak runs in this process, on V1; the environment is that of V1's tests."""
+
+from __future__ import annotations
+
+import v1.conftest  # noqa: F401
