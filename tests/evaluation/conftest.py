@@ -53,7 +53,7 @@ def load_pair() -> Pair:
     model = load_target(TARGET, torch.float32, torch.device("cpu"))
     head = PackedHead.from_pretrained(HEAD, dtype=torch.float32).eval()
     encoder = load_encoder(TARGET, chats=False)
-    lines = PROMPTS.read_text().splitlines()[:8]
+    lines = PROMPTS.read_text().splitlines()[:32]
     prompts = {
         number: encoder.text(json.loads(line)["prompt"]) for number, line in enumerate(lines)
     }

@@ -91,9 +91,14 @@ def test_a_wrongly_run_head_is_caught_and_named(pair: Pair, alter: Alter, cause:
 
 
 def test_shifted_hooks_are_named(pair: Pair) -> None:
-    ids = tuple(i - 1 for i in pair.target.hook_ids[1:])
-    early = HookedTarget(pair.target.target, (0, *ids))
-    agreement, said = disagreement(pair, served_by(pair, 0.0, target=early))
+    moved = [max(i - 1, 0) for i in pair.target.hook_ids]
+    early = HookedTarget(pair.target.target, sorted(set(moved)))
+
+    def one_early(rows: Rows) -> Rows:
+        states = [rows.hooked_states[early.hook_ids.index(i)] for i in moved]
+        return replace(rows, hooked_states=states)
+
+    agreement, said = disagreement(pair, served_by(pair, 0.0, one_early, early))
     assert not agreement.agrees
     assert agreement.difference < -0.02
     assert "most likely: the hooks are taken one layer earlier. " in said

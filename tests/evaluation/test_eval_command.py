@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ def test_prompts_to_figures(
 def test_distilled_answers_to_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of all temperatures they have, or those asked for; nothing is generated."""
     write_distilled(tmp_path / "data", make_texts(24, 2048))
-    arguments = (HEAD, "--target", TARGET, "--data", tmp_path / "data", "--json", tmp_path / "f")
+    shutil.copytree(HEAD, tmp_path / "head", ignore=shutil.ignore_patterns("provenance.json"))
+    arguments = (tmp_path / "head", "--target", TARGET)
+    arguments += ("--data", tmp_path / "data", "--json", tmp_path / "f")
     arguments += ("--num-speculative-tokens", "2")
     assert main(["eval", *map(str, arguments)]) == 0
     groups = json.loads((tmp_path / "f").read_text())["offline"]

@@ -28,14 +28,26 @@ def norm_the_last_hook() -> None:
 
 
 def hook_one_layer_early() -> None:
-    right = patches._to_vllm_config
+    from vllm_specformer.engine.model import SpecFormerDraftModel as Model
+
+    right, combine = patches._to_vllm_config, Model.combine_hidden_states
 
     def convert(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
         right(config_dict, pre_trained_config)
         ids = pre_trained_config["eagle_aux_hidden_state_layer_ids"]
-        pre_trained_config["eagle_aux_hidden_state_layer_ids"] = [max(i - 1, 0) for i in ids]
+        pre_trained_config["eagle_aux_hidden_state_layer_ids"] = sorted(set(early(ids)))
 
-    patches._to_vllm_config = convert
+    def spread(self: Any, states: Sequence[Tensor]) -> Tensor:
+        """Hooks that now coincide are one state, which the head is given several times."""
+        moved = early(self.config.aux_hidden_state_layer_ids)
+        unique = sorted(set(moved))
+        return combine(self, [states[unique.index(i)] for i in moved])
+
+    patches._to_vllm_config, Model.combine_hidden_states = convert, spread
+
+
+def early(ids: Sequence[int]) -> list[int]:
+    return [max(i - 1, 0) for i in ids]
 
 
 if __name__ == "__main__":

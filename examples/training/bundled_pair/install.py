@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-COMMAND = "make pair"
+PAIR_COMMAND = "make pair"
+HEAD_COMMAND = "python examples/training/bundled_pair/build.py --keep-target"
 HEAD_FILES = ("config.json", "model.safetensors", "provenance.json")
 METHODS = {
     "head": "this head",
@@ -65,8 +66,8 @@ it; the model ends its function by itself.
   4-grams, {texts["finished_share"]:.0%} finished by the model itself, {texts["mean_answer_tokens"]}
   tokens on average.
 
-Made by `{COMMAND}`. Weights are bfloat16 safetensors. The training text is source code under the
-licences of its packages; the model is far too small to be used for anything but tests and demos.
+Made by `{PAIR_COMMAND}`. Weights are bfloat16 safetensors. The training text is source code under
+the licences of its packages; the model is far too small for anything but tests and demos.
 """
 
 
@@ -79,7 +80,7 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def held_out_section(work: Path) -> str:
+def held_out_section(work: Path, command: str) -> str:
     """What the card that training wrote cannot know: figures on prompts from unseen files."""
     greedy, sampled = figures(work, "greedy"), figures(work, "sampled")
     return f"""
@@ -100,7 +101,7 @@ Temperature 1 ({sampled["share_of_bound"]["K=4"]:.0%} of the bound at K=4):
 
 {table(sampled["all"])}
 
-Made by `{COMMAND}`.
+Made by `{command}`.
 """
 
 
@@ -118,7 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in HEAD_FILES:
         shutil.copy2(args.work / "head" / name, head / name)
     card = (args.work / "head" / "README.md").read_text()
-    (head / "README.md").write_text(card + held_out_section(args.work))
+    command = PAIR_COMMAND if args.target else HEAD_COMMAND
+    (head / "README.md").write_text(card + held_out_section(args.work, command))
 
 
 if __name__ == "__main__":
