@@ -52,10 +52,7 @@ def _versions(found: dict[str, dict]) -> str:
 
 def _pairs(found: dict[str, dict]) -> str:
     tried = [f"{f['pairs']} pairs on {r.upper()}" for r, f in found.items() if f.get("pairs")]
-    return (
-        "Any two of them that can be asked for together were, in one request: "
-        f"{' and '.join(tried)}, all with the same output.\n"
-    )
+    return f"Two of them in one request: {' and '.join(tried)}, all with the same output.\n"
 
 
 def _table(rows: list[tuple[str, str, str, str]], found: dict[str, dict]) -> str:

