@@ -30,10 +30,17 @@ _NUMBERS = struct.Struct("dd")  # seconds, steps
 # Steps whose end the GPU has not reached yet; more means that nobody asked for a long time.
 _MAX_PENDING = 64
 
+_published = False
+
 
 def publish() -> None:
-    """Let this process's /metrics page show what its workers will write; once per process."""
-    if os.environ.get(FOLDER):
+    """Let this process's /metrics page show what its workers will write; once per process.
+
+    A folder in the environment that this process did not make is another server's, which started
+    this one.
+    """
+    global _published
+    if _published:
         return
     from prometheus_client import REGISTRY
     from vllm.logger import init_logger
@@ -44,6 +51,7 @@ def publish() -> None:
         init_logger(__name__).warning("SpecFormer: no draft time in /metrics (%s)", error)
         return
     os.environ[FOLDER] = folder
+    _published = True
     atexit.register(_remove, folder, os.getpid())
     REGISTRY.register(DraftTimeCollector(Path(folder)))
 

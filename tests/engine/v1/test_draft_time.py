@@ -13,6 +13,7 @@ import torch
 import vllm.logger  # noqa: F401  its import makes folders, which one test here forbids
 from prometheus_client import CollectorRegistry
 
+from vllm_specformer.engine import draft_time
 from vllm_specformer.engine.draft_time import FOLDER, DraftClock, DraftTimeCollector, publish
 
 CPU = torch.device("cpu")
@@ -62,19 +63,22 @@ def test_serving_goes_on_without_the_folder(
     assert DraftClock(CPU, FIRST).timed(lambda: 7) == 7
     (tmp_path / "no-folder").touch()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no-folder"))
+    monkeypatch.setattr(draft_time, "_published", False)
     publish()
     assert FOLDER not in os.environ
 
 
-def test_the_folder_goes_with_the_process() -> None:
+def test_the_folder_goes_with_the_process(tmp_path: Path) -> None:
     code = (
         "import os; from vllm_specformer.engine.draft_time import FOLDER, publish; "
         "publish(); publish(); print(os.environ[FOLDER], os.path.isdir(os.environ[FOLDER]))"
     )
-    environment = {name: value for name, value in os.environ.items() if name != FOLDER}
+    environment = os.environ | {FOLDER: str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     folder, existed = run.stdout.split()
     assert existed == "True"
     assert not Path(folder).exists()
+    assert folder != str(tmp_path), "the folder of the server that started this process"
+    assert tmp_path.exists()

@@ -283,7 +283,7 @@ def test_weights_that_are_not_finite(head: Path, value: float) -> None:
         (lambda t: t.update(extra=torch.zeros(2)), "'extra' is unknown"),
         (
             lambda t: t.update({"fc.weight": torch.zeros(2, 3)}),
-            r"'fc\.weight' has shape \[2, 3\], expected \[256, 1024\]",
+            r"'fc\.weight' has shape \[2, 3\], expected \[256, 1792\]",
         ),
     ],
     ids=["missing", "extra", "misshapen"],
