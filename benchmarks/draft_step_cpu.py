@@ -115,6 +115,7 @@ def build(head: str, dtype: str, drafts: int, requests: int) -> Any:
     load_general_plugins()
     from safetensors.torch import load_file
 
+    from vllm_specformer.engine.draft_time import DraftClock
     from vllm_specformer.engine.model import SpecFormerDraftModel
     from vllm_specformer.engine.proposer_v1 import SpecFormerProposer
 
@@ -138,6 +139,7 @@ def build(head: str, dtype: str, drafts: int, requests: int) -> Any:
     vars(proposer).update(
         model=model,
         device=torch.device("cpu"),
+        clock=DraftClock(torch.device("cpu"), config.parallel_config),
         hidden_size=model.config.hidden_size,
         dtype=config.model_config.dtype,
         _enable_probabilistic_draft_probs=False,

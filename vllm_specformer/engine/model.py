@@ -59,8 +59,9 @@ class SpecFormerDraftModel(nn.Module):
         served = vllm_config.model_config.max_model_len
         self.config.max_position_embeddings = max(self.config.max_position_embeddings, served)
         self.head = SpecFormerHead(self.config)
-        ranks = speculative.draft_parallel_config.tensor_parallel_size
-        self.share = HeadShare(self.config, ranks)
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        wanted = speculative.draft_parallel_config.tensor_parallel_size
+        self.share = HeadShare(self.config, ranks, wanted)
         self.num_slots = self.config.num_draft_slots
         self.num_served = speculative.num_speculative_tokens
         layers = vllm_config.model_config.get_total_num_hidden_layers()

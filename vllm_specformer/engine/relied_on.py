@@ -284,7 +284,7 @@ LAYERS: tuple[Reliance, ...] = (
         "tp_size quant_method",
     ),
     call(f"{_RANKS}:get_tensor_model_parallel_rank", SHARDING, "which share of the head"),
-    call(f"{_RANKS}:get_tensor_model_parallel_world_size", SHARDING, "how many shares"),
+    *members("vllm.config.parallel:ParallelConfig", MODEL, "how many", "tensor_parallel_size"),
     call(f"{_TOGETHER}:tensor_model_parallel_all_gather", SHARDING, "parts side by side", "input_"),
     call(f"{_TOGETHER}:tensor_model_parallel_all_reduce", SHARDING, "sum of parts", "input_"),
     Reliance("vllm.v1.attention.backends.utils:PAD_SLOT_ID", V2, "marks rows to skip", VALUE),

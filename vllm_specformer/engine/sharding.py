@@ -17,10 +17,7 @@ from vllm.distributed.communication_op import (
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
-from vllm.distributed.parallel_state import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-)
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from vllm_specformer.config import SpecFormerConfig
@@ -33,11 +30,11 @@ class HeadShare:
     """What part of a head this rank holds.
 
     Args:
+        ranks: of the target.
         wanted: `draft_tensor_parallel_size`, the target's number of ranks or 1: not to be shared.
     """
 
-    def __init__(self, config: SpecFormerConfig, wanted: int) -> None:
-        ranks, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    def __init__(self, config: SpecFormerConfig, ranks: int, wanted: int) -> None:
         sizes = (config.num_attention_heads, config.intermediate_size, config.hidden_size)
         kv_heads = config.num_key_value_heads
         odd = any(size % ranks for size in sizes) or (kv_heads % ranks and ranks % kv_heads)
@@ -45,7 +42,7 @@ class HeadShare:
             logger.info("%d ranks do not divide the head's shapes: each runs all of it", ranks)
         whole = odd or wanted == 1
         self.ranks: int = 1 if whole else ranks
-        self.rank: int = 0 if whole else rank
+        self.rank: int = get_tensor_model_parallel_rank() if self.ranks > 1 else 0
         self.heads = config.num_attention_heads // self.ranks
         # With more ranks than K/V heads, several ranks hold the same one.
         self.kv_heads = max(1, kv_heads // self.ranks)
