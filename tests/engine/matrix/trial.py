@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 from v1.engines import Job, Tokens, continuations, drafting, greedy, prompts
 from vllm import LLM, RequestOutput, SamplingParams
 
-from .features import REFUSED, SAME, Engine, Request
-from .requests import by_request, difference, job
+from .features import REFUSED, REPEATS, SAME, Engine, Request, named
+from .requests import by_request, difference, job, refusal
 
 DRAFTS = 4
 
@@ -61,20 +62,36 @@ def try_requests(
     return {name: difference(ours[name], theirs[name]) for name in theirs}
 
 
+def try_refused_and_repeated(runner: Runner, options: Mapping[str, Any]) -> dict[str, str]:
+    """Features that are refused with their message, or whose answers repeat; by name."""
+    outcomes = {}
+    with runner.engine(drafting(DRAFTS), **options) as llm:
+        for request in named(REFUSED):
+            message = refusal(llm, request)
+            assert re.search(request.message, message), message
+            assert Job(prompts()[:1], greedy(2)).run(llm), "the engine goes on"
+            outcomes[request.name] = REFUSED
+        for request in named(REPEATS):
+            once, again = (job([request], 2).run(llm) for _ in range(2))
+            assert difference(once, again) == ""
+            outcomes[request.name] = REPEATS
+    return outcomes
+
+
 def try_engine(runner: Runner, feature: Engine) -> Outcome:
     """Ask twice, so that the second time finds what the first left in the prefix cache."""
     asked = runner.job()
     expected = plain_answers(runner, feature)
     known = continuations(expected)
     speculative = drafting(DRAFTS, **feature.speculative)
-    try:
-        with (
-            runner.engine(speculative, **feature.options) as llm,
-            runner.helping(llm, known) as watch,
-        ):
-            found = [asked.run(llm), asked.run(llm)]
-    except (ValueError, NotImplementedError, RuntimeError) as error:
-        return Outcome(REFUSED, str(error))
+    with ExitStack() as stack:
+        try:
+            llm = stack.enter_context(runner.engine(speculative, **feature.options))
+        # vLLM refuses with any of these when it starts; what a running engine raises is a failure.
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            return Outcome(REFUSED, str(error))
+        watch = stack.enter_context(runner.helping(llm, known))
+        found = [asked.run(llm), asked.run(llm)]
     differences = [difference(answers, expected) for answers in found]
     if any(differences):
         return Outcome("differs", next(d for d in differences if d))

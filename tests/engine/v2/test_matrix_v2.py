@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
-from matrix.features import ENGINES, REFUSED, REPEATS, SAME, V2, Engine, named, pairs
+from matrix.features import ENGINES, REFUSED, SAME, V2, Engine, named, pairs
 from matrix.records import record
-from matrix.requests import OPTIONS, difference, job, refusal
-from matrix.trial import Runner, try_engine, try_requests
-from v1.engines import Job, drafting, greedy, prompts
+from matrix.requests import OPTIONS
+from matrix.trial import Runner, try_engine, try_refused_and_repeated, try_requests
 
 from .support import engine, watching
 
@@ -28,18 +27,7 @@ def test_requests_and_their_pairs() -> None:
 
 
 def test_refused_and_repeated() -> None:
-    outcomes = {}
-    with engine(drafting(4), **ROOM) as llm:
-        for request in named(REFUSED):
-            message = refusal(llm, request)
-            assert re.search(request.message, message), message
-            assert Job(prompts()[:1], greedy(2)).run(llm), "the engine goes on"
-            outcomes[request.name] = REFUSED
-        for request in named(REPEATS):
-            once, again = (job([request], 2).run(llm) for _ in range(2))
-            assert difference(once, again) == ""
-            outcomes[request.name] = REPEATS
-    record(V2, "requests", outcomes)
+    record(V2, "requests", try_refused_and_repeated(RUNNER, ROOM))
 
 
 @pytest.mark.parametrize("feature", [e for e in ENGINES if V2 in e.expected], ids=lambda e: e.name)
