@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specformer.cli.arguments import json_object, positive, temperature
-
-INTERRUPTED = 130
+from vllm_specformer.cli.common import INTERRUPTED, fields_of, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,14 +111,13 @@ def run(options: argparse.Namespace) -> int:
     if len(named) < len(options.speculative_config):
         raise SpecFormerError("--speculative-config: every NAME may be given once")
     options.speculative_config = named
-    fields = Options.__dataclass_fields__
-    chosen = Options(**{k: v for k, v in vars(options).items() if k in fields})
+    chosen = Options(**fields_of(options, Options))
     # Ending by SIGTERM has to pass through the blocks that end the servers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        result = compare(chosen, say=_say)
+        result = compare(chosen, say=say)
     except KeyboardInterrupt:
-        _say("\ninterrupted; what was measured is kept, the same command goes on")
+        say("\ninterrupted; what was measured is kept, the same command goes on")
         return INTERRUPTED
     report(result, options.out)
     return 0
@@ -130,7 +128,3 @@ def _named_config(text: str) -> tuple[str, dict[str, Any]]:
     if not equals or not name.replace("-", "").replace("_", "").isalnum():
         raise argparse.ArgumentTypeError(f"expected NAME=JSON, found {text!r}")
     return name, json_object(config)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from vllm_specformer.cli.arguments import count, json_object, positive, temperature
-
-INTERRUPTED = 130
+from vllm_specformer.cli.common import INTERRUPTED, check_results, fields_of, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,20 +87,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Evaluate; exit code 0, 1 if the engine disagrees with the replay, 130 after Ctrl-C."""
     from vllm_specformer.data.files import write_atomic
-    from vllm_specformer.errors import SpecFormerError
     from vllm_specformer.evaluation.report import plot, print_report
     from vllm_specformer.evaluation.run import Options, evaluate
 
-    for path in (options.json, options.plot):
-        if path is not None and not path.parent.is_dir():
-            raise SpecFormerError(f"{path}: no such directory as {path.parent}; create it")
-    fields = Options.__dataclass_fields__
+    check_results([options.json, options.plot])
     try:
-        report = evaluate(
-            Options(**{k: v for k, v in vars(options).items() if k in fields}), say=_say
-        )
+        report = evaluate(Options(**fields_of(options, Options)), say=say)
     except KeyboardInterrupt:
-        _say("\ninterrupted; nothing was written")
+        say("\ninterrupted; nothing was written")
         return INTERRUPTED
     print_report(report)
     if options.json is not None:
@@ -110,7 +102,3 @@ def run(options: argparse.Namespace) -> int:
     if options.plot is not None:
         write_atomic(options.plot, plot(report))
     return 0 if all(row["agrees"] for row in report["engine"]) else 1
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from vllm_specformer.cli.arguments import json_object, positive, share, temperature
-
-INTERRUPTED = 130
+from vllm_specformer.cli.common import INTERRUPTED, check_results, fields_of, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,19 +116,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the plan; exit code 0, 130 after Ctrl-C."""
     from vllm_specformer.data.files import write_atomic
-    from vllm_specformer.errors import SpecFormerError
     from vllm_specformer.planning.report import plot, print_plan
     from vllm_specformer.planning.run import Options, make_plan
 
-    for path in (options.json, options.plot):
-        if path is not None and not path.parent.is_dir():
-            raise SpecFormerError(f"{path}: no such directory as {path.parent}; create it")
-    fields = Options.__dataclass_fields__
-    chosen = Options(**{k: v for k, v in vars(options).items() if k in fields})
+    check_results([options.json, options.plot])
+    chosen = Options(**fields_of(options, Options))
     try:
-        plan = make_plan(chosen, say=_say)
+        plan = make_plan(chosen, say=say)
     except KeyboardInterrupt:
-        _say("\ninterrupted; nothing was written")
+        say("\ninterrupted; nothing was written")
         return INTERRUPTED
     head = str(options.head or "HEAD")
     print_plan(plan, head)
@@ -140,7 +134,3 @@ def run(options: argparse.Namespace) -> int:
     if options.plot is not None:
         write_atomic(options.plot, plot(plan))
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
