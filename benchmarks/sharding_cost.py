@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from vllm_specformer.planning.shapes import HeadShape, TargetShape
+from vllm_specformer.shapes import HeadShape, TargetShape
 
 # Published configurations: layers, hidden, heads, K/V heads, head size, inner width, vocabulary.
 TARGETS = {

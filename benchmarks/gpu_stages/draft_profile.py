@@ -11,7 +11,7 @@ from gpu_stages.checkpoints import write_head, write_target
 from gpu_stages.predict import draft
 from gpu_stages.shapes import TARGETS, TOY
 from gpu_stages.trace import draft_figures
-from vllm_specformer.planning.shapes import TargetShape
+from vllm_specformer.shapes import TargetShape
 
 Options = dict[str, Any]
 

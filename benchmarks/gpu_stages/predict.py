@@ -22,7 +22,7 @@ from vllm_specformer.planning.roofline import (
     matmul,
     target_step,
 )
-from vllm_specformer.planning.shapes import HeadShape, TargetShape
+from vllm_specformer.shapes import HeadShape, TargetShape
 
 CHIP = Chip("NVIDIA H200", 4.3e12, 770e12, "ceilings measured on one: copy, bf16 matrix products")
 # Between kernels of a replayed graph; `benchmarks/kernels.py` assumes the same.

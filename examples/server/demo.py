@@ -26,13 +26,8 @@ from load import PairedRounds, complete, in_pairs, read_prompts, stream
 from rich.console import Console
 from rich.table import Table
 
-from vllm_specformer.bench.server import (
-    DraftCounts,
-    Server,
-    ServerError,
-    read_draft_counts,
-    serving,
-)
+from vllm_specformer.serving.counts import DraftCounts, read_draft_counts
+from vllm_specformer.serving.server import Server, ServerError, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = "examples/models/python-target"
@@ -92,9 +87,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         drafting = start(stack, "with", ["--speculative-config", json.dumps(speculative)])
         show_requests(drafting, prompts)
         plain = start(stack, "without", [])
-        before = read_draft_counts(drafting)
+        before = read_draft_counts(drafting.url)
         alone, together = measure(args, drafting, plain, prompts)
-        counts = read_draft_counts(drafting) - before
+        counts = read_draft_counts(drafting.url) - before
     results = as_results(counts, alone, together)
     print_table(results, alone, together)
     return results | {

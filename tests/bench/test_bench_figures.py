@@ -17,12 +17,12 @@ from vllm_specformer.bench.figures import COLUMNS, prediction_error, summarise
 from vllm_specformer.bench.options import Options, server_arguments
 from vllm_specformer.bench.report import report
 from vllm_specformer.bench.run import Result, client_arguments
-from vllm_specformer.bench.server import DraftCounts
 from vllm_specformer.cli.main import main
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.planning.choose import Row
 from vllm_specformer.planning.plan import Plan
-from vllm_specformer.planning.shapes import HeadShape, TargetShape
+from vllm_specformer.serving.counts import DraftCounts
+from vllm_specformer.shapes import HeadShape, TargetShape
 
 ROOT = Path(__file__).parents[2]
 HEAD = ROOT / "examples" / "models" / "python-specformer"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_specformer.bench.enlarge import EnlargeError, HeavyPair, enlarge
 from vllm_specformer.cli.main import main
 from vllm_specformer.evaluation.fit import MISFIT, examine
-from vllm_specformer.planning.shapes import TargetShape
+from vllm_specformer.shapes import TargetShape
 from vllm_specformer.training.hidden_states import HookedTarget
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from vllm_specformer.bench.server import serving
 from vllm_specformer.data.manifest import read_manifest
 from vllm_specformer.data.shards import Row
+from vllm_specformer.serving.server import serving
 
 from .fakes import PROMPTS, ROOT, chat, rows_of, write_lines
 

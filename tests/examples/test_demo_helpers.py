@@ -17,7 +17,7 @@ pytest.importorskip("rich", reason="extra [bench]")
 import demo
 import load
 
-from vllm_specformer.bench.server import DraftCounts
+from vllm_specformer.serving.counts import DraftCounts
 
 ROOT = Path(__file__).resolve().parents[2]
 

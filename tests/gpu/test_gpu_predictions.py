@@ -11,7 +11,7 @@ from gpu_stages.arms import ARMS, BATCHES, CONTEXT, find
 from gpu_stages.prediction_tables import tables
 from gpu_stages.shapes import OTHERS, TARGETS, TOY
 
-from vllm_specformer.planning.shapes import TargetShape
+from vllm_specformer.shapes import TargetShape
 
 PERFORMANCE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
 QWEN3_8B = TargetShape.from_config(TARGETS["8b"].config())

@@ -17,7 +17,7 @@ from vllm_specformer.planning.choose import Row, best_count, between, combine, s
 from vllm_specformer.planning.paper import rows_on_paper
 from vllm_specformer.planning.plan import Plan, read_plan
 from vllm_specformer.planning.report import plot, print_plan
-from vllm_specformer.planning.shapes import HeadShape, TargetShape
+from vllm_specformer.shapes import HeadShape, TargetShape
 
 QWEN3_8B = TargetShape(36, 4096, 32, 8, 128, 12288, 151936)
 ACCEPTED = {0: 1.0, 2: 2.0, 4: 2.5, 8: 2.8}

@@ -18,7 +18,7 @@ from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.planning.chips import CHIPS, Chip, find_chip
 from vllm_specformer.planning.roofline import Work, attention, draft_step, matmul, target_step
-from vllm_specformer.planning.shapes import HeadShape, TargetShape
+from vllm_specformer.shapes import HeadShape, TargetShape
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 TARGET, HEAD = MODELS / "python-target", MODELS / "python-specformer"

@@ -12,8 +12,8 @@ from typing import Any
 
 from vllm_specformer.bench.arms import Arm
 from vllm_specformer.bench.client import ClientError
-from vllm_specformer.bench.server import DraftCounts
 from vllm_specformer.data.files import write_atomic
+from vllm_specformer.serving.counts import DraftCounts
 
 
 @dataclass(frozen=True)

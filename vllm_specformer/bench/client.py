@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_specformer.bench.server import server_environment
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.serving.server import server_environment
 
 _TAIL_LINES = 30
 

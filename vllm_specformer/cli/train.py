@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
-INTERRUPTED = 130
+from vllm_specformer.cli.common import INTERRUPTED, say
 
 # The first field of each group in the help.
 _GROUPS = {
@@ -68,10 +67,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         train(settings)
     except KeyboardInterrupt:
-        print(
+        say(
             f"\ninterrupted; give the same command again, and it continues from the last "
-            f"checkpoint in {settings.out}",
-            file=sys.stderr,
+            f"checkpoint in {settings.out}"
         )
         return INTERRUPTED
     return 0

@@ -16,6 +16,7 @@ from vllm_specformer.data.manifest import TargetRecord
 from vllm_specformer.data.target import end_token_ids, find_target, target_record
 from vllm_specformer.distill.encode import Encoder, load_encoder
 from vllm_specformer.engine.checks import check_pair
+from vllm_specformer.environment import versions
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.evaluation import questions as asking
 from vllm_specformer.evaluation.agreement import compare
@@ -28,7 +29,6 @@ from vllm_specformer.evaluation.replay import DraftedText, draft_texts
 from vllm_specformer.evaluation.served import Served, serve
 from vllm_specformer.training.hidden_states import HookedTarget
 from vllm_specformer.training.packed_head import DEFAULT_MEMORY, PackedHead
-from vllm_specformer.training.result import versions
 from vllm_specformer.training.target import can_pack, check_parts, load_target, read_config
 from vllm_specformer.training.texts import Text, Texts
 from vllm_specformer.weights import check_weights

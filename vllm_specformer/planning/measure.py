@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from vllm_specformer.bench.server import server_environment
 from vllm_specformer.engine.measuring import listing_schedule
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.serving.server import server_environment
 
 WORKER = "vllm_specformer.planning.worker"
 _TAIL_LINES = 30

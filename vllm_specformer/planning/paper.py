@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from vllm_specformer.planning.chips import Chip
 from vllm_specformer.planning.choose import Row, combine
 from vllm_specformer.planning.roofline import draft_step, target_step
-from vllm_specformer.planning.shapes import HeadShape, TargetShape
+from vllm_specformer.shapes import HeadShape, TargetShape
 
 
 def rows_on_paper(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_specformer.planning.chips import Chip
-from vllm_specformer.planning.shapes import HeadShape, TargetShape
+from vllm_specformer.shapes import HeadShape, TargetShape
 
 
 @dataclass(frozen=True)

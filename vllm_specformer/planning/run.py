@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from vllm_specformer.bench.hardware import hardware
-from vllm_specformer.bench.prompts import read_prompts
 from vllm_specformer.config import HeadFields, SpecFormerConfig, read_config
+from vllm_specformer.data.openings import read_prompts
 from vllm_specformer.data.target import find_target
 from vllm_specformer.engine.checks import check_pair
+from vllm_specformer.environment import hardware, versions
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.planning.acceptance import from_evaluation, from_shares
 from vllm_specformer.planning.chips import Chip, find_chip
@@ -22,8 +22,7 @@ from vllm_specformer.planning.choose import MARGIN, combine
 from vllm_specformer.planning.measure import Machine, Settings
 from vllm_specformer.planning.paper import rows_on_paper
 from vllm_specformer.planning.plan import Plan
-from vllm_specformer.planning.shapes import HeadShape, TargetShape
-from vllm_specformer.training.result import versions
+from vllm_specformer.shapes import HeadShape, TargetShape
 from vllm_specformer.training.target import read_config as read_target_config
 from vllm_specformer.weights import check_weights
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from vllm_specformer.bench.server import DRAFT_SECONDS, DRAFT_STEPS
+from vllm_specformer.serving.counts import DRAFT_SECONDS, DRAFT_STEPS
 
 _SETTLING_STEPS = 2  # the first still verifies drafts of the count before
 _MIN_STEPS = 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -13,14 +12,12 @@ from typing import Any
 
 import torch
 
-from vllm_specformer import __version__
 from vllm_specformer.data.files import sha256_of, write_atomic
 from vllm_specformer.data.manifest import Manifest, TargetRecord
+from vllm_specformer.environment import versions
 from vllm_specformer.training import report
 from vllm_specformer.training.settings import PLACES, TrainSettings
 from vllm_specformer.training.trainer import HeadTrainer
-
-_PACKAGES = ("torch", "transformers", "accelerate", "numpy", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -108,12 +105,6 @@ def data_digest(manifest: Manifest) -> str:
     """Digest of what the data is: its settings and the hash of every shard."""
     content = manifest.model_dump(exclude={"versions"})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the result to the last bit."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"vllm-specformer": __version__, **found}
 
 
 def _device_name(device: str) -> str:

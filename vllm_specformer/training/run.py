@@ -19,13 +19,14 @@ from vllm_specformer.data.files import directory_lock
 from vllm_specformer.data.manifest import read_manifest
 from vllm_specformer.data.shards import read_shards
 from vllm_specformer.data.target import end_token_ids, find_target, target_record
+from vllm_specformer.environment import versions
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.training import report
 from vllm_specformer.training.draft_vocabulary import choose_tokens, coverage
 from vllm_specformer.training.hidden_states import HookedTarget
 from vllm_specformer.training.packed_head import PackedHead
 from vllm_specformer.training.packing import Batch, Batches, Budget, plan_all
-from vllm_specformer.training.result import Inputs, versions, write_result
+from vllm_specformer.training.result import Inputs, write_result
 from vllm_specformer.training.run_directory import RunDirectory, disk_errors
 from vllm_specformer.training.settings import TrainSettings
 from vllm_specformer.training.target import (

@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from v1.engines import ROOT, TARGET, Job, Tokens, drafting, run_plain, token_ids
 from vllm import SamplingParams
 
-from vllm_specformer.bench.server import Server, serving
+from vllm_specformer.serving.server import Server, serving
 
 from .traffic import Ask, stock, traffic
 

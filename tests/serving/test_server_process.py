@@ -12,17 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from vllm_specformer.bench.server import (
+from vllm_specformer.engine import vllm_command
+from vllm_specformer.serving.counts import DraftCounts, parse_draft_counts
+from vllm_specformer.serving.server import (
     HOST,
-    DraftCounts,
     ServerError,
     free_port,
     openmp_preload,
-    parse_draft_counts,
     process_group,
     serving,
 )
-from vllm_specformer.engine import vllm_command
 
 METRICS = """\
 # HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
