@@ -2,6 +2,7 @@
 
     make ablation                                      # bundled pair; hours on two cores
     python benchmarks/ablation.py --steps 20 --seeds 0 --arms base paper    # a look at it
+    python benchmarks/ablation.py --collect            # table and plot of what is there
 
 All heads see the same texts in the same number of steps. What is missing of the data is made first,
 by the recipe of the bundled pair. A head that is complete is not trained again, so the command may
@@ -67,8 +68,13 @@ ARMS: dict[str, tuple[str, ...]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    recipe(args.pair)
     heads = [(seed, arm) for seed in args.seeds for arm in args.arms]
+    if args.collect:
+        heads = [(seed, arm) for seed, arm in heads if figures(place(arm, seed, args)).exists()]
+        if not heads:
+            raise SystemExit(f"{args.work} holds no complete head; leave out --collect")
+    else:
+        recipe(args.pair)
     rows: dict[tuple[int, str], dict[str, Any]] = {}
     with ThreadPoolExecutor(args.jobs) as pool:
         running = {pool.submit(one, arm, seed, args): (seed, arm) for seed, arm in heads}
@@ -79,11 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             pool.shutdown(cancel_futures=True)
     # Times are taken last, when no other head is being trained, once per arm.
-    for arm in tqdm(args.arms, desc="draft steps", unit="arm"):
-        milliseconds = draft_milliseconds(place(arm, args.seeds[0], args))
-        for seed in args.seeds:
+    for arm in tqdm(list(dict.fromkeys(arm for _, arm in heads)), desc="draft steps", unit="arm"):
+        seeds = [seed for seed, other in heads if other == arm]
+        milliseconds = draft_milliseconds(place(arm, seeds[0], args))
+        for seed in seeds:
             rows[seed, arm]["draft_ms"] = milliseconds
-        write_results([rows[head] for head in heads], args)
+    write_results([rows[head] for head in heads], args)
     return 0
 
 
@@ -92,11 +99,18 @@ def place(arm: str, seed: int, args: argparse.Namespace) -> Path:
     return work / f"{list(ARMS).index(arm):02d}-seed{seed}"
 
 
+def figures(head: Path) -> Path:
+    """The row of a head that is trained and measured."""
+    return head / "ablation.json"
+
+
 def one(arm: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Train a head and measure it."""
+    """Train a head, which does nothing where it is complete, and measure it."""
     head = place(arm, seed, args)
-    train(head, arm, seed, args)
-    return {"arm": arm, "seed": seed, "steps": args.steps} | measure(head, args)
+    if not args.collect:
+        train(head, arm, seed, args)
+    settings = json.loads((head / "provenance.json").read_text())["settings"]
+    return {"arm": arm, "seed": seed, "steps": settings["max_steps"]} | measure(head, args)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -110,6 +124,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--anchors-per-text", type=int, default=32)
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="at a time")
+    parser.add_argument("--collect", action="store_true", help="train nothing")
     parser.add_argument("--prompts", type=int, default=192, help="held-out ones per evaluation")
     return parser.parse_args(arguments)
 
@@ -148,7 +163,7 @@ def train(head: Path, arm: str, seed: int, args: argparse.Namespace) -> None:
 
 def measure(head: Path, args: argparse.Namespace) -> dict[str, Any]:
     """One row of figures about a trained head; kept beside it."""
-    known = head / "ablation.json"
+    known = figures(head)
     if known.exists():
         row: dict[str, Any] = json.loads(known.read_text())
         return row
@@ -179,13 +194,13 @@ def evaluate(head: Path, data: Path, slots: int, prompts: int) -> dict[str, Any]
         "eval", head, "--target", TARGET, "--data", data, "--json", result,
         "--max-prompts", str(prompts), "--num-speculative-tokens", *budgets,
     )  # fmt: skip
-    figures: dict[str, Any] = json.loads(result.read_text())
-    return figures
+    evaluated: dict[str, Any] = json.loads(result.read_text())
+    return evaluated
 
 
-def tokens_per_step(figures: dict[str, Any], method: str, k: int) -> float | None:
+def tokens_per_step(group: dict[str, Any], method: str, k: int) -> float | None:
     """None where the head has fewer slots."""
-    found = figures[method].get(f"K={k}")
+    found = group[method].get(f"K={k}")
     return found and found["tokens_per_step"]
 
 

@@ -11,6 +11,7 @@ Rows = Sequence[dict[str, Any]]
 BASE = "base"
 # Column of the table -> field of a row, digits.
 COLUMNS = {
+    "seeds": ("seed", 0),
     "parameters": ("parameters", 0),
     "draft ms": ("draft_ms", 1),
     "K=2": ("tokens_per_step_k2", 2),
@@ -31,6 +32,8 @@ def by_arm(rows: Rows) -> dict[str, list[dict[str, Any]]]:
 
 def cell(heads: Rows, field: str, digits: int) -> str:
     """Mean over the seeds, for figures of two digits with half the distance of the extremes."""
+    if field == "seed":
+        return str(len(heads))
     values = [head[field] for head in heads if head[field] is not None]
     if not values:
         return ""
