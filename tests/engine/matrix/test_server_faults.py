@@ -1,0 +1,83 @@
+"""A real server whose engine is killed."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from v1.engines import TARGET, Job, Tokens, drafting, greedy, prompts, run_plain, token_ids
+
+from vllm_specformer.serving.counts import read_draft_counts
+from vllm_specformer.serving.server import Server, serving
+
+pytestmark = pytest.mark.matrix
+
+TEXTS, TOKENS = prompts()[:4], 24
+OPTIONS = (
+    str(TARGET), f"--speculative-config={json.dumps(drafting(4))}", "--dtype=float32",
+    "--enforce-eager", "--max-model-len=512", "--kv-cache-memory-bytes=268435456",
+)  # fmt: skip
+PATIENCE_S = 60
+
+
+@pytest.fixture(autouse=True)
+def engine_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The engine in a process of its own, as users have it; temporary files where we see them."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[Tokens]:
+    job = Job(TEXTS, greedy(TOKENS))
+    return [ids for (ids,) in token_ids(run_plain({"texts": job}, max_model_len=512)["texts"])]
+
+
+def complete(server: Server, prompt: str, max_tokens: int, **settings: object) -> Tokens:
+    body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "return_token_ids": True}
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions",
+        json.dumps(body | {"model": str(TARGET)} | settings).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+        return tuple(json.load(answer)["choices"][0]["token_ids"])
+
+
+def answers(server: Server) -> list[Tokens]:
+    return [complete(server, text, TOKENS) for text in TEXTS]
+
+
+def test_engine_killed(expected: list[Tokens], tmp_path: Path) -> None:
+    """Who waits is told, nothing is left behind, and a new start answers the same."""
+    ends: list[object] = []
+
+    def wait(server: Server) -> None:
+        try:
+            ends.append(complete(server, TEXTS[0], 450, ignore_eos=True))
+        except (urllib.error.URLError, ConnectionError) as error:
+            ends.append(error)
+
+    with serving(OPTIONS, tmp_path / "server.log") as server:
+        assert answers(server) == expected
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        (core,) = [process for process in family if "EngineCor" in process.name()]
+        waiting = threading.Thread(target=wait, args=(server,))
+        waiting.start()
+        while read_draft_counts(server.url).drafts < 60:  # the long request is being answered
+            pass
+        core.kill()
+        waiting.join(PATIENCE_S)
+        assert isinstance(ends[0], urllib.error.HTTPError), ends
+        assert ends[0].code == 500
+        assert server.process.wait(PATIENCE_S) is not None
+        _, alive = psutil.wait_procs(family, PATIENCE_S)
+        assert alive == []
+    assert list(tmp_path.glob("specformer-*")) == []
+    with serving(OPTIONS, tmp_path / "again.log") as server:
+        assert answers(server) == expected
