@@ -191,6 +191,23 @@ RUNNER_V2: tuple[Reliance, ...] = (
         "temperature seeds draft_tokens draft_logits dp_size dp_rank model attn_groups "
         "attn_cg_support block_tables kv_cache_config draft_attn_layer_names supports_mm_inputs",
     ),
+    call(
+        "vllm.v1.spec_decode.dynamic.utils:build_dynamic_sd_schedule_lookup",
+        V2,
+        "drafts by batch size, as the scheduler reads them",
+        "num_speculative_tokens_per_batch_size vllm_max_batch_size vllm_num_speculative_tokens",
+    ),
+    call(
+        "vllm.config.speculative:SpeculativeConfig.uses_dynamic_speculative_decoding",
+        V2,
+        "whether there is a schedule",
+    ),
+    *members(
+        "vllm.config.compilation:CompilationConfig",
+        V2,
+        "sizes of the captured batches",
+        "cudagraph_capture_sizes",
+    ),
     Reliance(_DFLASH_GRAPHS, V2, "replays the draft step", CLASS, bases=("CudaGraphManager",)),
     call(
         f"{_DFLASH_GRAPHS}.capture",

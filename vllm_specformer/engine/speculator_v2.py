@@ -8,6 +8,7 @@ device; `_draft` reads nothing else, so it can be captured.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.dflash.cudagraph import DFlashCudaGraphManager
@@ -27,11 +29,27 @@ from vllm_specformer.engine.monitor import AcceptanceMonitor
 from vllm_specformer.engine.patches import verifies_coupled
 
 
+def drafts_by_batch_size(vllm_config: VllmConfig) -> list[int]:
+    """Tokens the scheduler asks for, by the number of requests in a step, from 0 to the most."""
+    speculative = vllm_config.speculative_config
+    most = vllm_config.scheduler_config.max_num_seqs
+    if not speculative.uses_dynamic_speculative_decoding():
+        return [speculative.num_speculative_tokens] * (most + 1)
+    drafts: list[int] = build_dynamic_sd_schedule_lookup(
+        speculative.num_speculative_tokens_per_batch_size,
+        vllm_max_batch_size=most,
+        vllm_num_speculative_tokens=speculative.num_speculative_tokens,
+    )
+    return drafts
+
+
 class SpecFormerSpeculator(DFlashSpeculator):
     _speculator_name = "SpecFormer"
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_target_class(vllm_config.model_config)
+        # Before the base class, which asks for the sizes of graphs in 0.33.
+        self._scheduled_drafts = drafts_by_batch_size(vllm_config)
         super().__init__(vllm_config, device)
         self._aux_staging = None  # a buffer of DFlash's own graph (0.33) that we never read
         # Sampled drafts that share the target's noise agree with it far more often, and coupled
@@ -109,9 +127,16 @@ class SpecFormerSpeculator(DFlashSpeculator):
     def _prepare_graph_forward(self, num_reqs: int, attn_metadata: Any = None) -> None:
         """Nothing: the draft pass stores the context as it rotates its queries."""
 
+    def _num_graph_drafts(self, num_reqs: int) -> int:
+        """Tokens the graph of a batch size drafts: the most that a batch it serves is asked for."""
+        sizes = sorted(self.vllm_config.compilation_config.cudagraph_capture_sizes or ())
+        place = bisect_left(sizes, num_reqs)
+        smaller = sizes[place - 1] if place else 0
+        return max([1, *self._scheduled_drafts[smaller + 1 : num_reqs + 1]])
+
     def _num_graph_context_tokens(self, num_reqs: int) -> int:
-        """Context rows a captured step stores: one full verification per request."""
-        return min(num_reqs * (self.num_speculative_steps + 1), self.max_num_tokens)
+        """Context rows a captured step stores: one whole verification per request."""
+        return min(num_reqs * (self._num_graph_drafts(num_reqs) + 1), self.max_num_tokens)
 
     def _store_context(self, start: int, end: int, *anchors: Tensor) -> Tensor | None:
         """Store rows of the buffers; with normalised anchors and their positions, their queries."""
@@ -208,8 +233,9 @@ class SpecFormerSpeculator(DFlashSpeculator):
         """Store the step's context K/V and draft; arguments and shapes as vLLM's base class.
 
         Returns:
-            int64 [R, K]. When no draft is wanted the K/V are stored all the same and the rows hold
-            the previous step's drafts, which the runner then ignores (it copies whole rows).
+            int64 [R, K]. When fewer drafts are wanted, or none and the K/V are stored all the same,
+            the rest of the rows holds earlier drafts, which the runner ignores (it copies whole
+            rows).
         """
         assert aux_hidden_states, "the target returned no auxiliary hidden states"
         requests, tokens = input_batch.num_reqs, input_batch.num_tokens
@@ -229,17 +255,24 @@ class SpecFormerSpeculator(DFlashSpeculator):
         if num_speculative_tokens == 0:
             self._store_context(0, tokens)
             return self.draft_tokens[:requests]
+        wanted = num_speculative_tokens or self.num_speculative_steps
         if dummy_run and skip_attn_for_dummy_run:
-            self._draft(requests, tokens)
+            self._draft(requests, tokens, wanted)
             return self.draft_tokens[:requests]
         if dummy_run and dp_sync_state is not None:
             # A dummy batch of one rank may exceed what the ranks agreed on.
             requests = min(requests, dp_sync_state.num_reqs)
-        self._run(requests, tokens, dp_sync_state, is_profile)
+        self._run(requests, tokens, wanted, dp_sync_state, is_profile)
         return self.draft_tokens[:requests]
 
-    def _run(self, requests: int, tokens: int, dp_sync_state: Any, need_eager: bool) -> None:
-        """Replay the captured step where one fits the batch, else run it eagerly."""
+    def _run(
+        self, requests: int, tokens: int, wanted: int, dp_sync_state: Any, need_eager: bool
+    ) -> None:
+        """Replay the captured step where one fits the batch, else run it eagerly.
+
+        Data parallel ranks agree on the largest batch among them, whose graph may draft fewer
+        tokens than this rank is asked for.
+        """
         sync, num_rows = (
             self._build_uniform_batch_dp_sync(dp_sync_state, requests, 1)
             if dp_sync_state is not None
@@ -255,8 +288,9 @@ class SpecFormerSpeculator(DFlashSpeculator):
             need_eager=need_eager,
             dp_sync_state=sync,
         )
-        if batch_desc.cg_mode != CUDAGraphMode.FULL:
-            self._draft(requests, tokens)
+        replays = batch_desc.cg_mode == CUDAGraphMode.FULL
+        if not replays or self._num_graph_drafts(batch_desc.num_reqs) < wanted:
+            self._draft(requests, tokens, wanted)
             return
         # The graph stores the first rows; what a prefill brings beyond them is stored before it.
         captured = self._num_graph_context_tokens(batch_desc.num_reqs)
@@ -274,12 +308,14 @@ class SpecFormerSpeculator(DFlashSpeculator):
         cudagraph_runtime_mode: CUDAGraphMode = CUDAGraphMode.NONE,
     ) -> None:
         """What a graph captures; the parameters are those its manager passes."""
-        self._draft(num_reqs, self._num_graph_context_tokens(num_reqs))
+        context = self._num_graph_context_tokens(num_reqs)
+        self._draft(num_reqs, context, self._num_graph_drafts(num_reqs))
 
-    def _draft(self, num_reqs: int, num_context: int) -> None:
+    def _draft(self, num_reqs: int, num_context: int, wanted: int) -> None:
         """Store the first rows of the buffers and draft from them.
 
-        Fills `draft_tokens[:num_reqs]`. Rows past `num_context` must be in the cache already.
+        Fills `draft_tokens[:num_reqs, :wanted]`. Rows past `num_context` must be in the cache
+        already.
         """
         bonus = self.bonus_tokens[:num_reqs]
         positions = self.anchor_positions[:num_reqs]
@@ -287,26 +323,30 @@ class SpecFormerSpeculator(DFlashSpeculator):
         normed = self.model.normalise(anchors)
         queries = self._store_context(0, num_context, normed, positions)
         table = None if self._block_table is None else self._block_table[:num_reqs]
-        slots = self.model(anchors, queries, positions, bonus, table, self.num_speculative_steps)
+        slots = self.model(anchors, queries, positions, bonus, table, wanted)
         logits = self.model.compute_logits(slots.flatten(0, 1))
         if self.model.config.markov_rank:
             self._sample_in_order(logits.unflatten(0, (num_reqs, -1)), bonus)
         else:
-            rows = slice(0, num_reqs * self.num_speculative_steps)
-            self.draft_tokens[:num_reqs] = self._sample(logits, rows).view(num_reqs, -1)
+            sampled = self._sample(logits, num_reqs, slice(0, wanted))
+            self.draft_tokens[:num_reqs, :wanted] = sampled.view(num_reqs, -1)
 
     def _sample_in_order(self, logits: Tensor, bonus_tokens: Tensor) -> None:
-        """Slot by slot, each biased by the token chosen before it; logits [R, K, V or N]."""
-        requests, steps = logits.shape[:2]
+        """Slot by slot, each biased by the token chosen before it; logits [R, n, V or N]."""
+        requests = len(logits)
         previous = bonus_tokens
-        for slot in range(steps):
-            rows = slice(slot, requests * steps, steps)
-            biased = logits[:, slot] + self.model.head.markov_logits(previous)
-            previous = self._sample(biased, rows)
+        for slot, own in enumerate(logits.unbind(1)):
+            biased = own + self.model.head.markov_logits(previous)
+            previous = self._sample(biased, requests, slice(slot, slot + 1))
             self.draft_tokens[:requests, slot] = previous
 
-    def _sample(self, logits: Tensor, rows: slice) -> Tensor:
-        """Target ids drawn from `logits`, for the given rows of the flat [R * K] sampling buffers.
+    def _of_slots(self, buffer: Tensor, num_reqs: int, slots: slice) -> Tensor:
+        """Some slots' entries of a flat sampling buffer [R * K]: [num_reqs * slots]."""
+        rows = buffer[: num_reqs * self.num_speculative_steps].view(num_reqs, -1)
+        return rows[:, slots].flatten()
+
+    def _sample(self, logits: Tensor, num_reqs: int, slots: slice) -> Tensor:
+        """Target ids drawn from `logits` [num_reqs * slots, V or N], request by request.
 
         Drawn tokens meet the noise of their target ids, and vLLM verifies them by cached logits of
         the whole vocabulary. So a draft vocabulary's logits are spread over it first, where the
@@ -316,26 +356,29 @@ class SpecFormerSpeculator(DFlashSpeculator):
         is_drawn = self.draws_with_target or self.draft_logits is not None
         if is_drawn:
             logits = head.over_vocabulary(logits, float("-inf"))
+        requests, positions, columns = (
+            self._of_slots(buffer, num_reqs, slots)
+            for buffer in (self.sample_idx_mapping, self.sample_pos, self.sample_col)
+        )
         if self.draws_with_target:
-            requests = self.sample_idx_mapping[rows].contiguous()
-            self._maybe_predict_acceptance(logits, requests, self.sample_col[rows].contiguous())
+            self._maybe_predict_acceptance(logits, requests, columns)
             return gumbel_sample(
                 logits,
                 requests,
                 self.temperature,
                 self.seeds,
-                self.sample_pos[rows],
+                positions,
                 apply_temperature=True,
                 is_drafting=False,
                 use_fp64=self.use_fp64_gumbel,
             )
         sampled = self.sample_draft(
             logits,
-            self.sample_pos[rows].contiguous(),
-            self.sample_idx_mapping[rows].contiguous(),
+            positions,
+            requests,
             self.temperature,
             self.seeds,
-            self.sample_col[rows].contiguous(),
+            columns,
             self.draft_logits,
         )
         return sampled if is_drawn else head.to_tokens(sampled)

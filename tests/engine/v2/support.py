@@ -93,8 +93,9 @@ def watching(
         drafts = original(self, batch, *args, **kwargs)
         num_sampled = args[4]
         watch.requests[batch.num_reqs] += 1
-        watch.tokens[self.num_speculative_steps if wanted is None else wanted] += 1
-        if wanted == 0:
+        made = self.num_speculative_steps if wanted is None else wanted
+        watch.tokens[made] += 1
+        if made == 0:
             return drafts
         drafts = drafts.clone()
         for row in range(batch.num_reqs):
@@ -105,7 +106,7 @@ def watching(
             # The runner's own record of the request, not the positions we draft at.
             length = int(states.total_len.gpu[state])
             text = tuple(states.all_token_ids.gpu[state, :length].tolist())
-            watch.drafted.append(Drafted(text, tuple(drafts[row].tolist())))
+            watch.drafted.append(Drafted(text, tuple(drafts[row, :made].tolist())))
             if continuations is not None:
                 _help(drafts[row], text, int(states.prompt_len.np[state]), continuations)
         return drafts

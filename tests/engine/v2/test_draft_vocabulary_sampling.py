@@ -99,7 +99,7 @@ def test_drafts_are_those_over_the_whole_vocabulary(head: SpecFormerHead, kind: 
         ours._sample_in_order(logits.view(REQUESTS, STEPS, -1), bonus)
         found = ours.draft_tokens
     else:
-        found = ours._sample(logits, slice(0, ROWS)).view(REQUESTS, STEPS)
+        found = ours._sample(logits, REQUESTS, slice(0, STEPS)).view(REQUESTS, STEPS)
     assert found.tolist() == expected.tolist()
     if ours.draft_logits is not None:
         # vLLM verifies by what it finds here, in the place of each request's state.
@@ -128,7 +128,9 @@ def test_verified_drafts_have_the_targets_law() -> None:
     ours.sample_idx_mapping = torch.arange(requests)
     ours.sample_col = torch.zeros(requests, dtype=torch.int32)
     ours.sample_pos = torch.full((requests,), 20)
-    drafts = ours._sample(torch.tensor([[1.0, 2.0, 0.5]]).repeat(requests, 1), slice(0, requests))
+    ours.num_speculative_steps = 1
+    logits = torch.tensor([[1.0, 2.0, 0.5]]).repeat(requests, 1)
+    drafts = ours._sample(logits, requests, slice(0, 1))
     assert drafts.unique().tolist() == [1, 3, 4]
 
     rows = torch.arange(requests).repeat_interleave(2)

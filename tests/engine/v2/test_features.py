@@ -124,11 +124,17 @@ def test_schedule_by_batch_size(reference: DenseReference, answers: dict[Tokens,
     params = [greedy(n) for n in (2, 2, 2, 4, 5, MAX_TOKENS, MAX_TOKENS)]
     speculative = drafting(K, num_speculative_tokens_per_batch_size=schedule)
     with engine(speculative) as llm, watching(llm) as watch:
+        model = speculator(llm).model
+        slots: list[int] = []
+        forward = model.forward
+        model.forward = lambda *args: slots.append(args[-1]) or forward(*args)
         outputs = llm.generate(full[:7], params, use_tqdm=False)
     found = continuations(outputs)
     assert all(answers[p][: len(t)] == t for p, t in found.items())
     print(f"steps by number of drafts {dict(watch.tokens)}; ", end="")
     assert watch.tokens.keys() == {0, 2, K}
+    assert len(slots) == watch.tokens[2] + watch.tokens[K]
+    assert slots.count(2) == watch.tokens[2], "drafted more than the schedule asks for"
     assert_all_equal(reference, watch, at_least=10)
 
 

@@ -271,7 +271,7 @@ def test_graphs_are_asked_for_when_vllm_wants_them(
 def test_each_batch_has_its_graph(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's own choice: the smallest captured batch that holds the requests, else eager.
 
-    One graph per size whatever number of drafts a schedule asks for, so nothing is captured anew.
+    One graph per size, with as many drafts as a schedule has for it, so nothing is captured anew.
     """
     monkeypatch.setattr(type(current_platform), "get_global_graph_pool", lambda self: None)
     ours = speculator(llm)
@@ -305,24 +305,48 @@ def test_each_batch_has_its_graph(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> 
     assert chosen(2, need_eager=True) is None
 
 
-@pytest.mark.parametrize(
-    ("mode", "tokens", "expected"),
-    [
-        (CUDAGraphMode.FULL, 15, ["graph 4"]),
-        (CUDAGraphMode.FULL, 20, ["graph 4"]),
-        (CUDAGraphMode.FULL, 33, ["store 20:33", "graph 4"]),
-        (CUDAGraphMode.NONE, 15, ["draft 3, store 0:15"]),
-        (CUDAGraphMode.NONE, 33, ["draft 3, store 0:33"]),
-        (CUDAGraphMode.PIECEWISE, 15, ["draft 3, store 0:15"]),
-    ],
-)
-def test_choice_of_graph(
-    mode: CUDAGraphMode, tokens: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three requests, graphs of four that store 4 * (K + 1) context rows."""
+def scheduled(sizes: list[int], drafts: list[int]) -> SpecFormerSpeculator:
+    """A speculator with graphs of these sizes, asked for `drafts` by number of requests."""
     ours = object.__new__(SpecFormerSpeculator)
     ours.num_speculative_steps, ours.max_num_tokens = K, 384
     ours.dp_size, ours.dp_rank = 1, 0
+    ours._scheduled_drafts = [0, *drafts]
+    compilation = SimpleNamespace(cudagraph_capture_sizes=sizes)
+    ours.vllm_config = SimpleNamespace(compilation_config=compilation)
+    return ours
+
+
+def test_a_graph_drafts_what_its_batches_are_asked_for() -> None:
+    """Sizes 1, 2, 4, 8; the last draft fewer tokens, and store fewer rows."""
+    ours = scheduled([8, 1, 4, 2], [4, 4, 3, 2, 2, 1, 0, 0])
+    assert [ours._num_graph_drafts(size) for size in (1, 2, 4, 8)] == [4, 4, 3, 2]
+    assert [ours._num_graph_context_tokens(size) for size in (1, 2, 4, 8)] == [5, 10, 16, 24]
+    never = scheduled([4, 8], [2, 2, 2, 2, 0, 0, 0, 0])
+    assert [never._num_graph_drafts(size) for size in (4, 8)] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "tokens", "wanted", "expected"),
+    [
+        (CUDAGraphMode.FULL, 15, K, ["graph 4"]),
+        (CUDAGraphMode.FULL, 20, K, ["graph 4"]),
+        (CUDAGraphMode.FULL, 15, 1, ["graph 4"]),
+        (CUDAGraphMode.FULL, 33, K, ["store 20:33", "graph 4"]),
+        (CUDAGraphMode.FULL, 15, K + 1, [f"draft 3 x {K + 1}, store 0:15"]),
+        (CUDAGraphMode.NONE, 15, K, [f"draft 3 x {K}, store 0:15"]),
+        (CUDAGraphMode.NONE, 33, 2, ["draft 3 x 2, store 0:33"]),
+        (CUDAGraphMode.PIECEWISE, 15, K, [f"draft 3 x {K}, store 0:15"]),
+    ],
+)
+def test_choice_of_graph(
+    mode: CUDAGraphMode,
+    tokens: int,
+    wanted: int,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three requests, graphs of four that draft K tokens and store 4 * (K + 1) context rows."""
+    ours = scheduled([], [K] * 8)
     done: list[str] = []
     desc = BatchExecutionDescriptor(mode, 4, 4)
     eager: list[bool] = []
@@ -340,8 +364,10 @@ def test_choice_of_graph(
         SpecFormerSpeculator, "_store_context", lambda _, a, b: done.append(f"store {a}:{b}")
     )
     monkeypatch.setattr(
-        SpecFormerSpeculator, "_draft", lambda _, n, m: done.append(f"draft {n}, store 0:{m}")
+        SpecFormerSpeculator,
+        "_draft",
+        lambda _, n, m, k: done.append(f"draft {n} x {k}, store 0:{m}"),
     )
-    ours._run(3, tokens, None, need_eager=mode == CUDAGraphMode.NONE)
+    ours._run(3, tokens, wanted, None, need_eager=mode == CUDAGraphMode.NONE)
     assert done == expected
     assert eager == [mode == CUDAGraphMode.NONE]
