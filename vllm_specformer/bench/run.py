@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ class _Comparison:
         requests = options.requests(most, len(self.prompts))
         client = partial(client_arguments, options, str(self.place), self.data)
         return {
-            "command": " ".join(["specformer", *sys.argv[1:]]),
+            "command": shlex.join(["specformer", *sys.argv[1:]]),
             "target": self.name,
             "target_parameters": self.target.parameters,
             "head": str(options.head),
