@@ -20,22 +20,6 @@ from vllm_specformer.engine.draft_time import DraftClock, timed
 from vllm_specformer.engine.monitor import AcceptanceMonitor
 
 
-def accepted_rows(starts: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of a step without those of rejected drafts, whose K/V nobody reads.
-
-    Args:
-        starts: integer [R + 1], each request's first row, and their number T.
-        last: integer [R], the row of each request's last accepted token.
-
-    Returns:
-        The rows to keep, int64 [A]; and where each request's last one is among them, [R].
-    """
-    kept = last - starts[:-1] + 1
-    ends = last.repeat_interleave(starts.diff())
-    rows = (torch.arange(len(ends), device=last.device) <= ends).nonzero().squeeze(1)
-    return rows, kept.cumsum(0) - 1
-
-
 class SpecFormerProposer(DFlashProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         check_target_class(vllm_config.model_config)
@@ -131,30 +115,24 @@ class SpecFormerProposer(DFlashProposer):
         self._last_draft_probs = None
         common = common_attn_metadata
         requests = common.batch_size()
-        states, last = target_hidden_states, token_indices_to_sample
-        slot_mapping = common.slot_mapping[: len(states)]
-        starts = common.query_start_loc[: requests + 1]
+        tokens = target_hidden_states.shape[0]
         if num_rejected_tokens_gpu is not None:
             self.monitor.observe(self._num_drafted, num_rejected_tokens_gpu)
-        if last is None:
-            last = starts[1:] - 1
-        elif self.device.type == "cpu":
-            rows, kept_last = accepted_rows(starts, last)
-            if len(rows) < len(states):
-                states, target_positions = states[rows], target_positions[rows]
-                slot_mapping, last = slot_mapping[rows], kept_last
 
-        context = self.model.combine_hidden_states(self._hooks(states))
+        context = self.model.combine_hidden_states(self._hooks(target_hidden_states))
         normed = self.model.normalise(context)
-        stored = (normed, target_positions, slot_mapping)
+        rows = (normed, target_positions, common.slot_mapping[:tokens])
         if num_speculative_tokens == 0:
-            self.model.store_context(*stored)
+            self.model.store_context(*rows)
             return torch.empty(requests, 0, dtype=torch.int64, device=self.device)
 
+        last = token_indices_to_sample
+        if last is None:
+            last = common.query_start_loc[1 : requests + 1] - 1
         positions = target_positions[last]
         slots = self.model(
             context[last],
-            self.model.store_context(*stored, normed[last], positions),
+            self.model.store_context(*rows, normed[last], positions),
             positions,
             next_token_ids,
             common.block_table_tensor[:requests],
