@@ -143,6 +143,8 @@ def work(order: dict[str, Any]) -> dict[str, Any]:
         for _ in range(_SETTLING_STEPS):
             engine.step()
         steps = [clock.step(engine.step) for _ in range(order["steps"])]
+        if engine.get_num_unfinished_requests() < requests:
+            raise SystemExit("requests ended while they were timed; give a smaller --steps")
         engine.abort_request(names)
         while engine.has_unfinished_requests():
             engine.step()

@@ -8,7 +8,6 @@ device; `_draft` reads nothing else, so it can be captured.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -50,6 +49,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         check_target_class(vllm_config.model_config)
         # Before the base class, which asks for the sizes of graphs in 0.33.
         self._scheduled_drafts = drafts_by_batch_size(vllm_config)
+        self._graph_drafts: dict[int, int] = {}
         super().__init__(vllm_config, device)
         self._aux_staging = None  # a buffer of DFlash's own graph (0.33) that we never read
         # Sampled drafts that share the target's noise agree with it far more often, and coupled
@@ -101,6 +101,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Full graphs for whole batches, or none: the step has no part worth a piecewise graph."""
+        self._graph_drafts.clear()  # the sizes are final only now
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         self.query_cudagraph_manager = DFlashCudaGraphManager(
             self.vllm_config,
@@ -129,10 +130,12 @@ class SpecFormerSpeculator(DFlashSpeculator):
 
     def _num_graph_drafts(self, num_reqs: int) -> int:
         """Tokens the graph of a batch size drafts: the most that a batch it serves is asked for."""
-        sizes = sorted(self.vllm_config.compilation_config.cudagraph_capture_sizes or ())
-        place = bisect_left(sizes, num_reqs)
-        smaller = sizes[place - 1] if place else 0
-        return max([1, *self._scheduled_drafts[smaller + 1 : num_reqs + 1]])
+        if num_reqs not in self._graph_drafts:  # asked for in every replayed step
+            sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or ()
+            smaller = max((size for size in sizes if size < num_reqs), default=0)
+            served = self._scheduled_drafts[smaller + 1 : num_reqs + 1]
+            self._graph_drafts[num_reqs] = max([1, *served])
+        return self._graph_drafts[num_reqs]
 
     def _num_graph_context_tokens(self, num_reqs: int) -> int:
         """Context rows a captured step stores: one whole verification per request."""

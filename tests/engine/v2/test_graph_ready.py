@@ -310,7 +310,7 @@ def scheduled(sizes: list[int], drafts: list[int]) -> SpecFormerSpeculator:
     ours = object.__new__(SpecFormerSpeculator)
     ours.num_speculative_steps, ours.max_num_tokens = K, 384
     ours.dp_size, ours.dp_rank = 1, 0
-    ours._scheduled_drafts = [0, *drafts]
+    ours._scheduled_drafts, ours._graph_drafts = [0, *drafts], {}
     compilation = SimpleNamespace(cudagraph_capture_sizes=sizes)
     ours.vllm_config = SimpleNamespace(compilation_config=compilation)
     return ours
