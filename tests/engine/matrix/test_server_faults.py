@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -59,7 +60,8 @@ def test_engine_killed(expected: list[Tokens], tmp_path: Path) -> None:
 
     def wait(server: Server) -> None:
         try:
-            ends.append(complete(server, TEXTS[0], 450, ignore_eos=True))
+            # Eight sampled answers: seconds of work, so that it cannot be over before the kill.
+            ends.append(complete(server, TEXTS[0], 450, ignore_eos=True, temperature=1, n=8))
         except (urllib.error.URLError, ConnectionError) as error:
             ends.append(error)
 
@@ -68,9 +70,11 @@ def test_engine_killed(expected: list[Tokens], tmp_path: Path) -> None:
         family = psutil.Process(server.process.pid).children(recursive=True)
         (core,) = [process for process in family if "EngineCor" in process.name()]
         waiting = threading.Thread(target=wait, args=(server,))
+        before, deadline = read_draft_counts(server.url).drafts, time.monotonic() + PATIENCE_S
         waiting.start()
-        while read_draft_counts(server.url).drafts < 60:  # the long request is being answered
-            pass
+        while read_draft_counts(server.url).drafts == before:  # until it is being answered
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         core.kill()
         waiting.join(PATIENCE_S)
         assert isinstance(ends[0], urllib.error.HTTPError), ends
