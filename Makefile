@@ -53,7 +53,7 @@ test-matrix: setup  ## vLLM's features beside speculation, both runners (docs/co
 	cd tests/engine && ../../$(BIN)/python -m matrix.document
 
 soak: setup  ## 10,000 requests to a server, an hour at most (build/soak.json; REQUESTS=, MINUTES=)
-	$(BIN)/python -m pytest -q -m soak
+	$(BIN)/python -m pytest -q -s -m soak
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -65,8 +65,8 @@ bench: setup  ## measure serving on the CPU (benchmarks/results/serving-cpu.*)
 
 # Both commands go on where they were stopped. Both in float32, where outputs must be the same.
 PAIR := examples/models/python-target examples/models/python-specformer
-LOAD := --prompts tests/data/prompts.jsonl --engine-args '{"dtype": "float32", "enforce_eager": true, \
-	"max_model_len": 512, "kv_cache_memory_bytes": 1073741824}'
+LOAD := --prompts benchmarks/prompts-load.jsonl --engine-args '{"dtype": "float32", \
+	"enforce_eager": true, "max_model_len": 512, "kv_cache_memory_bytes": 536870912}'
 
 bench-load: export OMP_NUM_THREADS = 1
 bench-load: export VLLM_CPU_OMP_THREADS_BIND = nobind
@@ -78,7 +78,7 @@ bench-load: setup  ## plan K and compare arms under load, bundled and heavy targ
 		test -f build/bench/$$name-plan.json || $(BIN)/specformer plan $$head $(LOAD) \
 			--json build/bench/$$name-plan.json --plot build/bench/$$name-plan.png || exit 1; \
 		$(BIN)/specformer bench $$head $(LOAD) --schedule build/bench/$$name-plan.json \
-			--requests-per-slot 2 --out build/bench/$$name || exit 1; \
+			--together --requests-per-slot 2 --out build/bench/$$name || exit 1; \
 	done
 
 bench-kernels: setup  ## check every kernel and time it (benchmarks/results/gpu); smoke run without a GPU

@@ -52,6 +52,7 @@ def cell(number: int, arm: str, seconds: float, accepted: int = 0, **changes: An
         accepted_at=[accepted // 2, accepted // 4, accepted // 4, 0] if accepted else [],
         draft_seconds=None,
         draft_steps=None,
+        lengths=[25, 25, 25, 25],
         texts=["a", "b", "c", "d"],
         load=0.5,
     )

@@ -66,8 +66,8 @@ def test_schedule_follows_the_costs_between_measured_batch_sizes() -> None:
 
 
 def test_between_measured_batch_sizes_costs_are_straight_lines() -> None:
-    (middle,) = between([Row(4, 2, 2.0, 10, 20, 4), Row(8, 2, 2.0, 30, 60, 8)], 6)
-    assert middle == Row(6, 2, 2.0, 20, 40, 6)
+    (middle,) = between([Row(4, 2, 2.0, 10, 20, 4, 1, 3), Row(8, 2, 2.0, 30, 60, 8, 3, 5)], 6)
+    assert middle == Row(6, 2, 2.0, 20, 40, 6, 2, 4)
     measured = [row(4, 2, 1.5), row(8, 2, 1.2)]
     assert [between(measured, batch)[0].ratio for batch in (1, 4, 8, 99)] == [1.5, 1.5, 1.2, 1.2]
 

@@ -86,6 +86,7 @@ def test_steps_are_timed_at_every_count(engine: EngineProcess, prompts: list[lis
     assert {int(count): len(times) for count, times in found["steps"].items()} == {
         count: 5 for count in COUNTS
     }
+    assert found["prompt"] > 0
     for count, times in found["steps"].items():
         assert 0 < found["drafts"][count] < statistics.mean(times)
     # Storing K/V is a part of drafting.

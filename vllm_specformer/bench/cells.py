@@ -38,6 +38,7 @@ class Cell:
         seconds: from the first request to the last answer.
         tpot_ms, ttft_ms: mean time per output token after the first, and to the first.
         accepted_at: drafts accepted up to each position.
+        lengths: tokens of each answer, in the order of the prompts.
         draft_seconds, draft_steps: time in the proposer and its calls; None where the server does
             not count them.
         texts: digest of each answer, in the order of the prompts.
@@ -59,6 +60,7 @@ class Cell:
     accepted_at: list[int]
     draft_seconds: float | None
     draft_steps: int | None
+    lengths: list[int]
     texts: list[str]
     load: float
 
@@ -112,6 +114,7 @@ def make_cell(key: Key, arm: Arm, saved: dict[str, Any], counts: DraftCounts, lo
         accepted_at=list(counts.accepted_at),
         draft_seconds=counts.draft_seconds,
         draft_steps=counts.draft_steps,
+        lengths=saved["output_lens"],
         texts=[hashlib.sha256(t.encode()).hexdigest()[:16] for t in saved["generated_texts"]],
         load=load,
     )

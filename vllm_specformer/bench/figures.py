@@ -55,7 +55,7 @@ def _line(result: Result, cells: Sequence[Cell], plain: dict[tuple[int, int], Ce
         "ratio_to_none": _rounded(ratio),
         "ratio_min": _rounded(min(ratios, default=None)),
         "ratio_max": _rounded(max(ratios, default=None)),
-        "predicted_ratio": _rounded(_predicted(result, first)),
+        "predicted_ratio": _rounded(_predicted(result, first, plain)),
         "tokens_per_step": round(kappa, 3),
         "acceptance_length": round(1 + accepted / drafts, 3) if drafts else 1.0,
         "acceptance_per_position": _per_position(cells, drafts),
@@ -81,16 +81,17 @@ def _paper_terms(result: Result, cell: Cell, kappa: float, count: float) -> Figu
     return {"p": round(p, 4), "r1": round(kappa / p, 3)}
 
 
-def _predicted(result: Result, cell: Cell) -> float | None:
-    if result.plan is None or cell.speculative is None:
+def _predicted(result: Result, cell: Cell, plain: dict[tuple[int, int], Cell]) -> float | None:
+    """What the plan expects of this load, with answers as long as those without speculation."""
+    plan, without = result.plan, plain.get((cell.round, cell.concurrency))
+    if plan is None or without is None or cell.speculative is None:
         return None
     if cell.arm == SCHEDULE:
-        count = result.plan.count_at(cell.concurrency)
-    elif cell.speculative.get("method") == "specformer":
-        count = cell.speculative["num_speculative_tokens"]
-    else:
+        return plan.expected_ratio(without.lengths, cell.concurrency, plan.count_at)
+    if cell.speculative.get("method") != "specformer":
         return None
-    return result.plan.predicted(cell.concurrency, count)
+    count = cell.speculative["num_speculative_tokens"]
+    return plan.expected_ratio(without.lengths, cell.concurrency, lambda batch: count)
 
 
 def prediction_error(lines: Iterable[Figures]) -> float | None:

@@ -12,6 +12,7 @@ import contextlib
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +40,8 @@ from vllm_specformer.weights import check_weights
 
 _WARM_UP_TOKENS = 16
 _START_TIMEOUT_S = 900.0
+# vLLM's processes poll for a second after their last work before they sleep.
+_SETTLE_S = 1.5
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ class _Comparison:
                     for arm in _rotated(self.arms, number + place):
                         key = Key(number, concurrency, arm.name)
                         if key in missing:
+                            time.sleep(_SETTLE_S)
                             self._measure(key, arm, servers[arm.name])
 
     @contextlib.contextmanager

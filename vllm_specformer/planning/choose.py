@@ -21,7 +21,13 @@ MARGIN = 0.02
 
 @dataclass(frozen=True)
 class Row:
-    """One batch size and number of drafted tokens; times are of one step, in seconds."""
+    """One batch size and number of drafted tokens; times are of one step, in seconds.
+
+    Attributes:
+        plain, step: a step that only decodes, without speculation and with it.
+        plain_prompt, prompt: one request's share of a step that reads as many prompts as the batch
+            has requests; 0 where nobody measured it.
+    """
 
     batch: int
     count: int
@@ -29,6 +35,8 @@ class Row:
     plain: float
     step: float
     draft: float
+    plain_prompt: float = 0.0
+    prompt: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -76,6 +84,8 @@ def _at(low: Row, high: Row, batch: int) -> Row:
         mix(low.plain, high.plain),
         mix(low.step, high.step),
         mix(low.draft, high.draft),
+        mix(low.plain_prompt, high.plain_prompt),
+        mix(low.prompt, high.prompt),
     )
 
 
@@ -100,9 +110,16 @@ def combine(
     steps: Mapping[tuple[int, int], float],
     drafts: Mapping[tuple[int, int], float],
     tokens_per_step: Mapping[int, float],
+    prompts: Mapping[int, tuple[float, float]] | None = None,
 ) -> list[Row]:
-    """Rows out of costs by batch size, or by batch size and count, and acceptance by count."""
-    return [
-        Row(batch, count, tokens_per_step[count], plain[batch], seconds, drafts[batch, count])
-        for (batch, count), seconds in sorted(steps.items())
-    ]
+    """Rows out of costs by batch size, or by batch size and count, and acceptance by count.
+
+    Args:
+        prompts: seconds per prompt, without speculation and with it, by batch size.
+    """
+    found = []
+    for (batch, count), seconds in sorted(steps.items()):
+        costs = (plain[batch], seconds, drafts[batch, count])
+        reading = (prompts or {}).get(batch, (0.0, 0.0))
+        found.append(Row(batch, count, tokens_per_step[count], *costs, *reading))
+    return found

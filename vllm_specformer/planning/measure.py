@@ -48,9 +48,14 @@ class Settings:
 
 @dataclass
 class Costs:
-    """Medians over all timed steps, in seconds; by batch size, or batch size and count."""
+    """Medians over all timed steps, in seconds; by batch size, or batch size and count.
+
+    Attributes:
+        prompts: reading one prompt of as many at once, without the head and with it.
+    """
 
     plain: dict[int, float] = field(default_factory=dict)
+    prompts: dict[int, tuple[float, float]] = field(default_factory=dict)
     steps: dict[tuple[int, int], float] = field(default_factory=dict)
     drafts: dict[tuple[int, int], float] = field(default_factory=dict)
 
@@ -129,6 +134,7 @@ class Machine:
         }
         self._steps: dict[tuple[str, int, int], list[float]] = {}
         self._drafts: dict[tuple[str, int, int], list[float]] = {}
+        self._prompts: dict[tuple[str, int], list[float]] = {}
 
     def measure(self, live: bool) -> tuple[Costs, dict[int, float]]:
         """Costs and, if asked for, tokens per step of a live run by count."""
@@ -179,6 +185,7 @@ class Machine:
         for text, seconds in found["steps"].items():
             self._steps.setdefault((name, batch, int(text)), []).extend(seconds)
             self._drafts.setdefault((name, batch, int(text)), []).append(found["drafts"][text])
+        self._prompts.setdefault((name, batch), []).append(found["prompt"])
         self.say(f"cycle {cycle + 1} of {self.settings.cycles}: {batch} requests, {name}")
 
     def _accepted(self, engine: EngineProcess) -> dict[int, float]:
@@ -204,4 +211,9 @@ class Machine:
             else:
                 costs.steps[batch, count] = statistics.median(seconds)
                 costs.drafts[batch, count] = statistics.median(self._drafts[name, batch, count])
+        for batch in costs.plain:
+            without, within = (
+                statistics.median(self._prompts[name, batch]) for name in ("plain", "head")
+            )
+            costs.prompts[batch] = (without, within)
         return costs

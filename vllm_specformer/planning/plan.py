@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.planning.choose import Row, between, schedule
+from vllm_specformer.planning.load import seconds_under_load
 
 KIND = "specformer plan"
 
@@ -52,6 +54,28 @@ class Plan:
         """Expected tokens/s over no speculation, if such a count was looked at."""
         found = [row for row in between(self.rows, batch) if row.count == count]
         return found[0].ratio if found else None
+
+    def expected_ratio(
+        self, answers: Sequence[int], concurrency: int, count_at: Callable[[int], int]
+    ) -> float | None:
+        """Expected tokens/s over no speculation of a whole load (see load.py).
+
+        Args:
+            answers: tokens of each answer.
+            count_at: drafted tokens by batch size.
+
+        Returns:
+            None where a batch size would draft a count that was not looked at.
+        """
+        if not {count_at(batch) for batch in range(1, concurrency + 1)} <= self.counts:
+            return None
+        without = seconds_under_load(self.rows, answers, concurrency, None)
+        return without / seconds_under_load(self.rows, answers, concurrency, count_at)
+
+    @property
+    def counts(self) -> set[int]:
+        """The numbers of drafted tokens that were looked at."""
+        return {row.count for row in self.rows}
 
     def speculative_config(self, head: str) -> dict[str, Any]:
         """The dictionary for `--speculative-config`."""

@@ -168,7 +168,7 @@ def _measured(
     with tempfile.TemporaryDirectory(prefix="specformer-plan-") as logs:
         machine = Machine(engine, head, ids, settings, Path(logs), say)
         costs, live = machine.measure(live=accepted is None)
-    rows = combine(costs.plain, costs.steps, costs.drafts, accepted or live)
+    rows = combine(costs.plain, costs.steps, costs.drafts, accepted or live, costs.prompts)
     source = (
         f"a live run of {len(ids)} prompts" if accepted is None else str(options.eval or "given")
     )

@@ -42,15 +42,18 @@ class Worker:
             steps, seconds: timed steps at each count, fewer (but two) once they took so long.
 
         Returns:
-            By count: the steps' seconds, and the mean of the draft steps within.
+            By count: the steps' seconds, and the mean of the draft steps within; and the seconds
+            that reading one of the prompts took.
         """
         room = (max(counts) + 1) * (steps + _SETTLING_STEPS) * len(counts) + 1
         names = self._submit(prompts, room, ignore_eos=True)
         self._hold(0)
         started: set[str] = set()
+        began = time.perf_counter()
         while len(started) < len(names):
             started |= {out.request_id for out in self.engine.step() if out.outputs[0].token_ids}
-        found: dict[str, Any] = {"steps": {}, "drafts": {}}
+        reading = (time.perf_counter() - began) / len(names)
+        found: dict[str, Any] = {"steps": {}, "drafts": {}, "prompt": reading}
         for count in counts:
             self._hold(count)
             for _ in range(_SETTLING_STEPS):

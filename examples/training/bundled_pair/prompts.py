@@ -13,8 +13,13 @@ from corpus import split_prompt
 from transformers import AutoTokenizer
 
 MAX_TOKENS = 160
-# The last training prompts are left to unloop.py.
-COUNTS = {"train": 40_000, "held_out": 384}
+# Files, the split they are cut from, and which of its prompts they get. The last training prompts
+# are left to unloop.py; `load` is for benchmarks (benchmarks/load_prompts.py).
+FILES = {
+    "train": ("train", 0, 40_000),
+    "held_out": ("held_out", 0, 384),
+    "load": ("held_out", 384, 3_000),
+}
 
 
 def prompts(corpus: Path, split: str, count: int) -> list[str]:
@@ -37,10 +42,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    for split, count in COUNTS.items():
-        lines = [json.dumps({"prompt": text}) + "\n" for text in prompts(args.corpus, split, count)]
-        (args.out / f"{split}.jsonl").write_text("".join(lines))
-        print(f"{split}: {len(lines):,} prompts")
+    for name, (split, first, end) in FILES.items():
+        texts = prompts(args.corpus, split, end)[first:]
+        lines = [json.dumps({"prompt": text}) + "\n" for text in texts]
+        (args.out / f"{name}.jsonl").write_text("".join(lines))
+        print(f"{name}: {len(lines):,} prompts")
 
 
 if __name__ == "__main__":
