@@ -168,6 +168,9 @@ def test_arms() -> None:
     assert arms[4].speculative == {"method": "x"}
     assert default_names([2, 4], None)[:4] == [NONE, "k2", "k4", "ngram"]
     assert "schedule" in default_names([2], SCHEDULE)
+    sure = {"method": "specformer", "draft_confidence_threshold": 0.5}
+    assert "confident" in default_names([2], SCHEDULE, sure)
+    assert build(["confident"], "HEAD", 8, None, {}, sure)[1] == Arm("confident", sure)
     # vLLM wants a K above 0 beside a schedule that never drafts.
     never = build(["schedule"], "HEAD", 8, [[1, 64, 0]], {})[1]
     assert (never.speculative or {})["num_speculative_tokens"] == 1
@@ -177,8 +180,13 @@ def test_arms() -> None:
     ("names", "others", "message"),
     [
         (["k9"], {}, "--arms k9: this head drafts 1 to 8 tokens"),
-        (["eagle"], {}, "--arms eagle: unknown; choose from none, k1 ... k8, schedule, ngram"),
+        (
+            ["eagle"],
+            {},
+            "--arms eagle: unknown; choose from none, k1 ... k8, schedule, confident, ngram",
+        ),
         (["schedule"], {}, "--arms schedule: needs --schedule"),
+        (["confident"], {}, "--arms confident: needs --schedule"),
         (["k2"], {"k2": {}}, "--speculative-config k2=...: --arms has it already"),
     ],
 )

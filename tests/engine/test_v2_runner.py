@@ -27,6 +27,14 @@ def test_v2_runner(capfd: pytest.CaptureFixture[str]) -> None:
     run_child(capfd, [str(FOLDER), f"--ignore={FAMILIES}", f"--ignore={MATRIX}"], MIN_PASSED)
 
 
+@pytest.mark.slow
+def test_coupled_verification_of_a_hundred_texts(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECFORMER_COUPLED_TEXTS", "100")
+    run_child(capfd, [str(FOLDER / "test_coupled.py")], 7)
+
+
 @pytest.mark.families
 def test_families_with_several_groups(capfd: pytest.CaptureFixture[str]) -> None:
     run_child(capfd, [str(FAMILIES)], 2)

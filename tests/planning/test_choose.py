@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
+from vllm_specformer.engine.speculative_fields import split_own_fields
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.planning.acceptance import from_evaluation
 from vllm_specformer.planning.chips import CHIPS
-from vllm_specformer.planning.choose import Row, best_count, between, combine, schedule
+from vllm_specformer.planning.choose import (
+    Row,
+    best_count,
+    between,
+    break_even,
+    combine,
+    schedule,
+    thresholds,
+)
 from vllm_specformer.planning.paper import rows_on_paper
 from vllm_specformer.planning.plan import Plan, read_plan
 from vllm_specformer.planning.report import plot, print_plan
@@ -63,6 +73,30 @@ def test_schedule_follows_the_costs_between_measured_batch_sizes() -> None:
     assert found[0][0] == 1
     assert found[-1][1] == 64
     assert all(a[2] != b[2] and a[1] + 1 == b[0] for a, b in itertools.pairwise(found))
+
+
+def test_a_draft_pays_from_the_chance_that_its_row_costs() -> None:
+    free = [Row(8, count, 1 + 0.5 * count, 10.0, 10.0, 0.0) for count in (0, 2, 4)]
+    assert break_even(free) == 0
+    # Two drafts are 4 s and drafting 1 s more; three tokens in 15 s are the best that it brings.
+    dear = [
+        Row(8, 0, 1.0, 10.0, 10.0, 0.0),
+        Row(8, 2, 3.0, 10.0, 15.0, 1.0),
+        Row(8, 4, 3.5, 10.0, 19.0, 1.0),
+    ]
+    assert break_even(dear) == pytest.approx(2.0 * 3 / 15)
+    assert break_even([replace(row, step=1.0 + 50 * row.count) for row in dear]) == 1
+    assert break_even(dear[:1]) == 0
+
+
+def test_thresholds_rise_with_the_batch() -> None:
+    found = thresholds(rows())
+    assert found[0][0] == 1
+    assert found[0][2] == 0
+    assert found[-1][1] == 64
+    assert all(a[2] < b[2] and a[1] + 1 == b[0] for a, b in itertools.pairwise(found))
+    (_, own) = split_own_fields(Plan.of(rows(), {}, 0.02).confident_config("HEAD"))
+    assert own.confidence == tuple((a, b, bar) for a, b, bar in found)
 
 
 def test_between_measured_batch_sizes_costs_are_straight_lines() -> None:

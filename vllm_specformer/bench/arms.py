@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_specformer.errors import SpecFormerError
 
-NONE, SCHEDULE = "none", "schedule"
+NONE, SCHEDULE, CONFIDENT = "none", "schedule", "confident"
 Schedule = list[list[int]]
 # Methods of vLLM that need no trained head; K is theirs to choose in `--speculative-config`.
 _UNTRAINED: dict[str, dict[str, Any]] = {
@@ -31,10 +31,13 @@ class Arm:
     speculative: dict[str, Any] | None
 
 
-def default_names(counts: Sequence[int], schedule: Schedule | None) -> list[str]:
+def default_names(
+    counts: Sequence[int], schedule: Schedule | None, confident: dict[str, Any] | None = None
+) -> list[str]:
     """Every arm that can run here."""
     names = [NONE, *(f"k{count}" for count in counts)]
     names += [SCHEDULE] if schedule else []
+    names += [CONFIDENT] if confident else []
     names += ["ngram"]
     return [*names, "suffix"] if importlib.util.find_spec("arctic_inference") else names
 
@@ -45,12 +48,14 @@ def build(
     slots: int,
     schedule: Schedule | None,
     others: Mapping[str, dict[str, Any]],
+    confident: dict[str, Any] | None = None,
 ) -> list[Arm]:
     """The arms of these names in this order, without speculation first, then `others`.
 
     Args:
         slots: the most tokens the head drafts.
         others: further speculative configs by name.
+        confident: a plan's config with drafts cut by confidence.
 
     Raises:
         SpecFormerError: unknown name, K beyond the head's slots, a schedule that is missing.
@@ -59,7 +64,15 @@ def build(
     for name in others:
         if name in chosen:
             raise SpecFormerError(f"--speculative-config {name}=...: --arms has it already; rename")
-    arms = [Arm(name, _speculative(name, head, slots, schedule)) for name in chosen]
+    if CONFIDENT in chosen and confident is None:
+        raise SpecFormerError(
+            "--arms confident: needs --schedule, a plan that `specformer plan --json` measured"
+        )
+    known = {CONFIDENT: confident}
+    arms = [
+        Arm(name, known[name] if name in known else _speculative(name, head, slots, schedule))
+        for name in chosen
+    ]
     return arms + [Arm(name, dict(config)) for name, config in others.items()]
 
 
@@ -88,7 +101,7 @@ def _speculative(
         if not 1 <= int(name[1:]) <= slots:
             raise SpecFormerError(f"--arms {name}: this head drafts 1 to {slots} tokens")
         return ours | {"num_speculative_tokens": int(name[1:])}
-    known = ", ".join([NONE, "k1 ... k" + str(slots), SCHEDULE, *_UNTRAINED])
+    known = ", ".join([NONE, "k1 ... k" + str(slots), SCHEDULE, CONFIDENT, *_UNTRAINED])
     raise SpecFormerError(
         f"--arms {name}: unknown; choose from {known}, or add it with --speculative-config"
     )

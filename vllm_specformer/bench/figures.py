@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vllm_specformer.bench.arms import NONE, SCHEDULE
+from vllm_specformer.bench.arms import CONFIDENT, NONE, SCHEDULE
 from vllm_specformer.bench.cells import Cell
 from vllm_specformer.bench.run import Result
 
@@ -88,8 +88,8 @@ def _predicted(result: Result, cell: Cell, plain: dict[tuple[int, int], Cell]) -
         return None
     if cell.arm == SCHEDULE:
         return plan.expected_ratio(without.lengths, cell.concurrency, plan.count_at)
-    if cell.speculative.get("method") != "specformer":
-        return None
+    if cell.arm == CONFIDENT or cell.speculative.get("method") != "specformer":
+        return None  # a plan knows what is accepted of whole drafts
     count = cell.speculative["num_speculative_tokens"]
     return plan.expected_ratio(without.lengths, cell.concurrency, lambda batch: count)
 

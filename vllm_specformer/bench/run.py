@@ -85,9 +85,13 @@ class _Comparison:
         self.target = TargetShape.from_config(read_json(self.place / "config.json"))
         self.plan = read_plan(options.schedule) if options.schedule else None
         schedule: Schedule | None = self.plan.schedule if self.plan else None
-        names = options.arms or default_names(_fitting(options, self.head.slots), schedule)
+        head = str(options.head)
+        confident = self.plan.confident_config(head) if self.plan and self.plan.rows else None
+        names = options.arms or default_names(
+            _fitting(options, self.head.slots), schedule, confident
+        )
         self.arms = build(
-            names, str(options.head), self.head.slots, schedule, options.speculative_config
+            names, head, self.head.slots, schedule, options.speculative_config, confident
         )
         context = options.max_model_len(config.max_position_embeddings)
         self.prompts = read_prompts(options.prompts, self.place, options.max_tokens, context)

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arms",
         nargs="+",
         metavar="NAME",
-        help="of none, k1 to the head's slots, schedule, ngram, suffix (default: all that can run, "
-        "with the K of --num-speculative-tokens)",
+        help="of none, k1 to the head's slots, schedule, confident, ngram, suffix (default: all "
+        "that can run, with the K of --num-speculative-tokens)",
     )
     arms.add_argument(
         "--num-speculative-tokens",

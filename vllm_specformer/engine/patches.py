@@ -76,14 +76,14 @@ def _accept_method() -> None:
         from vllm_specformer.engine.checks import checked, is_specformer
         from vllm_specformer.engine.draft_time import publish
         from vllm_specformer.engine.speculative_fields import (
-            DEFAULT_VERIFICATION,
+            OwnFields,
             as_dictionary,
-            split_verification,
+            split_own_fields,
         )
 
         # The --spec-* flags are another spelling of the same dictionary; merge before judging.
         given = as_dictionary(self.speculative_config or {})
-        verification = DEFAULT_VERIFICATION
+        own = OwnFields()
         flags = {
             "method": getattr(self, "spec_method", None),
             "model": getattr(self, "spec_model", None),
@@ -92,14 +92,15 @@ def _accept_method() -> None:
         merged = {k: v for k, v in flags.items() if v is not None and k not in given} | given
         clash = any(v is not None and k in given for k, v in flags.items())
         if not clash and is_specformer(merged):
-            merged, verification = split_verification(merged)
+            merged, own = split_own_fields(merged)
             self.speculative_config = checked(merged, target_model_config, target_parallel_config)
             self.spec_method = self.spec_model = self.spec_tokens = None
             publish()
         config = original(self, target_model_config, target_parallel_config)
-        if verification != DEFAULT_VERIFICATION:
-            # vLLM's config has no field for it; the head's own config travels to every worker.
-            config.draft_model_config.hf_config.specformer_verification = verification
+        if own != OwnFields():
+            # vLLM's config has no field for them; the head's own config travels to every worker.
+            config.draft_model_config.hf_config.specformer_verification = own.verification
+            config.draft_model_config.hf_config.specformer_confidence = own.confidence
         return config
 
     setattr(create_speculative_config, _MARK, True)
@@ -118,6 +119,11 @@ def drafts_with_head(speculative_config: Any) -> bool:
 def verifies_coupled(speculative_config: Any) -> bool:
     """Whether the user asked for coupled verification."""
     return getattr(_head_config(speculative_config), "specformer_verification", "") == "coupled"
+
+
+def confidence_ranges(speculative_config: Any) -> Any:
+    """Thresholds below which drafts are left out, by batch size; None where nobody asked."""
+    return getattr(_head_config(speculative_config), "specformer_confidence", None)
 
 
 def _head_config(speculative_config: Any) -> Any:

@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_specformer.engine.checks import check_target_class, check_v1_verification
+from vllm_specformer.engine.confidence import ConfidenceCut, largest_log_probs
 from vllm_specformer.engine.draft_time import DraftClock, timed
 from vllm_specformer.engine.monitor import AcceptanceMonitor
 
@@ -24,6 +25,7 @@ class SpecFormerProposer(DFlashProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         check_target_class(vllm_config.model_config)
         check_v1_verification(vllm_config.speculative_config)
+        self.cut = ConfidenceCut.of(vllm_config)
         super().__init__(vllm_config, device, runner)
         self.runner = runner
         self.monitor = AcceptanceMonitor(device)
@@ -99,7 +101,7 @@ class SpecFormerProposer(DFlashProposer):
         mm_embed_inputs: Any = None,
         num_rejected_tokens_gpu: Tensor | None = None,
         slot_mappings: Any = None,
-    ) -> Tensor:
+    ) -> Tensor | list[list[int]]:
         """Store the step's context K/V and draft.
 
         Args (shapes; the rest as vLLM's base class):
@@ -109,7 +111,7 @@ class SpecFormerProposer(DFlashProposer):
                 without drafts, where they are each request's last row.
 
         Returns:
-            int64 [R, num_speculative_tokens]
+            int64 [R, num_speculative_tokens]; with a confidence threshold lists of at most as many.
         """
         self.num_speculative_tokens = num_speculative_tokens
         self._last_draft_probs = None
@@ -140,12 +142,14 @@ class SpecFormerProposer(DFlashProposer):
         )
         return self._sample(slots, next_token_ids, sampling_metadata)
 
-    def _sample(self, slots: Tensor, bonus_tokens: Tensor, sampling_metadata: Any) -> Tensor:
+    def _sample(
+        self, slots: Tensor, bonus_tokens: Tensor, sampling_metadata: Any
+    ) -> Tensor | list[list[int]]:
         """Draft tokens [R, n] from slot states [R, n, H]; keeps their distribution if asked to."""
         # argmax over float32 is several times faster than over bfloat16 on a CPU.
         logits = self.model.compute_logits(slots.flatten(0, 1)).float()
         if self.model.config.markov_rank:
-            tokens, probs = self._sample_in_order(
+            tokens, probs, logits = self._sample_in_order(
                 logits.unflatten(0, slots.shape[:2]), bonus_tokens, sampling_metadata
             )
         else:
@@ -153,21 +157,30 @@ class SpecFormerProposer(DFlashProposer):
             tokens = tokens.view(slots.shape[:2])
         if probs is not None:
             self._last_draft_probs = probs.view(*slots.shape[:2], -1).contiguous()
-        return tokens
+        if self.cut is None:
+            return tokens
+        return self.cut.shorten(tokens, largest_log_probs(logits).view(tokens.shape))
 
     def _sample_in_order(
         self, logits: Tensor, bonus_tokens: Tensor, sampling_metadata: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Slot by slot, each biased by the token chosen before it; logits [R, n, V or N]."""
-        previous, tokens, probs = bonus_tokens, [], []
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Slot by slot, each biased by the token chosen before it; logits [R, n, V or N].
+
+        Returns:
+            Tokens [R, n]; their odds, if asked for; the logits with their bias.
+        """
+        previous, tokens, probs, biased = bonus_tokens, [], [], []
         for slot in logits.unbind(1):
-            previous, slot_probs = self._choose(
-                slot + self.model.head.markov_logits(previous), sampling_metadata
-            )
+            biased.append(slot + self.model.head.markov_logits(previous))
+            previous, slot_probs = self._choose(biased[-1], sampling_metadata)
             tokens.append(previous)
             probs.append(slot_probs)
         given = [p for p in probs if p is not None]
-        return torch.stack(tokens, dim=1), torch.stack(given, dim=1) if given else None
+        return (
+            torch.stack(tokens, dim=1),
+            torch.stack(given, dim=1) if given else None,
+            torch.stack(biased, dim=1) if self.cut is not None else logits,
+        )
 
     def _choose(self, logits: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
         """Target ids [rows] and, if asked for, their odds over the target's vocabulary [rows, V].

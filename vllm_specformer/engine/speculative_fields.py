@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +20,19 @@ DEFAULT_VERIFICATION = "vllm"
 VERIFICATIONS = (DEFAULT_VERIFICATION, "coupled")
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
+CONFIDENCE = "draft_confidence_threshold"
+
+# Ranges of batch sizes with a threshold each: (first, last, threshold), without gaps.
+Thresholds = tuple[tuple[int, int, float], ...]
+
+
+@dataclass(frozen=True)
+class OwnFields:
+    """What our own fields of a speculative config ask for; see `split_own_fields`."""
+
+    verification: str = DEFAULT_VERIFICATION
+    confidence: Thresholds | None = None
+
 
 # Field -> values that ask for nothing, and why any other cannot be had.
 _WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -51,12 +66,18 @@ def as_dictionary(given: Any) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in given.items()}
 
 
-def split_verification(speculative: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Take our own field `verification` out of a speculative config, which vLLM would refuse.
+def split_own_fields(speculative: dict[str, Any]) -> tuple[dict[str, Any], OwnFields]:
+    """Take our own fields out of a speculative config, which vLLM would refuse.
 
     Raises:
         SpeculativeConfigError: unknown value, or one that contradicts another field.
     """
+    own = OwnFields(_verification(speculative), _thresholds(speculative.get(CONFIDENCE)))
+    names = ("verification", CONFIDENCE)
+    return {key: value for key, value in speculative.items() if key not in names}, own
+
+
+def _verification(speculative: dict[str, Any]) -> str:
     verification = speculative.get("verification", DEFAULT_VERIFICATION)
     if verification not in VERIFICATIONS:
         raise SpeculativeConfigError(
@@ -75,8 +96,30 @@ def split_verification(speculative: dict[str, Any]) -> tuple[dict[str, Any], str
             f"speculative config: rejection_sample_method={rule!r} is a rule of vLLM's own "
             "verification; leave it out, or set verification='vllm'"
         )
-    rest = {key: value for key, value in speculative.items() if key != "verification"}
-    return rest, verification
+    return str(verification)
+
+
+_SIZES_BEYOND = 1 << 30
+
+
+def _thresholds(value: Any) -> Thresholds | None:
+    """A threshold for all batch sizes, or ranges with one each."""
+    if value is None:
+        return None
+    if _is_threshold(value):
+        return ((1, _SIZES_BEYOND, float(value)),)
+    problem = _ranges_problem(value, "threshold", _is_threshold)
+    if problem:
+        raise SpeculativeConfigError(
+            f"speculative config: {CONFIDENCE}={reprlib.repr(value)}: {problem}; write a number "
+            "from 0 to 1, or ranges of batch sizes with one each, such as "
+            "[[1, 8, 0.1], [9, 64, 0.4]]"
+        )
+    return tuple(sorted((first, last, float(bar)) for first, last, bar in value))
+
+
+def _is_threshold(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def checked_tokens(tokens: Any, slots: int) -> int:
@@ -118,7 +161,7 @@ def _check_schedule(schedule: Any) -> None:
     """Ranges of batch sizes `[[first, last, tokens], ...]`: whole numbers, from 1 on, in order."""
     if schedule is None:
         return
-    problem = _schedule_problem(schedule)
+    problem = _ranges_problem(schedule, "tokens", _is_count)
     if problem:
         raise SpeculativeConfigError(
             f"speculative config: {SCHEDULE}={reprlib.repr(schedule)}: {problem}; write ranges of "
@@ -126,18 +169,27 @@ def _check_schedule(schedule: Any) -> None:
         )
 
 
-def _schedule_problem(schedule: Any) -> str:
-    if not isinstance(schedule, (list, tuple)) or not schedule:
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole(value) and value >= 0
+
+
+def _ranges_problem(ranges: Any, name: str, fits: Callable[[Any], bool]) -> str:
+    """What is wrong with ranges of batch sizes `[first, last, value]`, "" where nothing is."""
+    if not isinstance(ranges, (list, tuple)) or not ranges:
         return "it is no list of ranges"
-    for entry in schedule:
+    for entry in ranges:
         if not isinstance(entry, (list, tuple)) or len(entry) != 3:
-            return f"{reprlib.repr(entry)} is not [first, last, tokens]"
-        if not all(isinstance(n, int) and not isinstance(n, bool) for n in entry):
-            return f"{reprlib.repr(entry)} does not hold three whole numbers"
-        first, last, tokens = entry
-        if not 1 <= first <= last or tokens < 0:
-            return f"{reprlib.repr(entry)} must have 1 <= first <= last and tokens >= 0"
-    ranges = sorted((first, last) for first, last, _ in schedule)
+            return f"{reprlib.repr(entry)} is not [first, last, {name}]"
+        first, last, value = entry
+        if not _is_whole(first) or not _is_whole(last) or not 1 <= first <= last:
+            return f"{reprlib.repr(entry)} must have whole numbers 1 <= first <= last"
+        if not fits(value):
+            return f"{reprlib.repr(entry)} has {reprlib.repr(value)} for its {name}"
+    ranges = sorted((first, last) for first, last, _ in ranges)
     if ranges[0][0] != 1:
         return "the first range must start at 1"
     for (_, last), (first, _) in pairwise(ranges):

@@ -11,6 +11,7 @@ storing the head's K/V and the engine's own provisions for drafts cost, so its r
 
 from __future__ import annotations
 
+import statistics
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,37 @@ def schedule(rows: Sequence[Row], margin: float = MARGIN) -> list[list[int]]:
             ranges[-1][1] = batch
         else:
             ranges.append([batch, batch, count])
+    return ranges
+
+
+def break_even(rows: Sequence[Row]) -> float:
+    """Chance of acceptance from which on a draft is worth verifying, at one batch size.
+
+    A row takes its share of a step, and in that time the batch would have emitted tokens: it pays
+    if it brings more of them. What drafting itself takes is spent whether a draft is kept or not.
+    """
+    counts = [row.count for row in rows]
+    if len(set(counts)) < 2:
+        return 0.0
+    per_count = statistics.linear_regression(counts, [row.step - row.draft for row in rows]).slope
+    # Both are per request: a row of one of them, and what one of them gains in a second.
+    tokens_per_second = max(row.tokens_per_step / row.step for row in rows)
+    return min(1.0, max(0.0, per_count * tokens_per_second))
+
+
+def thresholds(rows: Sequence[Row]) -> list[list[float]]:
+    """`break_even` of every batch size up to the largest, in steps of 0.05.
+
+    Returns:
+        [[first batch size, last, threshold], ...], inclusive and without gaps.
+    """
+    ranges: list[list[float]] = []
+    for batch in range(1, max(row.batch for row in rows) + 1):
+        bar = round(20 * break_even(between(rows, batch))) / 20
+        if ranges and ranges[-1][2] == bar:
+            ranges[-1][1] = batch
+        else:
+            ranges.append([batch, batch, bar])
     return ranges
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.planning.choose import Row, between, schedule
+from vllm_specformer.planning.choose import Row, between, schedule, thresholds
 from vllm_specformer.planning.load import seconds_under_load
 
 KIND = "specformer plan"
@@ -86,11 +86,18 @@ class Plan:
             "num_speculative_tokens_per_batch_size": self.schedule,
         }
 
+    def confident_config(self, head: str) -> dict[str, Any]:
+        """The same for the V1 runner with drafts cut where the head is not sure (choosing-k.md)."""
+        most = max(1, *(count for _, _, count in self.schedule))
+        config = {"method": "specformer", "model": head, "num_speculative_tokens": most}
+        return config | {"draft_confidence_threshold": thresholds(self.rows)}
+
     def to_json(self, head: str) -> dict[str, Any]:
         return {
             "kind": KIND,
             "schedule": self.schedule,
             "speculative_config": self.speculative_config(head) if self.pays else None,
+            "confident_config": self.confident_config(head) if self.pays else None,
             "rows": [asdict(row) | {"ratio": round(row.ratio, 4)} for row in self.rows],
             "about": self.about,
         }

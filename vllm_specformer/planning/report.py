@@ -30,6 +30,9 @@ def print_plan(plan: Plan, head: str) -> None:
     config = json.dumps(plan.speculative_config(head))
     console.print("\nServe with", style="bold")
     console.print(f"--speculative-config {shlex.quote(config)}", markup=False, soft_wrap=True)
+    console.print("or, on the V1 runner, with drafts cut where the head is not sure", style="bold")
+    config = json.dumps(plan.confident_config(head))
+    console.print(f"--speculative-config {shlex.quote(config)}", markup=False, soft_wrap=True)
 
 
 def _table(plan: Plan) -> Table:

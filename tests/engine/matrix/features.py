@@ -244,6 +244,12 @@ ENGINES: tuple[Engine, ...] = (
         "`draft_sample_method=probabilistic`", speculative={"draft_sample_method": "probabilistic"}
     ),
     Engine(
+        "`draft_confidence_threshold`",
+        speculative={"draft_confidence_threshold": [[1, 2, 0.2], [3, 64, 0.5]]},
+        expected={V1: SAME, V2: REFUSED},
+        message="needs vLLM's V1 model runner",
+    ),
+    Engine(
         "`verification=coupled`",
         speculative={"verification": "coupled"},
         expected={V1: REFUSED, V2: SAME},

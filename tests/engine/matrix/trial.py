@@ -102,7 +102,7 @@ def try_engine(runner: Runner, feature: Engine) -> Outcome:
 def plain_answers(runner: Runner, feature: Engine) -> list[RequestOutput]:
     """Without speculation; with the feature's options only where they alone change the answers."""
     name = feature.name if feature.alters else ""
-    if name not in runner.plain and REFUSED in feature.expected.values():
+    if feature.expected[runner.name] == REFUSED:
         return []
     if name not in runner.plain:
         with runner.engine(None, **feature.options if feature.alters else {}) as llm:

@@ -24,10 +24,14 @@ TIE = 1e-4
 
 @dataclass(frozen=True)
 class Drafted:
-    """One request's draft: all its tokens including the bonus token, and what the head proposed."""
+    """One request's draft: all its tokens including the bonus token, and what the head proposed.
+
+    `slots` is how many it computed, where a confidence threshold left some out.
+    """
 
     text: Tokens
     drafts: Tokens
+    slots: int = 0
 
 
 @dataclass
@@ -65,7 +69,7 @@ def watching(oracle: Oracle | None = None) -> Iterator[Watch]:
     watch, rng = Watch(), random.Random(0)
     original = SpecFormerProposer.propose
 
-    def propose(self: Any, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def propose(self: Any, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Any:
         drafts = original(self, num_speculative_tokens, *args, **kwargs)
         positions, bonus, last, common = (
             kwargs["target_positions"],
@@ -78,7 +82,7 @@ def watching(oracle: Oracle | None = None) -> Iterator[Watch]:
         batch = self.runner.input_batch
         watch.steps += 1
         watch.batch_sizes[len(bonus), num_speculative_tokens] += 1
-        drafts = drafts.clone()
+        rows = drafts if isinstance(drafts, list) else drafts.tolist()
         for row in range(len(bonus)):
             position = int(positions[last[row]])
             prompt_length = int(batch.num_prompt_tokens[row])
@@ -87,12 +91,14 @@ def watching(oracle: Oracle | None = None) -> Iterator[Watch]:
                 continue
             known = batch.token_ids_cpu[row, : position + 1].tolist()
             text = (*known, int(bonus[row]))
-            watch.drafted.append(Drafted(text, tuple(drafts[row].tolist())))
+            watch.drafted.append(Drafted(text, tuple(rows[row]), num_speculative_tokens))
             if oracle is not None:
-                advice = oracle(text, prompt_length)[: rng.randint(0, drafts.shape[1])]
-                drafts[row, : len(advice)] = torch.tensor(advice, dtype=drafts.dtype)
+                advice = oracle(text, prompt_length)[: rng.randint(0, len(rows[row]))]
+                rows[row][: len(advice)] = advice
                 watch.helped[len(advice)] += 1
-        return drafts
+        if isinstance(drafts, list):
+            return rows
+        return torch.tensor(rows, dtype=drafts.dtype).view(drafts.shape)
 
     SpecFormerProposer.propose = propose
     try:
@@ -113,7 +119,7 @@ def compare(reference: DenseReference, drafted: Iterable[Drafted]) -> Comparison
     result = Comparison()
     by_number: dict[int, list[Drafted]] = {}
     for record in drafted:
-        by_number.setdefault(len(record.drafts), []).append(record)
+        by_number.setdefault(record.slots or len(record.drafts), []).append(record)
     by_number.pop(0, None)
     for number, records in by_number.items():
         for text, group in _by_longest_text(records).items():

@@ -17,6 +17,7 @@ import torch
 from vllm import LLM, SamplingParams
 
 from vllm_specformer.config import SpecFormerConfig
+from vllm_specformer.engine.speculative_fields import CONFIDENCE
 from vllm_specformer.head import SpecFormerHead
 
 from .drafts import truth, watching
@@ -33,6 +34,9 @@ PROMPT = prompts()[1]
 # Share of sampled steps' first drafts that the trained head gets accepted; below it the test would
 # see rejections only. The oracle's share comes on top.
 MIN_ACCEPTED = 0.05
+
+# A threshold that the drafts of the lawful head with a Markov term pass sometimes.
+CUT = 0.05
 
 Law = dict[Tokens, float]
 
@@ -200,15 +204,20 @@ def test_greedy_drafts(laws: dict[int, Law], prompt: Tokens, oracle: bool) -> No
     assert accepted >= (0.1 if oracle else MIN_ACCEPTED)
 
 
-@pytest.mark.parametrize("kind", ["no-markov", "markov-vocabulary", "trained"])
+@pytest.mark.parametrize("kind", ["no-markov", "markov-vocabulary", "trained", "cut"])
 def test_sampled_drafts(
     tmp_path: Path, reference: DenseReference, laws: dict[int, Law], prompt: Tokens, kind: str
 ) -> None:
-    """`draft_sample_method: probabilistic`: drafts are drawn, and verified with their odds."""
+    """`draft_sample_method: probabilistic`: drafts are drawn, and verified with their odds.
+
+    "cut" leaves drafts out by confidence: how many there are hangs on those drawn before.
+    """
     head = HEAD
     if kind != "trained":
-        head = lawful_head(tmp_path / "head", reference, laws, kind == "markov-vocabulary")
+        head = lawful_head(tmp_path / "head", reference, laws, kind in ("markov-vocabulary", "cut"))
     speculative = drafting(4, head, draft_sample_method="probabilistic")
+    if kind == "cut":
+        speculative[CONFIDENCE] = CUT
     with (
         engine(speculative, max_num_seqs=128, max_model_len=128) as llm,
         watching() as watch,
@@ -218,6 +227,7 @@ def test_sampled_drafts(
     # Requests that stand at the same text must get different drafts.
     at_one_text = Counter(d.text for d in watch.drafted).most_common(1)[0][0]
     assert len({d.drafts for d in watch.drafted if d.text == at_one_text}) > 20
+    assert len(Counter(len(d.drafts) for d in watch.drafted)) >= (3 if kind == "cut" else 1)
     accepted = counted["spec_decode_num_accepted_tokens"] / counted["spec_decode_num_drafts"]
     print(f"accepted per step: {accepted:.3f}")
     assert accepted >= (MIN_ACCEPTED if kind == "trained" else 0.1)

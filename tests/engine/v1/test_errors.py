@@ -153,11 +153,11 @@ def test_empty_directory(tmp_path: Path) -> None:
         ({"enable_adaptive_verification": True}, "enable_adaptive_verification=True has no mean"),
         ({SCHEDULE: []}, r"per_batch_size=\[\]: it is no list of ranges; write ranges"),
         ({SCHEDULE: [[1, 4]]}, r"\[1, 4\] is not \[first, last, tokens\]"),
-        ({SCHEDULE: [[1, 4, 2.5]]}, "does not hold three whole numbers"),
+        ({SCHEDULE: [[1, 4, 2.5]]}, "has 2.5 for its tokens"),
         ({SCHEDULE: [[2, 4, 1]]}, "the first range must start at 1"),
         ({SCHEDULE: [[1, 4, 4], [4, 8, 2]]}, "two ranges hold the batch size 4"),
-        ({SCHEDULE: [[4, 1, 4]]}, "must have 1 <= first <= last"),
-        ({SCHEDULE: [[1, 4, -1]]}, "tokens >= 0"),
+        ({SCHEDULE: [[4, 1, 4]]}, "must have whole numbers 1 <= first <= last"),
+        ({SCHEDULE: [[1, 4, -1]]}, "has -1 for its tokens"),
     ],
 )
 def test_fields_vllm_judges_after_loading(more: dict[str, Any], message: str) -> None:

@@ -17,7 +17,7 @@ from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from vllm_specformer.config import read_config
 from vllm_specformer.engine.checks import is_specformer
-from vllm_specformer.engine.speculative_fields import SCHEDULE, SpeculativeConfigError
+from vllm_specformer.engine.speculative_fields import CONFIDENCE, SCHEDULE, SpeculativeConfigError
 from vllm_specformer.errors import SpecFormerError
 
 from .engines import HEAD, TARGET
@@ -54,6 +54,7 @@ SLIPS: dict[str, Sequence[Any]] = {
     "enable_adaptive_verification": [True, False],
     "parallel_drafting": [True, False],
     "disable_padded_drafter_batch": [True, False],
+    CONFIDENCE: [None, 0, 0.5, 1, 1.1, "0.5", True, [[1, 64, 0.3]], [[2, 4, 0.3]], [[1, 4, 2]]],
     SCHEDULE: [None, [], [[1, 64, 4]], "1-4:2", {"1": 2}, [[1, 2]], [[2, 4, 1]], [[1, 4, -1]]],
 }  # fmt: skip
 FIELD_VALUES = st.sampled_from(sorted(SLIPS)).flatmap(

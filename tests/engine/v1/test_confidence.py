@@ -1,0 +1,177 @@
+"""`draft_confidence_threshold`: fewer rows to verify, the same text and the same distribution."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_specformer.engine.confidence import ConfidenceCut, check_no_cut, largest_log_probs
+from vllm_specformer.engine.speculative_fields import (
+    CONFIDENCE,
+    SpeculativeConfigError,
+    split_own_fields,
+)
+
+from .drafts import Watch, compare, truth, watching
+from .engines import (
+    HEAD,
+    DenseReference,
+    Job,
+    Tokens,
+    continuations,
+    counting,
+    drafting,
+    engine,
+    greedy,
+    make_head,
+    prompts,
+    run_plain,
+    token_ids,
+)
+
+TEXTS = prompts()[:24]
+TOKENS = 40
+SURE = 0.5
+
+
+@pytest.fixture(scope="module")
+def answers() -> Any:
+    return run_plain({"all": Job(TEXTS, greedy(TOKENS))})["all"]
+
+
+def served(threshold: Any, answers: Any, **engine_changes: Any) -> tuple[Watch, dict[str, int]]:
+    """Answers with a threshold, which must be those without speculation."""
+    speculative = drafting(4, **({} if threshold is None else {CONFIDENCE: threshold}))
+    with (
+        engine(speculative, **engine_changes) as llm,
+        watching() as watch,
+        counting(llm) as counted,
+    ):
+        assert token_ids(Job(TEXTS, greedy(TOKENS)).run(llm)) == token_ids(answers)
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    return watch, {name: counted[f"spec_decode_{name}"] for name in names}
+
+
+def test_fewer_drafts_and_more_of_them_right(answers: Any) -> None:
+    _, all_drafts = served(None, answers)
+    watch, sure = served(SURE, answers)
+    shares = [c["num_accepted_tokens"] / c["num_draft_tokens"] for c in (all_drafts, sure)]
+    assert sure["num_draft_tokens"] < all_drafts["num_draft_tokens"] / 2
+    assert sure["num_accepted_tokens"] > all_drafts["num_accepted_tokens"] / 2
+    assert shares[1] > 1.5 * shares[0]
+    assert {len(d.drafts) for d in watch.drafted} == {0, 1, 2, 3, 4}
+
+
+def test_drafts_are_the_dense_heads_up_to_the_threshold(answers: Any) -> None:
+    """Every number of drafts, also none after some and some after none: K/V has no holes."""
+    watch, _ = served(SURE, answers, max_num_batched_tokens=64, max_num_seqs=8)
+    reference = DenseReference(HEAD)
+    result = compare(reference, watch.drafted)
+    assert result.wrong == []
+    assert result.compared > 200
+    ends = [(d, confidence(reference, d.text, d.slots)) for d in watch.drafted[:200]]
+    for drafted, odds in ends:
+        kept = len(drafted.drafts)
+        assert all(o > SURE - 1e-3 for o in odds[:kept])
+        assert kept == len(odds) or odds[kept] < SURE + 1e-3
+
+
+def confidence(reference: DenseReference, text: Tokens, slots: int) -> list[float]:
+    """Product of the largest odds up to each slot, by the dense head."""
+    (logits,) = reference.slot_logits(text, [len(text) - 2], slots)
+    previous, odds, found = text[-1], 1.0, []
+    for slot in logits:
+        scores = reference.biased(slot, previous)
+        odds *= float(scores.softmax(-1).max())
+        found.append(odds)
+        previous = int(scores.argmax())
+    return found
+
+
+def test_thresholds_by_batch_size(answers: Any) -> None:
+    """Requests finish one by one: none drafts while there are many, the last three draft it all.
+
+    A step that cuts every draft is one without drafts, and stores its K/V all the same.
+    """
+    lengths = [4 + 4 * i for i in range(10)]
+    params = [greedy(n) for n in lengths]
+    expected = [[ids[0][:n]] for ids, n in zip(token_ids(answers), lengths, strict=False)]
+    thresholds = [[1, 3, 0.0], [4, 64, 1.0]]
+    with engine(drafting(4, **{CONFIDENCE: thresholds})) as llm, watching() as watch:
+        assert token_ids(Job(TEXTS[:10], params).run(llm)) == expected
+    assert {len(d.drafts) for d in watch.drafted} == {0, 4}
+    whole = sum(n for (requests, _), n in watch.batch_sizes.items() if requests <= 3)
+    assert 0 < sum(len(d.drafts) == 4 for d in watch.drafted) <= 3 * whole
+    result = compare(DenseReference(HEAD), watch.drafted)
+    assert result.wrong == []
+    assert result.compared > 10
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_untrained_heads_and_right_guesses(tmp_path: Path, answers: Any, preset: str) -> None:
+    """A head that knows nothing, helped to right drafts; with and without a Markov term."""
+    head = make_head(tmp_path / "head", preset)
+    with (
+        engine(drafting(4, head, **{CONFIDENCE: 0.005})) as llm,
+        watching(truth(continuations(answers))) as watch,
+    ):
+        assert token_ids(Job(TEXTS, greedy(TOKENS)).run(llm)) == token_ids(answers)
+    assert {len(d.drafts) for d in watch.drafted} >= {1, 2, 3}
+    assert watch.helped[2] > 10
+
+
+def test_largest_probability_and_not_that_of_the_token() -> None:
+    """What was drawn must not decide whether it is verified."""
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    expected = logits.softmax(-1).amax(-1)
+    assert torch.allclose(largest_log_probs(logits).exp(), expected)
+    cut = ConfidenceCut([(1, 4, 0.5)])
+    largest = torch.tensor([[0.9, 0.6, 0.9], [0.4, 1.0, 1.0], [1.0, 1.0, 1.0]]).log()
+    for tokens in ([[1, 2, 3]] * 3, [[7, 7, 7]] * 3):
+        kept = cut.shorten(torch.tensor(tokens), largest)
+        assert kept == [tokens[0][:2], [], tokens[2]]
+
+
+def test_the_last_range_goes_on() -> None:
+    cut = ConfidenceCut([(1, 4, 0.1), (5, 8, 0.7)])
+    assert [cut.at(batch) for batch in (1, 4, 5, 8, 9, 500)] == [0.1, 0.1, 0.7, 0.7, 0.7, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (1.5, "it is no list of ranges"),
+        (True, "it is no list of ranges"),
+        ("0.5", "it is no list of ranges"),
+        (float("nan"), "it is no list of ranges"),
+        ([[1, 8]], "[1, 8] is not [first, last, threshold]"),
+        ([[1, 8, 40]], "[1, 8, 40] has 40 for its threshold"),
+        ([[2, 8, 0.4]], "the first range must start at 1"),
+        ([[1, 8, 0.4], [8, 9, 0.5]], "two ranges hold the batch size 8"),
+    ],
+)
+def test_values_that_are_refused(value: Any, problem: str) -> None:
+    with pytest.raises(SpeculativeConfigError) as caught:
+        split_own_fields({CONFIDENCE: value})
+    assert problem in str(caught.value)
+    assert "write a number from 0 to 1, or ranges" in str(caught.value)
+
+
+def test_engines_that_cannot() -> None:
+    """Both are known before weights are loaded, when the proposer is built."""
+    head = SimpleNamespace(hf_config=SimpleNamespace(specformer_confidence=((1, 8, 0.5),)))
+    speculative = SimpleNamespace(draft_model_config=head)
+    ahead = SimpleNamespace(
+        speculative_config=speculative, scheduler_config=SimpleNamespace(async_scheduling=True)
+    )
+    with pytest.raises(SpeculativeConfigError, match="--no-async-scheduling"):
+        ConfidenceCut.of(ahead)
+    with pytest.raises(SpeculativeConfigError, match="needs vLLM's V1 model runner"):
+        check_no_cut(speculative)
+    head.hf_config.specformer_confidence = None
+    assert ConfidenceCut.of(ahead) is None
+    check_no_cut(speculative)
