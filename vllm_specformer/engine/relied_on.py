@@ -65,6 +65,7 @@ REQUESTS = "engine/request_repairs.py"
 DRAFT_TIME = "engine/draft_time.py"
 COUPLED = "engine/coupled.py"
 VOCABULARY = "engine/draft_vocabulary.py"
+CONFIDENCE = "engine/confidence.py"
 
 _SPEC = "vllm.config.speculative"
 _ARGS = "vllm.engine.arg_utils:EngineArgs"

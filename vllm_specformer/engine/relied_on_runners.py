@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_specformer.engine.relied_on import (
     CLASS,
+    CONFIDENCE,
     COUPLED,
     CPU_SAMPLING,
     CPU_SYNTHETIC,
@@ -96,6 +97,23 @@ RUNNER_V1: tuple[Reliance, ...] = (
     ),
     *members(_RUNNER_V1, V1, "lifts that limit", "effective_drafter_max_model_len"),
     call(f"{_RUNNER_V1}.update_max_model_len", V1, "resets that limit", "max_model_len"),
+    call(
+        f"{_RUNNER_V1}._get_draft_token_ids_cpu",
+        CONFIDENCE,
+        "takes drafts as lists of any length",
+    ),
+    call(
+        f"{_RUNNER_V1}._get_spec_decode_draft_probs",
+        CONFIDENCE,
+        "takes the odds of as many drafts as a request has",
+        "spec_decode_metadata",
+    ),
+    *members(
+        "vllm.config.scheduler:SchedulerConfig",
+        CONFIDENCE,
+        "tells whether a step is planned before the drafts are known",
+        "async_scheduling",
+    ),
 )
 
 RUNNER_V2: tuple[Reliance, ...] = (
