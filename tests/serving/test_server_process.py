@@ -19,6 +19,7 @@ from vllm_specformer.serving.server import (
     free_port,
     openmp_preload,
     process_group,
+    server_environment,
     serving,
 )
 
@@ -113,6 +114,18 @@ def test_serving_gives_up_on_a_silent_server(tmp_path: Path) -> None:
         serving([], tmp_path / "log", command=silent, timeout_s=0.3),
     ):
         pytest.fail("the server never answered")
+
+
+def test_numba_gets_no_more_threads_than_openmp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever imports Numba in a server must not compute with more cores than other servers do."""
+    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert server_environment()["NUMBA_NUM_THREADS"] == "1"
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "2")
+    assert server_environment()["NUMBA_NUM_THREADS"] == "2"
+    monkeypatch.delenv("NUMBA_NUM_THREADS")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert "NUMBA_NUM_THREADS" not in server_environment()
 
 
 def test_openmp_is_not_preloaded_twice() -> None:

@@ -59,6 +59,11 @@ def server_environment() -> dict[str, str]:
     environment = dict(os.environ)
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     environment |= openmp_preload(environment.get("LD_PRELOAD", ""))
+    # vLLM's ngram runs on Numba, which sets OpenMP's threads to all cores, for PyTorch as well: a
+    # server that speculates so would be given more of them than the others it is compared with.
+    threads = environment.get("OMP_NUM_THREADS", "")
+    if threads.isdigit():
+        environment.setdefault("NUMBA_NUM_THREADS", threads)
     return environment
 
 
