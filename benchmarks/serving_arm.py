@@ -48,6 +48,7 @@ class Arm:
             "DO_NOT_TRACK": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "OMP_NUM_THREADS": str(args.threads),
+            "NUMBA_NUM_THREADS": str(args.threads),  # ngram's Numba would raise OpenMP's to all
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
         # vLLM asks for Intel's OpenMP when it speculates on a CPU; every arm gets it.
