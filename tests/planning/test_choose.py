@@ -18,9 +18,11 @@ from vllm_specformer.planning.chips import CHIPS
 from vllm_specformer.planning.choose import (
     Row,
     best_count,
+    best_count_with_cut,
     between,
     break_even,
     combine,
+    cut_schedule,
     schedule,
     thresholds,
 )
@@ -87,6 +89,22 @@ def test_a_draft_pays_from_the_chance_that_its_row_costs() -> None:
     assert break_even(dear) == pytest.approx(2.0 * 3 / 15)
     assert break_even([replace(row, step=1.0 + 50 * row.count) for row in dear]) == 1
     assert break_even(dear[:1]) == 0
+
+
+def test_with_a_cut_only_the_slots_cost_decides() -> None:
+    def costs(per_slot: float, per_row: float) -> list[Row]:
+        gains = {0: 1.0, 2: 2.0, 4: 2.5, 8: 2.8}
+        return [
+            Row(8, k, gain, 10.0, 10.0 + k * (per_slot + per_row), k * per_slot)
+            for k, gain in gains.items()
+        ]
+
+    assert best_count(costs(0.0, 5.0)) == 0  # two rows for one token more
+    assert best_count_with_cut(costs(0.0, 5.0)) == 8  # one row for it, and slots are free
+    assert best_count_with_cut(costs(1.0, 5.0)) == 2
+    assert best_count_with_cut(costs(9.0, 5.0)) == 0
+    assert best_count_with_cut(costs(0.0, 20.0)) == 0
+    assert cut_schedule(costs(1.0, 5.0)) == [[1, 8, 2]]
 
 
 def test_thresholds_rise_with_the_batch() -> None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import statistics
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # Gains below this are within the noise of measuring, and not worth the risk of being a loss.
 MARGIN = 0.02
@@ -96,14 +97,7 @@ def schedule(rows: Sequence[Row], margin: float = MARGIN) -> list[list[int]]:
     Returns:
         [[first batch size, last, K], ...], inclusive and without gaps.
     """
-    ranges: list[list[int]] = []
-    for batch in range(1, max(row.batch for row in rows) + 1):
-        count = best_count(between(rows, batch), margin)
-        if ranges and ranges[-1][2] == count:
-            ranges[-1][1] = batch
-        else:
-            ranges.append([batch, batch, count])
-    return ranges
+    return _ranges(rows, lambda batch: best_count(batch, margin))
 
 
 def break_even(rows: Sequence[Row]) -> float:
@@ -112,13 +106,39 @@ def break_even(rows: Sequence[Row]) -> float:
     A row takes its share of a step, and in that time the batch would have emitted tokens: it pays
     if it brings more of them. What drafting itself takes is spent whether a draft is kept or not.
     """
+    # Both are per request: a row of one of them, and what one of them gains in a second.
+    tokens_per_second = max(row.tokens_per_step / row.step for row in rows)
+    return min(1.0, max(0.0, _seconds_per_row(rows) * tokens_per_second))
+
+
+def _seconds_per_row(rows: Sequence[Row]) -> float:
+    """What one more row of every request adds to a step of one batch size."""
     counts = [row.count for row in rows]
     if len(set(counts)) < 2:
         return 0.0
-    per_count = statistics.linear_regression(counts, [row.step - row.draft for row in rows]).slope
-    # Both are per request: a row of one of them, and what one of them gains in a second.
-    tokens_per_second = max(row.tokens_per_step / row.step for row in rows)
-    return min(1.0, max(0.0, per_count * tokens_per_second))
+    return statistics.linear_regression(counts, [row.step - row.draft for row in rows]).slope
+
+
+def best_count_with_cut(rows: Sequence[Row], margin: float = MARGIN) -> int:
+    """The K of one batch size where drafts are cut by confidence, 0 where it cannot pay.
+
+    As if the cut were perfect: of K slots that are drafted, only what is accepted is verified. So
+    it weighs the slots' own cost against what they bring, and leaves the rows to the cut.
+    """
+    per_row, first = max(0.0, _seconds_per_row(rows)), rows[0]
+    bare = min(rows, key=lambda row: row.count)
+
+    def ratio(row: Row) -> float:
+        verified = bare.step - bare.draft + (row.tokens_per_step - 1) * per_row
+        return row.tokens_per_step * first.plain / (verified + row.draft)
+
+    best = max(rows, key=ratio)
+    return best.count if ratio(best) > ratio(bare) * (1 + margin) else 0
+
+
+def cut_schedule(rows: Sequence[Row]) -> list[list[int]]:
+    """`best_count_with_cut` of every batch size up to the largest, as vLLM takes it."""
+    return _ranges(rows, best_count_with_cut)
 
 
 def thresholds(rows: Sequence[Row]) -> list[list[float]]:
@@ -127,13 +147,18 @@ def thresholds(rows: Sequence[Row]) -> list[list[float]]:
     Returns:
         [[first batch size, last, threshold], ...], inclusive and without gaps.
     """
-    ranges: list[list[float]] = []
+    return _ranges(rows, lambda batch: round(20 * break_even(batch)) / 20)
+
+
+def _ranges(rows: Sequence[Row], value: Callable[[list[Row]], float]) -> list[list[Any]]:
+    """[[first batch size, last, value], ...] up to the largest, inclusive and without gaps."""
+    ranges: list[list[Any]] = []
     for batch in range(1, max(row.batch for row in rows) + 1):
-        bar = round(20 * break_even(between(rows, batch))) / 20
-        if ranges and ranges[-1][2] == bar:
+        found = value(between(rows, batch))
+        if ranges and ranges[-1][2] == found:
             ranges[-1][1] = batch
         else:
-            ranges.append([batch, batch, bar])
+            ranges.append([batch, batch, found])
     return ranges
 
 

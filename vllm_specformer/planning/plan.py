@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.planning.choose import Row, between, schedule, thresholds
+from vllm_specformer.planning.choose import Row, between, cut_schedule, schedule, thresholds
 from vllm_specformer.planning.load import seconds_under_load
 
 KIND = "specformer plan"
@@ -82,15 +82,17 @@ class Plan:
         return {
             "method": "specformer",
             "model": head,
-            "num_speculative_tokens": max(1, *(count for _, _, count in self.schedule)),
-            "num_speculative_tokens_per_batch_size": self.schedule,
+            **_counts(self.schedule),
         }
 
     def confident_config(self, head: str) -> dict[str, Any]:
         """The same for the V1 runner with drafts cut where the head is not sure (choosing-k.md)."""
-        most = max(1, *(count for _, _, count in self.schedule))
-        config = {"method": "specformer", "model": head, "num_speculative_tokens": most}
-        return config | {"draft_confidence_threshold": thresholds(self.rows)}
+        return {
+            "method": "specformer",
+            "model": head,
+            **_counts(cut_schedule(self.rows)),
+            "draft_confidence_threshold": thresholds(self.rows),
+        }
 
     def to_json(self, head: str) -> dict[str, Any]:
         return {
@@ -101,6 +103,14 @@ class Plan:
             "rows": [asdict(row) | {"ratio": round(row.ratio, 4)} for row in self.rows],
             "about": self.about,
         }
+
+
+def _counts(ranges: list[list[int]]) -> dict[str, Any]:
+    """The fields that make vLLM draft by batch size; it wants a K above 0 beside them."""
+    return {
+        "num_speculative_tokens": max(1, *(count for _, _, count in ranges)),
+        "num_speculative_tokens_per_batch_size": ranges,
+    }
 
 
 def read_plan(path: Path) -> Plan:
