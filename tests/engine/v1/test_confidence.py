@@ -12,6 +12,7 @@ import torch
 from vllm_specformer.engine.confidence import ConfidenceCut, check_no_cut, largest_log_probs
 from vllm_specformer.engine.speculative_fields import (
     CONFIDENCE,
+    SCHEDULE,
     SpeculativeConfigError,
     split_own_fields,
 )
@@ -109,6 +110,21 @@ def test_thresholds_by_batch_size(answers: Any) -> None:
     result = compare(DenseReference(HEAD), watch.drafted)
     assert result.wrong == []
     assert result.compared > 10
+
+
+def test_beside_a_schedule(answers: Any) -> None:
+    """What a plan prints: at most as many drafts as the schedule asks for."""
+    schedule = [[1, 4, 4], [5, 16, 2], [17, 64, 0]]
+    lengths = [4 + 2 * i for i in range(18)]
+    expected = [[ids[0][:n]] for ids, n in zip(token_ids(answers), lengths, strict=False)]
+    speculative = drafting(4, **{CONFIDENCE: 0.3, SCHEDULE: schedule})
+    with engine(speculative) as llm, watching() as watch:
+        job = Job(TEXTS[:18], [greedy(n) for n in lengths])
+        assert token_ids(job.run(llm)) == expected
+    assert {count for _, count in watch.batch_sizes} == {0, 2, 4}
+    found = {(d.slots, len(d.drafts)) for d in watch.drafted}
+    assert all(kept <= slots for slots, kept in found)
+    assert found >= {(0, 0), (2, 0), (2, 2), (4, 4)}
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
