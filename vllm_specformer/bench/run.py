@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_specformer.bench.arms import Arm, Schedule, build, default_names
 from vllm_specformer.bench.cells import Cell, Cells, Key, all_keys, load_average, make_cell
 from vllm_specformer.bench.client import Client
@@ -87,8 +89,11 @@ class _Comparison:
         schedule: Schedule | None = self.plan.schedule if self.plan else None
         head = str(options.head)
         confident = self.plan.confident_config(head) if self.plan and self.plan.rows else None
+        # GPUs run V2 unless told otherwise, which refuses the cut: there it has to be asked for.
         names = options.arms or default_names(
-            _fitting(options, self.head.slots), schedule, confident
+            _fitting(options, self.head.slots),
+            schedule,
+            None if torch.cuda.is_available() else confident,
         )
         self.arms = build(
             names, head, self.head.slots, schedule, options.speculative_config, confident

@@ -167,19 +167,21 @@ class SpecFormerProposer(DFlashProposer):
         """Slot by slot, each biased by the token chosen before it; logits [R, n, V or N].
 
         Returns:
-            Tokens [R, n]; their odds, if asked for; the logits with their bias.
+            Tokens [R, n]; their odds, if asked for; the logits, with their bias if drafts are cut.
         """
         previous, tokens, probs, biased = bonus_tokens, [], [], []
         for slot in logits.unbind(1):
-            biased.append(slot + self.model.head.markov_logits(previous))
-            previous, slot_probs = self._choose(biased[-1], sampling_metadata)
+            scores = slot + self.model.head.markov_logits(previous)
+            previous, slot_probs = self._choose(scores, sampling_metadata)
+            if self.cut is not None:
+                biased.append(scores)
             tokens.append(previous)
             probs.append(slot_probs)
         given = [p for p in probs if p is not None]
         return (
             torch.stack(tokens, dim=1),
             torch.stack(given, dim=1) if given else None,
-            torch.stack(biased, dim=1) if self.cut is not None else logits,
+            torch.stack(biased, dim=1) if biased else logits,
         )
 
     def _choose(self, logits: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
