@@ -163,6 +163,7 @@ def test_arms() -> None:
     arms = build(["k2", "schedule", "ngram"], "HEAD", 8, SCHEDULE, {"mine": {"method": "x"}})
     assert [arm.name for arm in arms] == [NONE, "k2", "schedule", "ngram", "mine"]
     assert arms[0].speculative is None
+    assert build(["again"], "HEAD", 8, None, {}) == [Arm(NONE, None), Arm("again", None)]
     assert arms[1].speculative == K4 | {"num_speculative_tokens": 2}
     assert arms[2].speculative == K4 | {"num_speculative_tokens_per_batch_size": SCHEDULE}
     assert arms[4].speculative == {"method": "x"}
@@ -183,7 +184,7 @@ def test_arms() -> None:
         (
             ["eagle"],
             {},
-            "--arms eagle: unknown; choose from none, k1 ... k8, schedule, confident, ngram",
+            "--arms eagle: unknown; choose from none, again, k1 ... k8, schedule, confident, ngram",
         ),
         (["schedule"], {}, "--arms schedule: needs --schedule"),
         (["confident"], {}, "--arms confident: needs --schedule"),

@@ -10,6 +10,7 @@ from typing import Any
 from vllm_specformer.errors import SpecFormerError
 
 NONE, SCHEDULE, CONFIDENT = "none", "schedule", "confident"
+AGAIN = "again"  # a second server without speculation: how far apart equal servers come out
 Schedule = list[list[int]]
 # Methods of vLLM that need no trained head; K is theirs to choose in `--speculative-config`.
 _UNTRAINED: dict[str, dict[str, Any]] = {
@@ -79,7 +80,7 @@ def build(
 def _speculative(
     name: str, head: str, slots: int, schedule: Schedule | None
 ) -> dict[str, Any] | None:
-    if name == NONE:
+    if name in (NONE, AGAIN):
         return None
     if name in _UNTRAINED:
         if name == "suffix" and not importlib.util.find_spec("arctic_inference"):
@@ -101,7 +102,7 @@ def _speculative(
         if not 1 <= int(name[1:]) <= slots:
             raise SpecFormerError(f"--arms {name}: this head drafts 1 to {slots} tokens")
         return ours | {"num_speculative_tokens": int(name[1:])}
-    known = ", ".join([NONE, "k1 ... k" + str(slots), SCHEDULE, CONFIDENT, *_UNTRAINED])
+    known = ", ".join([NONE, AGAIN, "k1 ... k" + str(slots), SCHEDULE, CONFIDENT, *_UNTRAINED])
     raise SpecFormerError(
         f"--arms {name}: unknown; choose from {known}, or add it with --speculative-config"
     )

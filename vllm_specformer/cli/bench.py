@@ -25,8 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arms",
         nargs="+",
         metavar="NAME",
-        help="of none, k1 to the head's slots, schedule, confident, ngram, suffix (default: all "
-        "that can run, with the K of --num-speculative-tokens)",
+        help="of none, again (a second server like it: how far apart equal servers come out), k1 "
+        "to the head's slots, schedule, confident, ngram, suffix (default: all that can run but "
+        "again, with the K of --num-speculative-tokens)",
     )
     arms.add_argument(
         "--num-speculative-tokens",

@@ -173,13 +173,18 @@ def _construct_ours(base: type, replaced: _Replaced) -> None:
     setattr(base, _MARK, True)
 
 
-# Modules whose functions fail on the CPU build, or with speculation -> "module:function" of ours.
+# Modules whose functions fail on the CPU build, fail with speculation or lose time with it ->
+# "module:function" of ours.
 _REPAIRS = {
-    "vllm.utils.cpu_triton_utils": "cpu_sampling:repair_kernels",
-    "vllm.v1.sample.ops.topk_topp_sampler": "cpu_sampling:repair_top_k",
-    "vllm.v1.worker.cpu_model_runner": "cpu_sampling:repair_generators",
-    "vllm.v1.sample.sampler": "request_repairs:repair_min_tokens",
-    "vllm.sampling_params": "request_repairs:refuse_logprob_token_ids",
+    "vllm.utils.cpu_triton_utils": ("cpu_sampling:repair_kernels",),
+    "vllm.v1.sample.ops.topk_topp_sampler": ("cpu_sampling:repair_top_k",),
+    "vllm.v1.worker.cpu_model_runner": (
+        "cpu_sampling:repair_generators",
+        "carried_drafts:send_with_output",
+    ),
+    "vllm.v1.executor.multiproc_executor": ("carried_drafts:receive_with_output",),
+    "vllm.v1.sample.sampler": ("request_repairs:repair_min_tokens",),
+    "vllm.sampling_params": ("request_repairs:refuse_logprob_token_ids",),
 }
 
 
@@ -206,8 +211,9 @@ class _PostImportHook(importlib.abc.MetaPathFinder):
 
 def _patch_module(module: ModuleType) -> None:
     if module.__name__ in _REPAIRS:
-        file, function = _REPAIRS[module.__name__].split(":")
-        getattr(import_module(f"vllm_specformer.engine.{file}"), function)(module)
+        for repair in _REPAIRS[module.__name__]:
+            file, function = repair.split(":")
+            getattr(import_module(f"vllm_specformer.engine.{file}"), function)(module)
         return
     replaced = _REPLACED[module.__name__]
     _construct_ours(getattr(module, replaced.name), replaced)
@@ -286,6 +292,16 @@ LEDGER: tuple[Patch, ...] = (
         reason="a seeded request whose prompt takes two steps ends the engine on the CPU build, "
         "with or without speculation (see engine/cpu_sampling.py)",
         guard="the CPU's runner alone; acts on rows whose sample is thrown away, wrapped once",
+        apply=_install_dispatch,
+    ),
+    Patch(
+        target="vllm.v1.worker.cpu_model_runner.CPUModelRunner.sample_tokens, "
+        "vllm.v1.executor.multiproc_executor.MultiprocExecutor.sample_tokens, "
+        ".take_draft_token_ids",
+        reason="spares the engine one call to the worker process per step: the drafts come with "
+        "the step's output (see engine/carried_drafts.py)",
+        guard="sent by the CPU's runner alone, and only when the draft architecture is "
+        "SpecFormerDraftModel; without them the executor asks as before; wrapped once",
         apply=_install_dispatch,
     ),
     Patch(

@@ -66,6 +66,7 @@ DRAFT_TIME = "engine/draft_time.py"
 COUPLED = "engine/coupled.py"
 VOCABULARY = "engine/draft_vocabulary.py"
 CONFIDENCE = "engine/confidence.py"
+CARRIED = "engine/carried_drafts.py"
 
 _SPEC = "vllm.config.speculative"
 _ARGS = "vllm.engine.arg_utils:EngineArgs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm_specformer.engine.relied_on import (
+    CARRIED,
     CLASS,
     CONFIDENCE,
     COUPLED,
@@ -27,6 +28,7 @@ _DFLASH_V2 = "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator"
 _DRAFT_V2 = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 _DFLASH_GRAPHS = "vllm.v1.worker.gpu.spec_decode.dflash.cudagraph:DFlashCudaGraphManager"
+_EXECUTOR = "vllm.v1.executor.multiproc_executor:MultiprocExecutor"
 _BATCH_V2 = "vllm.v1.worker.gpu.input_batch"
 
 RUNNER_V1: tuple[Reliance, ...] = (
@@ -314,6 +316,22 @@ RUNNER_V2: tuple[Reliance, ...] = (
         CPU_SAMPLING,
         "repaired on a CPU",
         "scheduler_output sampler_output logits hidden_states num_scheduled_tokens",
+    ),
+    call(
+        f"{_RUNNER_V1}.sample_tokens",
+        CARRIED,
+        "wrapped on a CPU: the drafts leave with the output",
+        "grammar_output",
+    ),
+    call(f"{_RUNNER_V1}.take_draft_token_ids", CARRIED, "gives the drafts of the last step"),
+    *members(_RUNNER_V1, CARRIED, "whether the model has stepped", "execute_model_state"),
+    call(f"{_EXECUTOR}.sample_tokens", CARRIED, "wrapped: keeps the drafts", "grammar_output"),
+    call(f"{_EXECUTOR}.take_draft_token_ids", CARRIED, "wrapped: gives the drafts kept"),
+    call(
+        "vllm.v1.engine.core:EngineCore.post_step",
+        CARRIED,
+        "asks for drafts after every step",
+        "model_executed",
     ),
     call(f"{_RUNNER_V1}._sample", CPU_SAMPLING, "repaired on a CPU", "logits spec_decode_metadata"),
     *members(_RUNNER_V1, CPU_SAMPLING, "which samples are thrown away", "discard_request_mask"),
