@@ -105,6 +105,7 @@ def test_with_a_cut_only_the_slots_cost_decides() -> None:
     assert best_count_with_cut(costs(9.0, 5.0)) == 0
     assert best_count_with_cut(costs(0.0, 20.0)) == 0
     assert cut_schedule(costs(1.0, 5.0)) == [[1, 8, 2]]
+    assert cut_schedule(costs(1.0, 5.0), margin=5.0) == [[1, 8, 0]]
 
 
 def test_thresholds_rise_with_the_batch() -> None:
@@ -138,7 +139,7 @@ def test_on_paper_small_batches_draft_and_large_ones_do_not() -> None:
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:
-    plan = Plan.of(rows(), {"costs": "made up"}, 0.02)
+    plan = Plan.of(rows(), {"costs": "made up"}, 0.03)
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan.to_json("HEAD")))
     again = read_plan(path)

@@ -47,7 +47,7 @@ _WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "enable_adaptive_verification": (
         (None, False),
-        f"vLLM has it for its method 'dspark' alone; {SCHEDULE!r} adapts a head's drafts to load",
+        f"vLLM documents it for its method 'dspark' alone; {SCHEDULE!r} adapts drafts to load",
     ),
 }
 

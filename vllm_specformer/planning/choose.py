@@ -125,20 +125,20 @@ def best_count_with_cut(rows: Sequence[Row], margin: float = MARGIN) -> int:
     As if the cut were perfect: of K slots that are drafted, only what is accepted is verified. So
     it weighs the slots' own cost against what they bring, and leaves the rows to the cut.
     """
-    per_row, first = max(0.0, _seconds_per_row(rows)), rows[0]
+    per_row = max(0.0, _seconds_per_row(rows))
     bare = min(rows, key=lambda row: row.count)
 
-    def ratio(row: Row) -> float:
+    def tokens_per_second(row: Row) -> float:
         verified = bare.step - bare.draft + (row.tokens_per_step - 1) * per_row
-        return row.tokens_per_step * first.plain / (verified + row.draft)
+        return row.tokens_per_step / (verified + row.draft)
 
-    best = max(rows, key=ratio)
-    return best.count if ratio(best) > ratio(bare) * (1 + margin) else 0
+    best = max(rows, key=tokens_per_second)
+    return best.count if tokens_per_second(best) > tokens_per_second(bare) * (1 + margin) else 0
 
 
-def cut_schedule(rows: Sequence[Row]) -> list[list[int]]:
+def cut_schedule(rows: Sequence[Row], margin: float = MARGIN) -> list[list[int]]:
     """`best_count_with_cut` of every batch size up to the largest, as vLLM takes it."""
-    return _ranges(rows, best_count_with_cut)
+    return _ranges(rows, lambda batch: best_count_with_cut(batch, margin))
 
 
 def thresholds(rows: Sequence[Row]) -> list[list[float]]:

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.planning.choose import Row, between, cut_schedule, schedule, thresholds
+from vllm_specformer.planning.choose import (
+    MARGIN,
+    Row,
+    between,
+    cut_schedule,
+    schedule,
+    thresholds,
+)
 from vllm_specformer.planning.load import seconds_under_load
 
 KIND = "specformer plan"
@@ -17,15 +24,19 @@ KIND = "specformer plan"
 
 @dataclass(frozen=True)
 class Plan:
-    """What to draft at which batch size; `rows` are empty for a schedule written by hand."""
+    """What to draft at which batch size; `rows` are empty for a schedule written by hand.
+
+    `margin` is what drafting has to gain over K = 0, as a share.
+    """
 
     schedule: list[list[int]]
     rows: list[Row] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
+    margin: float = MARGIN
 
     @classmethod
     def of(cls, rows: list[Row], about: dict[str, Any], margin: float) -> Plan:
-        return cls(schedule(rows, margin), rows, about)
+        return cls(schedule(rows, margin), rows, about, margin)
 
     @property
     def pays(self) -> bool:
@@ -90,7 +101,7 @@ class Plan:
         return {
             "method": "specformer",
             "model": head,
-            **_counts(cut_schedule(self.rows)),
+            **_counts(cut_schedule(self.rows, self.margin)),
             "draft_confidence_threshold": thresholds(self.rows),
         }
 
@@ -98,6 +109,7 @@ class Plan:
         return {
             "kind": KIND,
             "schedule": self.schedule,
+            "margin": self.margin,
             "speculative_config": self.speculative_config(head) if self.pays else None,
             "confident_config": self.confident_config(head) if self.pays else None,
             "rows": [asdict(row) | {"ratio": round(row.ratio, 4)} for row in self.rows],
@@ -132,7 +144,7 @@ def read_plan(path: Path) -> Plan:
         )
     rows = [Row(**{k: v for k, v in row.items() if k != "ratio"}) for row in content["rows"]]
     ranges = checked_schedule(content["schedule"], f"--schedule {path}")
-    return Plan(ranges, rows, content["about"])
+    return Plan(ranges, rows, content["about"], content.get("margin", MARGIN))
 
 
 def checked_schedule(value: Any, source: str) -> list[list[int]]:

@@ -57,9 +57,17 @@ def served(threshold: Any, answers: Any, **engine_changes: Any) -> tuple[Watch, 
     return watch, {name: counted[f"spec_decode_{name}"] for name in names}
 
 
-def test_fewer_drafts_and_more_of_them_right(answers: Any) -> None:
+@pytest.fixture(scope="module")
+def cut(answers: Any) -> tuple[Watch, dict[str, int]]:
+    """Drafts cut at SURE, while prompts are read in parts beside them."""
+    return served(SURE, answers, max_num_batched_tokens=64, max_num_seqs=8)
+
+
+def test_fewer_drafts_and_more_of_them_right(
+    answers: Any, cut: tuple[Watch, dict[str, int]]
+) -> None:
     _, all_drafts = served(None, answers)
-    watch, sure = served(SURE, answers)
+    watch, sure = cut
     shares = [c["num_accepted_tokens"] / c["num_draft_tokens"] for c in (all_drafts, sure)]
     assert sure["num_draft_tokens"] < all_drafts["num_draft_tokens"] / 2
     assert sure["num_accepted_tokens"] > all_drafts["num_accepted_tokens"] / 2
@@ -67,9 +75,9 @@ def test_fewer_drafts_and_more_of_them_right(answers: Any) -> None:
     assert {len(d.drafts) for d in watch.drafted} == {0, 1, 2, 3, 4}
 
 
-def test_drafts_are_the_dense_heads_up_to_the_threshold(answers: Any) -> None:
+def test_drafts_are_the_dense_heads_up_to_the_threshold(cut: tuple[Watch, dict[str, int]]) -> None:
     """Every number of drafts, also none after some and some after none: K/V has no holes."""
-    watch, _ = served(SURE, answers, max_num_batched_tokens=64, max_num_seqs=8)
+    watch, _ = cut
     reference = DenseReference(HEAD)
     result = compare(reference, watch.drafted)
     assert result.wrong == []
