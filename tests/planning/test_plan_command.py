@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_specformer.bench.enlarge import HeavyPair, enlarge
 from vllm_specformer.cli.main import main
 from vllm_specformer.engine.measuring import listing_schedule
-from vllm_specformer.planning.measure import EngineProcess
+from vllm_specformer.planning.measure import EngineProcess, Machine, Settings
 from vllm_specformer.planning.plan import read_plan
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +93,19 @@ def test_steps_are_timed_at_every_count(engine: EngineProcess, prompts: list[lis
     assert found["drafts"]["0"] < found["drafts"]["4"]
     short = engine.ask(do="times", prompts=prompts, counts=[2], steps=50, seconds=0.0)
     assert len(short["steps"]["2"]) == 2
+
+
+def test_short_steps_are_visited_until_they_are_long_enough(
+    engine: EngineProcess, pair: HeavyPair, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    for least, visits in ((0.0, 1), (60.0, 12)):
+        settings = Settings([1], [0, 4], cycles=1, steps=2, least_seconds=least)
+        machine = Machine({}, pair.head, prompts, settings, tmp_path, lambda line: None)
+        machine._cycles({"head": engine})
+        assert {key: len(times) for key, times in machine._steps.items()} == {
+            ("head", 1, 0): 2 * visits,
+            ("head", 1, 4): 2 * visits,
+        }
 
 
 @pytest.fixture

@@ -37,6 +37,11 @@ def temperature(text: str) -> float:
     return float(_number(text, float, 0, 2, "a number from 0 to 2"))
 
 
+def seconds(text: str) -> float:
+    """A number of seconds, 0 or more."""
+    return float(_number(text, float, 0, float("inf"), "a number of seconds, 0 or more"))
+
+
 def top_p(text: str) -> float:
     """A number above 0, at most 1."""
     return float(_number(text, float, 1e-6, 1, "a number above 0, at most 1"))

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from vllm_specformer.cli.arguments import json_object, positive, share, temperature
+from vllm_specformer.cli.arguments import json_object, positive, seconds, share, temperature
 from vllm_specformer.cli.common import INTERRUPTED, check_results, fields_of, say
 
 
@@ -69,10 +69,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=positive, default=128, metavar="N", help="longest answer (128)"
     )
     measured.add_argument(
-        "--cycles", type=positive, default=3, metavar="N", help="visits of everything (3)"
+        "--cycles", type=positive, default=3, metavar="N", help="rounds over everything (3)"
     )
     measured.add_argument(
         "--steps", type=positive, default=8, metavar="N", help="timed steps of a visit (8)"
+    )
+    measured.add_argument(
+        "--seconds",
+        type=seconds,
+        default=0.5,
+        metavar="S",
+        help="timed seconds of every figure in a round, by more visits where steps are short (0.5)",
     )
     measured.add_argument(
         "--engine-args",

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_specformer.config import SpecFormerConfig
+from vllm_specformer.engine import cpu_norms
 from vllm_specformer.engine.attention import DraftAttention
 from vllm_specformer.engine.draft_vocabulary import logits_of_some
 from vllm_specformer.engine.sharding import HeadShare
@@ -74,6 +75,7 @@ class SpecFormerDraftModel(nn.Module):
             block_widths=range(1, self.num_slots + 1),
         )
         self._target: dict[str, Callable[..., Tensor]] = {}
+        self._hook_norm: cpu_norms.HookNorm | None = None
 
     def bind_target(self, target: Any) -> None:
         """Share the target's embedding table, final norm and logits, by reference, unregistered.
@@ -99,7 +101,10 @@ class SpecFormerDraftModel(nn.Module):
 
     def combine_hidden_states(self, hooked_states: Sequence[Tensor]) -> Tensor:
         """G hooked states [T, H] -> context states [T, H]."""
-        return self.head.combine(hooked_states)
+        if self._hook_norm is None:
+            return self.head.combine(hooked_states)
+        context: Tensor = self.head.fc(self._hook_norm(hooked_states))
+        return context
 
     def normalise(self, context: Tensor) -> Tensor:
         """Context states [..., H] as `store_context` takes them."""
@@ -218,6 +223,8 @@ class SpecFormerDraftModel(nn.Module):
         query, key_value = (_linear(weight) for weight in attention.split_weight())
         attention.query_linear = _packed(query)  # type: ignore[method-assign]
         attention.key_value_linear = _packed(key_value)  # type: ignore[method-assign]
+        self._hook_norm = cpu_norms.HookNorm(self.head)
+        cpu_norms.use_for(self.head)
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -181,6 +181,7 @@ _REPAIRS = {
     "vllm.v1.worker.cpu_model_runner": (
         "cpu_sampling:repair_generators",
         "carried_drafts:send_with_output",
+        "draftless_steps:sample_plainly",
     ),
     "vllm.v1.executor.multiproc_executor": ("carried_drafts:receive_with_output",),
     "vllm.v1.sample.sampler": ("request_repairs:repair_min_tokens",),
@@ -302,6 +303,14 @@ LEDGER: tuple[Patch, ...] = (
         "the step's output (see engine/carried_drafts.py)",
         guard="sent by the CPU's runner alone, and only when the draft architecture is "
         "SpecFormerDraftModel; without them the executor asks as before; wrapped once",
+        apply=_install_dispatch,
+    ),
+    Patch(
+        target="vllm.v1.worker.cpu_model_runner.CPUModelRunner.execute_model",
+        reason="a step without drafts was laid out and sampled for verification, which its tokens "
+        "do not need (see engine/draftless_steps.py)",
+        guard="the CPU's runner alone, without asynchronous scheduling, and only when the draft "
+        "architecture is SpecFormerDraftModel and no request of the step has drafts; wrapped once",
         apply=_install_dispatch,
     ),
     Patch(

@@ -67,6 +67,8 @@ COUPLED = "engine/coupled.py"
 VOCABULARY = "engine/draft_vocabulary.py"
 CONFIDENCE = "engine/confidence.py"
 CARRIED = "engine/carried_drafts.py"
+DRAFTLESS = "engine/draftless_steps.py"
+CPU_NORMS = "engine/cpu_norms.py"
 
 _SPEC = "vllm.config.speculative"
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
@@ -319,6 +321,12 @@ CPU_KERNELS: tuple[Reliance, ...] = (
         CPU_PAGES,
         "rotates K before it is stored",
         "positions query key head_size cos_sin_cache is_neox",
+    ),
+    call(
+        f"{_OPS}:rms_norm",
+        CPU_NORMS,
+        "the head's norms",
+        "out input weight epsilon",
     ),
     call(
         f"{_CPU_BACKEND}:_get_attn_isa",

@@ -10,6 +10,7 @@ from vllm_specformer.engine.relied_on import (
     CPU_SAMPLING,
     CPU_SYNTHETIC,
     DRAFT_TIME,
+    DRAFTLESS,
     MODEL,
     PATCHES,
     REQUESTS,
@@ -81,6 +82,18 @@ RUNNER_V1: tuple[Reliance, ...] = (
         V1,
         "gives the last accepted rows",
         "common_attn_metadata spec_decode_metadata valid_sampled_tokens_count",
+    ),
+    override(
+        f"{_BASE_V1}.prepare_next_token_ids_padded",
+        V1,
+        "gives the bonus tokens",
+        "sampled_token_ids requests gpu_input_batch discard_request_mask",
+    ),
+    call(
+        "vllm.v1.sample.sampler:Sampler.greedy_sample",
+        V1,
+        "what it calls on a CPU chooses greedy drafts there",
+        "logits",
     ),
     *members(
         _BASE_V1,
@@ -333,6 +346,25 @@ RUNNER_V2: tuple[Reliance, ...] = (
         "asks for drafts after every step",
         "model_executed",
     ),
+    call(
+        f"{_RUNNER_V1}.execute_model",
+        DRAFTLESS,
+        "wrapped on a CPU: no layout for verification where nothing is verified",
+        "scheduler_output intermediate_tensors",
+    ),
+    *members(
+        "vllm.v1.worker.gpu_model_runner:ExecuteModelState",
+        DRAFTLESS,
+        "the step's layout",
+        "spec_decode_metadata",
+    ),
+    *members(
+        "vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
+        DRAFTLESS,
+        "drafts of each request",
+        "num_draft_tokens",
+    ),
+    *members(_RUNNER_V1, DRAFTLESS, "when it is left alone", "use_async_scheduling"),
     call(f"{_RUNNER_V1}._sample", CPU_SAMPLING, "repaired on a CPU", "logits spec_decode_metadata"),
     *members(_RUNNER_V1, CPU_SAMPLING, "which samples are thrown away", "discard_request_mask"),
     call(

@@ -25,6 +25,7 @@ from vllm_specformer.serving.server import server_environment
 
 WORKER = "vllm_specformer.planning.worker"
 _TAIL_LINES = 30
+_MOST_VISITS = 12  # of one batch size in a cycle
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class Settings:
     Attributes:
         batches: requests in a step.
         counts: drafted tokens per step, 0 among them.
-        cycles: visits of every batch size and count.
+        cycles: rounds over all batch sizes.
         steps, seconds: timed steps of a visit, and the time after which they are enough.
+        least_seconds: timed seconds of every figure in a cycle; where steps are short a batch size
+            is visited again until it has them.
     """
 
     batches: Sequence[int]
@@ -43,6 +46,7 @@ class Settings:
     cycles: int = 3
     steps: int = 8
     seconds: float = 2.0
+    least_seconds: float = 0.5
     max_tokens: int = 128
 
 
@@ -141,10 +145,7 @@ class Machine:
         if torch.cuda.is_available():
             return self._one_after_the_other(live)
         with self._engine("plain") as plain, self._engine("head") as head:
-            for cycle in range(self.settings.cycles):
-                for batch in self.settings.batches:
-                    self._visit("plain", plain, batch, cycle)
-                    self._visit("head", head, batch, cycle)
+            self._cycles({"plain": plain, "head": head})
             accepted = self._accepted(head) if live else {}
         return self._costs(), accepted
 
@@ -152,9 +153,7 @@ class Machine:
         accepted: dict[int, float] = {}
         for name in self.engines:
             with self._engine(name) as engine:
-                for cycle in range(self.settings.cycles):
-                    for batch in self.settings.batches:
-                        self._visit(name, engine, batch, cycle)
+                self._cycles({name: engine})
                 if live and name == "head":
                     accepted = self._accepted(engine)
         return self._costs(), accepted
@@ -171,14 +170,34 @@ class Machine:
         finally:
             engine.end()
 
-    def _visit(self, name: str, engine: EngineProcess, batch: int, cycle: int) -> None:
+    def _cycles(self, engines: dict[str, EngineProcess]) -> None:
+        """Visit every batch size in every cycle, with the engines taking turns."""
+        for cycle in range(self.settings.cycles):
+            for batch in self.settings.batches:
+                names = " and ".join(engines)
+                self.say(f"cycle {cycle + 1} of {self.settings.cycles}: {batch} requests, {names}")
+                timed = 0.0
+                for visit in range(_MOST_VISITS):
+                    timed += min(
+                        self._visit(name, engine, batch, cycle + visit)
+                        for name, engine in engines.items()
+                    )
+                    if timed >= self.settings.least_seconds:
+                        break
+
+    def _visit(self, name: str, engine: EngineProcess, batch: int, turn: int) -> float:
+        """Time steps of every count, every other turn from the last one on.
+
+        Returns:
+            The timed seconds of the count that had the fewest.
+        """
         counts, steps = list(self.settings.counts), self.settings.steps
         if name == "plain":  # the one that all others are compared with: as many steps as they
             counts, steps = [0], steps * len(counts)
         found = engine.ask(
             do="times",
             prompts=[self.prompts[place % len(self.prompts)] for place in range(batch)],
-            counts=counts[::-1] if cycle % 2 else counts,
+            counts=counts[::-1] if turn % 2 else counts,
             steps=steps,
             seconds=self.settings.seconds,
         )
@@ -186,7 +205,7 @@ class Machine:
             self._steps.setdefault((name, batch, int(text)), []).extend(seconds)
             self._drafts.setdefault((name, batch, int(text)), []).append(found["drafts"][text])
         self._prompts.setdefault((name, batch), []).append(found["prompt"])
-        self.say(f"cycle {cycle + 1} of {self.settings.cycles}: {batch} requests, {name}")
+        return min(map(sum, found["steps"].values()))
 
     def _accepted(self, engine: EngineProcess) -> dict[int, float]:
         """Tokens per step on the prompts themselves, answered to their end."""

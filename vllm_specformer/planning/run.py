@@ -46,6 +46,7 @@ class Options:
     num_speculative_tokens: Sequence[int] = COUNTS
     cycles: int = 3
     steps: int = 8
+    seconds: float = 0.5
     max_tokens: int = 128
     max_prompts: int = 64
     margin: float = MARGIN
@@ -155,7 +156,12 @@ def _measured(
         raise SpecFormerError("--prompts: needed to measure with; or plan on paper with --chip")
     check_weights(head, config)
     settings = Settings(
-        options.batch, counts, options.cycles, options.steps, max_tokens=options.max_tokens
+        options.batch,
+        counts,
+        options.cycles,
+        options.steps,
+        least_seconds=options.seconds,
+        max_tokens=options.max_tokens,
     )
     # A visit goes on past the end of the answers, so its texts grow with the steps.
     grown = sum(counts) + len(counts)

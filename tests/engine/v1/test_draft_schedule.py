@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from vllm.v1.sample.rejection_sampler import RejectionSampler
 
 from .drafts import compare, truth, watching
 from .engines import (
@@ -29,11 +31,21 @@ Schedule = list[tuple[int, int, int]]
     [[(1, 3, 4), (4, 8, 2), (9, 64, 1)], [(1, 5, 3), (6, 64, 0)]],
     ids=["down-to-one", "down-to-none"],
 )
-def test_number_of_drafts_by_batch_size(tmp_path: Path, schedule: Schedule) -> None:
+def test_number_of_drafts_by_batch_size(
+    tmp_path: Path, schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Requests finish one by one, so the batch passes through every range, K = 0 included.
 
-    A step without drafts must store K/V all the same: later drafts show whether it did.
+    A step without drafts must store K/V all the same: later drafts show whether it did. Nothing is
+    verified in it.
     """
+    verify, verified = RejectionSampler.forward, []
+
+    def forward(self: Any, metadata: Any, *args: Any) -> Any:
+        verified.append(list(metadata.num_draft_tokens))
+        return verify(self, metadata, *args)
+
+    monkeypatch.setattr(RejectionSampler, "forward", forward)
     answers = run_plain({"all": Job(TEXTS, greedy(64, ignore_eos=True))})["all"]
     lengths = [4 + 4 * i for i in range(len(TEXTS))]
     params = [greedy(n, ignore_eos=True) for n in lengths]
@@ -42,6 +54,8 @@ def test_number_of_drafts_by_batch_size(tmp_path: Path, schedule: Schedule) -> N
     with engine(speculative) as llm, watching(truth(continuations(answers))) as watch:
         found = token_ids(Job(TEXTS, params).run(llm))
     assert found == [[ids[0][:n]] for ids, n in zip(token_ids(answers), lengths, strict=True)]
+    assert verified
+    assert all(map(any, verified))
     assert {k for _, k in watch.batch_sizes} == {k for _, _, k in schedule}
     for requests, k in watch.batch_sizes:
         assert k == next(n for low, high, n in schedule if low <= requests <= high)
