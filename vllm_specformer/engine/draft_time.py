@@ -103,8 +103,8 @@ class DraftClock:
         self._seconds, self._steps = 0.0, 0
         self._shared = _shared_numbers(parallel_config)
 
-    def timed(self, step: Callable[[], Any]) -> Any:
-        """`step()`, counted."""
+    def timed(self, step: Callable[[], Any], counts: int = 1) -> Any:
+        """`step()`, its time added up; `counts` 0 for the rest of a step that counts already."""
         if self._shared is None:
             return step()
         if self._on_gpu:
@@ -117,7 +117,7 @@ class DraftClock:
             return result
         started = time.perf_counter()
         result = step()
-        self._add(time.perf_counter() - started)
+        self._add(time.perf_counter() - started, counts)
         return result
 
     def _read_passed(self) -> None:
@@ -127,9 +127,9 @@ class DraftClock:
         if len(self._pending) > _MAX_PENDING:
             self._pending.popleft()
 
-    def _add(self, seconds: float) -> None:
+    def _add(self, seconds: float, steps: int = 1) -> None:
         self._seconds += seconds
-        self._steps += 1
+        self._steps += steps
         if self._shared is not None:
             _NUMBERS.pack_into(self._shared, 0, self._seconds, self._steps)
 

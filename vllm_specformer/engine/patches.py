@@ -183,7 +183,10 @@ _REPAIRS = {
         "carried_drafts:send_with_output",
         "draftless_steps:sample_plainly",
     ),
-    "vllm.v1.executor.multiproc_executor": ("carried_drafts:receive_with_output",),
+    "vllm.v1.executor.multiproc_executor": (
+        "carried_drafts:receive_with_output",
+        "late_store:store_when_sent",
+    ),
     "vllm.v1.sample.sampler": ("request_repairs:repair_min_tokens",),
     "vllm.sampling_params": ("request_repairs:refuse_logprob_token_ids",),
 }
@@ -311,6 +314,14 @@ LEDGER: tuple[Patch, ...] = (
         "do not need (see engine/draftless_steps.py)",
         guard="the CPU's runner alone, without asynchronous scheduling, and only when the draft "
         "architecture is SpecFormerDraftModel and no request of the step has drafts; wrapped once",
+        apply=_install_dispatch,
+    ),
+    Patch(
+        target="vllm.v1.executor.multiproc_executor.WorkerProc.handle_output",
+        reason="after a step that drafts nothing nobody waits while the head's K/V are stored (see "
+        "engine/late_store.py)",
+        guard="stores what the CPU's SpecFormer proposer has left and does nothing in any other "
+        "worker; the next step stores it where this is not called; wrapped once",
         apply=_install_dispatch,
     ),
     Patch(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specformer.engine.relied_on import CPU_KERNELS, LAYERS, REGISTRATION, Reliance
+from vllm_specformer.engine.relied_on_cpu import CPU_RUNNER
 from vllm_specformer.engine.relied_on_measuring import MEASURED
 from vllm_specformer.engine.relied_on_runners import RUNNER_V1, RUNNER_V2, VERIFICATION
 
@@ -24,6 +25,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     *RUNNER_V1,
     *RUNNER_V2,
     *VERIFICATION,
+    *CPU_RUNNER,
     *LAYERS,
     *CPU_KERNELS,
     *MEASURED,

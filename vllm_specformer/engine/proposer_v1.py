@@ -7,6 +7,7 @@ one draft pass from each request's last accepted token, sample.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vllm.v1.spec_decode.dflash import DFlashProposer
 from vllm_specformer.engine.checks import check_target_class, check_v1_verification
 from vllm_specformer.engine.confidence import ConfidenceCut, largest_log_probs
 from vllm_specformer.engine.draft_time import DraftClock, timed
+from vllm_specformer.engine.late_store import Rows, has_time_between_steps
 from vllm_specformer.engine.monitor import AcceptanceMonitor
 
 
@@ -30,6 +32,8 @@ class SpecFormerProposer(DFlashProposer):
         self.runner = runner
         self.monitor = AcceptanceMonitor(device)
         self.clock = DraftClock(device, vllm_config.parallel_config)
+        self.stores_late = device.type == "cpu" and has_time_between_steps(vllm_config)
+        self._left: Rows | None = None
         self._num_drafted = 0
         self._last_draft_probs: Tensor | None = None
 
@@ -102,6 +106,17 @@ class SpecFormerProposer(DFlashProposer):
         """The runner's concatenation [T, G*H] as G views [T, H]."""
         return states.unflatten(-1, (-1, self.hidden_size)).unbind(-2)
 
+    @torch.inference_mode()
+    def store_what_is_left(self) -> None:
+        """Store the context K/V of a step that has left them for later."""
+        if self._left is not None:
+            left, self._left = self._left, None
+            self.clock.timed(partial(self._store, *left), counts=0)
+
+    def _store(self, states: Tensor, positions: Tensor, slots: Tensor) -> None:
+        context = self.model.combine_hidden_states(self._hooks(states))
+        self.model.store_context(self.model.normalise(context), positions, slots)
+
     @timed
     @torch.inference_mode()
     def propose(
@@ -121,7 +136,7 @@ class SpecFormerProposer(DFlashProposer):
         """Store the step's context K/V and draft.
 
         Args (shapes; the rest as vLLM's base class):
-            num_speculative_tokens: tokens wanted, 0..K; 0 still stores K/V.
+            num_speculative_tokens: tokens wanted, 0..K; 0 still stores K/V, if only later.
             target_positions: [T]; target_hidden_states: [T, G*H]; next_token_ids: [R].
             token_indices_to_sample: [R] rows of the last accepted tokens, or None after a step
                 without drafts, where they are each request's last row.
@@ -129,28 +144,35 @@ class SpecFormerProposer(DFlashProposer):
         Returns:
             int64 [R, num_speculative_tokens]; with a confidence threshold lists of at most as many.
         """
+        self.store_what_is_left()
         self.num_speculative_tokens = num_speculative_tokens
         self._last_draft_probs = None
-        common = common_attn_metadata
-        requests = common.batch_size()
-        tokens = target_hidden_states.shape[0]
         if num_rejected_tokens_gpu is not None:
             self.monitor.observe(self._num_drafted, num_rejected_tokens_gpu)
+        common = common_attn_metadata
+        requests = common.batch_size()
+        slot_mapping = common.slot_mapping[: len(target_hidden_states)]
+        if num_speculative_tokens == 0:
+            if self.stores_late:
+                # Copies of what the next step writes over.
+                places = target_positions.clone(), slot_mapping.clone()
+                self._left = (target_hidden_states, *places)
+            else:
+                self._store(target_hidden_states, target_positions, slot_mapping)
+            return torch.empty(requests, 0, dtype=torch.int64, device=self.device)
 
         context = self.model.combine_hidden_states(self._hooks(target_hidden_states))
         normed = self.model.normalise(context)
-        rows = (normed, target_positions, common.slot_mapping[:tokens])
-        if num_speculative_tokens == 0:
-            self.model.store_context(*rows)
-            return torch.empty(requests, 0, dtype=torch.int64, device=self.device)
-
         last = token_indices_to_sample
         if last is None:
             last = common.query_start_loc[1 : requests + 1] - 1
         positions = target_positions[last]
+        queries = self.model.store_context(
+            normed, target_positions, slot_mapping, normed[last], positions
+        )
         slots = self.model(
             context[last],
-            self.model.store_context(*rows, normed[last], positions),
+            queries,
             positions,
             next_token_ids,
             common.block_table_tensor[:requests],

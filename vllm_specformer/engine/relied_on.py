@@ -68,6 +68,7 @@ VOCABULARY = "engine/draft_vocabulary.py"
 CONFIDENCE = "engine/confidence.py"
 CARRIED = "engine/carried_drafts.py"
 DRAFTLESS = "engine/draftless_steps.py"
+LATE_STORE = "engine/late_store.py"
 CPU_NORMS = "engine/cpu_norms.py"
 
 _SPEC = "vllm.config.speculative"

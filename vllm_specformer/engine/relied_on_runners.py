@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from vllm_specformer.engine.relied_on import (
-    CARRIED,
     CLASS,
     CONFIDENCE,
     COUPLED,
-    CPU_SAMPLING,
-    CPU_SYNTHETIC,
     DRAFT_TIME,
-    DRAFTLESS,
     MODEL,
     PATCHES,
     REQUESTS,
@@ -29,7 +25,6 @@ _DFLASH_V2 = "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator"
 _DRAFT_V2 = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 _DFLASH_GRAPHS = "vllm.v1.worker.gpu.spec_decode.dflash.cudagraph:DFlashCudaGraphManager"
-_EXECUTOR = "vllm.v1.executor.multiproc_executor:MultiprocExecutor"
 _BATCH_V2 = "vllm.v1.worker.gpu.input_batch"
 
 RUNNER_V1: tuple[Reliance, ...] = (
@@ -296,77 +291,6 @@ RUNNER_V2: tuple[Reliance, ...] = (
         "packs the head's matrices on a CPU",
         "layer remove_weight",
     ),
-    call(
-        "vllm.utils.cpu_triton_utils:_expand_kernel_impl",
-        CPU_SAMPLING,
-        "repaired on a CPU",
-        "output input_val cu_num_tokens replace_from replace_to",
-    ),
-    call(
-        "vllm.utils.cpu_triton_utils:_rejection_greedy_sample_kernel_impl",
-        CPU_SYNTHETIC,
-        "repaired on a CPU",
-        "output_token_ids cu_num_draft_tokens draft_token_ids target_argmax bonus_token_ids "
-        "is_greedy max_spec_len uniform_probs synthetic_conditional_rates SYNTHETIC_MODE",
-    ),
-    call(
-        "vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl",
-        CPU_SYNTHETIC,
-        "repaired on a CPU",
-        "output_token_ids cu_num_draft_tokens draft_token_ids draft_probs target_probs "
-        "bonus_token_ids recovered_token_ids uniform_probs is_greedy max_spec_len vocab_size "
-        "synthetic_conditional_rates NO_DRAFT_PROBS SYNTHETIC_MODE",
-    ),
-    call(
-        "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only",
-        CPU_SAMPLING,
-        "repaired on a CPU",
-        "logits k",
-    ),
-    Reliance("vllm.v1.worker.cpu_model_runner:CPUModelRunner", CPU_SAMPLING, "repaired", CLASS),
-    call(
-        f"{_RUNNER_V1}._bookkeeping_sync",
-        CPU_SAMPLING,
-        "repaired on a CPU",
-        "scheduler_output sampler_output logits hidden_states num_scheduled_tokens",
-    ),
-    call(
-        f"{_RUNNER_V1}.sample_tokens",
-        CARRIED,
-        "wrapped on a CPU: the drafts leave with the output",
-        "grammar_output",
-    ),
-    call(f"{_RUNNER_V1}.take_draft_token_ids", CARRIED, "gives the drafts of the last step"),
-    *members(_RUNNER_V1, CARRIED, "whether the model has stepped", "execute_model_state"),
-    call(f"{_EXECUTOR}.sample_tokens", CARRIED, "wrapped: keeps the drafts", "grammar_output"),
-    call(f"{_EXECUTOR}.take_draft_token_ids", CARRIED, "wrapped: gives the drafts kept"),
-    call(
-        "vllm.v1.engine.core:EngineCore.post_step",
-        CARRIED,
-        "asks for drafts after every step",
-        "model_executed",
-    ),
-    call(
-        f"{_RUNNER_V1}.execute_model",
-        DRAFTLESS,
-        "wrapped on a CPU: no layout for verification where nothing is verified",
-        "scheduler_output intermediate_tensors",
-    ),
-    *members(
-        "vllm.v1.worker.gpu_model_runner:ExecuteModelState",
-        DRAFTLESS,
-        "the step's layout",
-        "spec_decode_metadata",
-    ),
-    *members(
-        "vllm.v1.spec_decode.metadata:SpecDecodeMetadata",
-        DRAFTLESS,
-        "drafts of each request",
-        "num_draft_tokens",
-    ),
-    *members(_RUNNER_V1, DRAFTLESS, "when it is left alone", "use_async_scheduling"),
-    call(f"{_RUNNER_V1}._sample", CPU_SAMPLING, "repaired on a CPU", "logits spec_decode_metadata"),
-    *members(_RUNNER_V1, CPU_SAMPLING, "which samples are thrown away", "discard_request_mask"),
     call(
         "vllm.v1.sample.sampler:Sampler.apply_logits_processors",
         REQUESTS,

@@ -25,6 +25,7 @@ from vllm_specformer.serving.server import server_environment
 
 WORKER = "vllm_specformer.planning.worker"
 _TAIL_LINES = 30
+_END_S = 20.0
 _MOST_VISITS = 12  # of one batch size in a cycle
 
 
@@ -103,6 +104,9 @@ class EngineProcess:
         return content
 
     def end(self) -> None:
+        """Let it end its own processes too; by force if that takes long."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.communicate(timeout=_END_S)
         self._process.kill()
         self._process.communicate()
 
@@ -126,6 +130,9 @@ class Machine:
             "disable_log_stats": False,
             **engine_args,
         }
+        if not torch.cuda.is_available():
+            # As in a server, where the worker is a process of its own on a CPU.
+            shared.setdefault("distributed_executor_backend", "mp")
         speculative = {
             "method": "specformer",
             "model": str(head),

@@ -154,6 +154,7 @@ def main() -> None:
         asked = json.loads(line)
         answer = operations[asked.pop("do")](**asked)
         print(json.dumps(answer), file=answers, flush=True)
+    worker.engine.engine_core.shutdown()
 
 
 if __name__ == "__main__":

@@ -98,6 +98,10 @@ def test_a_worker_process_is_not_asked() -> None:
 
         executor.collective_rpc = collective_rpc
         assert token_ids(job.run(llm)) == expected
+        Job(prompts()[:4], greedy(8)).run(llm)  # its last step drafts nothing
+        left = call(lambda worker: worker.model_runner.drafter._left)
+        late = call(lambda worker: worker.model_runner.drafter.stores_late)
+    assert (late, left) == ([True], [None])  # stored before the worker took the next order
     assert counted["spec_decode_num_accepted_tokens"] > 10
     assert "sample_tokens" in methods
     assert "take_draft_token_ids" not in methods

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
+from vllm_specformer.engine import proposer_v1
+
 from .drafts import compare, truth, watching
 from .engines import (
     DenseReference,
@@ -36,9 +38,11 @@ def test_number_of_drafts_by_batch_size(
 ) -> None:
     """Requests finish one by one, so the batch passes through every range, K = 0 included.
 
-    A step without drafts must store K/V all the same: later drafts show whether it did. Nothing is
-    verified in it.
+    A step without drafts must store K/V all the same: later drafts show whether it did. It leaves
+    them to the next step, as in a worker process that was not asked in between. Nothing is verified
+    in it.
     """
+    monkeypatch.setattr(proposer_v1, "has_time_between_steps", lambda config: True)
     verify, verified = RejectionSampler.forward, []
 
     def forward(self: Any, metadata: Any, *args: Any) -> Any:
