@@ -59,6 +59,9 @@ def server_environment() -> dict[str, str]:
     environment = dict(os.environ)
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     environment |= openmp_preload(environment.get("LD_PRELOAD", ""))
+    # vLLM closes a connection after 5 s without a request. A client that sends one just then, as
+    # its own benchmark client does after a pause, would lose it.
+    environment.setdefault("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "120")
     # vLLM's ngram runs on Numba, which sets OpenMP's threads to all cores, for PyTorch as well: a
     # server that speculates so would be given more of them than the others it is compared with.
     threads = environment.get("OMP_NUM_THREADS", "")

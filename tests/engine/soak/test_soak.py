@@ -44,8 +44,8 @@ OPTIONS = (
 # Between a quarter of the way, when everything has been allocated once, and the end.
 MAX_GROWTH_MB = 100
 PATIENCE_S = 300
-# The server closes a connection after 5 s without a request, and by default the client keeps it as
-# long: a request sent at that moment is lost. Retrying would hide other losses, so it ends earlier.
+# Shorter than any server's: a request sent while that closes the connection would be lost, and
+# retrying would hide other losses.
 KEEP_ALIVE_S = 2
 
 
