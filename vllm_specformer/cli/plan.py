@@ -88,6 +88,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="arguments of vLLM's engine, as the server will have them",
     )
+    loaded = parser.add_argument_group("costs, measured under load")
+    loaded.add_argument(
+        "--bench",
+        type=Path,
+        metavar="FILE",
+        help="bench.json of `specformer bench` with fixed numbers of drafts: choose by it, measure "
+        "nothing",
+    )
     paper = parser.add_argument_group("costs, on paper")
     paper.add_argument(
         "--chip", metavar="NAME", help="a100, h100, h200, b200 or mi300x: compute, measure nothing"

@@ -8,6 +8,7 @@ engine takes the memory it finds, one is done before the other starts.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -53,9 +54,11 @@ class Settings:
 
 @dataclass
 class Costs:
-    """Medians over all timed steps, in seconds; by batch size, or batch size and count.
+    """In seconds; by batch size, or batch size and count.
 
     Attributes:
+        plain: a step without the head, the median over all.
+        steps, drafts: a step with it, and drafting within: medians of ratios to `plain`, times it.
         prompts: reading one prompt of as many at once, without the head and with it.
     """
 
@@ -143,7 +146,7 @@ class Machine:
             "plain": (shared, False),
             "head": (shared | {"speculative_config": speculative}, True),
         }
-        self._steps: dict[tuple[str, int, int], list[float]] = {}
+        self._steps: dict[tuple[str, int, int], list[list[float]]] = {}  # by visit
         self._drafts: dict[tuple[str, int, int], list[float]] = {}
         self._prompts: dict[tuple[str, int], list[float]] = {}
 
@@ -209,7 +212,7 @@ class Machine:
             seconds=self.settings.seconds,
         )
         for text, seconds in found["steps"].items():
-            self._steps.setdefault((name, batch, int(text)), []).extend(seconds)
+            self._steps.setdefault((name, batch, int(text)), []).append(seconds)
             self._drafts.setdefault((name, batch, int(text)), []).append(found["drafts"][text])
         self._prompts.setdefault((name, batch), []).append(found["prompt"])
         return min(map(sum, found["steps"].values()))
@@ -231,15 +234,26 @@ class Machine:
 
     def _costs(self) -> Costs:
         costs = Costs()
-        for (name, batch, count), seconds in self._steps.items():
-            if name == "plain":
-                costs.plain[batch] = statistics.median(seconds)
-            else:
-                costs.steps[batch, count] = statistics.median(seconds)
-                costs.drafts[batch, count] = statistics.median(self._drafts[name, batch, count])
-        for batch in costs.plain:
-            without, within = (
-                statistics.median(self._prompts[name, batch]) for name in ("plain", "head")
-            )
-            costs.prompts[batch] = (without, within)
+        for batch in self.settings.batches:
+            visits = self._steps["plain", batch, 0]
+            plain = list(map(statistics.median, visits))
+            costs.plain[batch] = statistics.median(itertools.chain.from_iterable(visits))
+            for count in self.settings.counts:
+                steps = list(map(statistics.median, self._steps["head", batch, count]))
+                costs.steps[batch, count] = costs.plain[batch] * _ratio(steps, plain)
+                drafts = self._drafts["head", batch, count]
+                costs.drafts[batch, count] = costs.plain[batch] * _ratio(drafts, plain)
+            reading = [self._prompts[name, batch] for name in ("plain", "head")]
+            without = statistics.median(reading[0])
+            costs.prompts[batch] = (without, without * _ratio(reading[1], reading[0]))
         return costs
+
+
+def _ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """Median of the ratios of visits next to each other; of the medians where they are not paired.
+
+    The machine's speed drifts, and visits next to each other have it in common.
+    """
+    if len(over) == len(under):
+        return statistics.median(a / b for a, b in zip(over, under, strict=True))
+    return statistics.median(over) / statistics.median(under)

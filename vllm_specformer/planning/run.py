@@ -19,6 +19,7 @@ from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.planning.acceptance import from_evaluation, from_shares
 from vllm_specformer.planning.chips import Chip, find_chip
 from vllm_specformer.planning.choose import MARGIN, combine
+from vllm_specformer.planning.from_bench import rows_from_bench
 from vllm_specformer.planning.measure import Machine, Settings
 from vllm_specformer.planning.paper import rows_on_paper
 from vllm_specformer.planning.plan import Plan
@@ -51,6 +52,7 @@ class Options:
     max_prompts: int = 64
     margin: float = MARGIN
     engine_args: Mapping[str, Any] = field(default_factory=dict)
+    bench: Path | None = None
     chip: str | None = None
     bandwidth: float = 1.0
     arithmetic: float = 1.0
@@ -59,11 +61,13 @@ class Options:
 
 
 def make_plan(options: Options, say: Callable[[str], None]) -> Plan:
-    """Measure, or compute on paper, and choose.
+    """Measure, take what was measured under load, or compute on paper, and choose.
 
     Raises:
         SpecFormerError: anything the user can put right.
     """
+    if options.bench is not None:
+        return _under_load(options, options.bench)
     if options.chip is not None:
         return _on_paper(options, find_chip(options.chip))
     if options.head is None:
@@ -73,6 +77,18 @@ def make_plan(options: Options, say: Callable[[str], None]) -> Plan:
     place, _ = find_target(name, options.revision)
     check_pair(config, read_target_config(place), name)
     return _measured(options, options.head, config, place, name, say)
+
+
+def _under_load(options: Options, bench: Path) -> Plan:
+    if options.chip is not None or options.prompts:
+        raise SpecFormerError(
+            "--bench: has costs of its own; leave "
+            f"{'--prompts' if options.prompts else '--chip'} out"
+        )
+    rows, about = rows_from_bench(bench)
+    source = f"measured under load by `specformer bench` ({bench}, {about['rounds']} rounds)"
+    kept = {name: about[name] for name in ("target", "head", "versions", "hardware")}
+    return Plan.of(rows, kept | {"costs": source}, options.margin)
 
 
 def _on_paper(options: Options, chip: Chip) -> Plan:
