@@ -99,6 +99,11 @@ class SpecFormerDraftModel(nn.Module):
         self._target = {"embed": embedding, "norm": partial(_normed, norm), "logits": logits}
         self.head.rotary(self.head.fc.weight.device)
 
+    def use_cpu_norms(self) -> None:
+        """From now on norms are vLLM's CPU operation, for a runner without our Triton kernels."""
+        self._hook_norm = cpu_norms.HookNorm(self.head)
+        cpu_norms.use_for(self.head)
+
     def combine_hidden_states(self, hooked_states: Sequence[Tensor]) -> Tensor:
         """G hooked states [T, H] -> context states [T, H]."""
         if self._hook_norm is None:
@@ -223,8 +228,6 @@ class SpecFormerDraftModel(nn.Module):
         query, key_value = (_linear(weight) for weight in attention.split_weight())
         attention.query_linear = _packed(query)  # type: ignore[method-assign]
         attention.key_value_linear = _packed(key_value)  # type: ignore[method-assign]
-        self._hook_norm = cpu_norms.HookNorm(self.head)
-        cpu_norms.use_for(self.head)
 
 
 def _linear(weight: Tensor) -> nn.Linear:

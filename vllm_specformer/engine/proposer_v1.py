@@ -45,6 +45,7 @@ class SpecFormerProposer(DFlashProposer):
         self.runner.effective_drafter_max_model_len = 1 << 30
         if self.device.type == "cpu":
             self.model.attn.block_counts = self._block_counts
+            self.model.use_cpu_norms()
 
     def _block_counts(self) -> Tensor:
         """Blocks of each row of the runner's block table for the head's KV group, int32 [rows]."""
