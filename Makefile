@@ -64,21 +64,31 @@ bench: setup  ## measure serving on the CPU (benchmarks/results/serving-cpu.*)
 	$(BIN)/python benchmarks/serving_cpu.py
 
 # Both commands go on where they were stopped. Both in float32, where outputs must be the same.
-PAIR := examples/models/python-target examples/models/python-specformer
+TARGET := examples/models/python-target
+HEAD := examples/models/python-specformer
 LOAD := --prompts benchmarks/prompts-load.jsonl --engine-args '{"dtype": "float32", \
 	"enforce_eager": true, "max_model_len": 512, "kv_cache_memory_bytes": 536870912}'
+ORDER := --together --requests-per-slot 2
+ZERO := {"method": "specformer", "model": "$(HEAD)", "num_speculative_tokens": 2, \
+	"num_speculative_tokens_per_batch_size": [[1, 64, 0]]}
 
 bench-load: export OMP_NUM_THREADS = 1
 bench-load: export VLLM_CPU_OMP_THREADS_BIND = nobind
 bench-load: setup  ## plan K and compare arms under load, bundled and heavy target (build/bench): hours
 	mkdir -p build/bench
-	$(BIN)/specformer enlarge $(PAIR) --parameters 100M --out build/heavy
-	for pair in bundled=examples/models/python-specformer heavy=build/heavy/head; do \
+	$(BIN)/specformer enlarge $(TARGET) $(HEAD) --parameters 100M --out build/heavy
+	test -f build/bench/heavy-plan.json || $(BIN)/specformer plan build/heavy/head $(LOAD) \
+		--json build/bench/heavy-plan.json --plot build/bench/heavy-plan.png
+	@# Steps of a few milliseconds: what front and clients take beside them decides, so K is chosen
+	@# by whole loads.
+	$(BIN)/specformer bench $(HEAD) $(LOAD) $(ORDER) --arms none k2 k4 k8 \
+		--speculative-config 'zero=$(ZERO)' --out build/bench/bundled-fixed
+	$(BIN)/specformer plan $(HEAD) --bench build/bench/bundled-fixed/bench.json \
+		--json build/bench/bundled-plan.json --plot build/bench/bundled-plan.png
+	for pair in bundled=$(HEAD) heavy=build/heavy/head; do \
 		name=$${pair%%=*}; head=$${pair#*=}; \
-		test -f build/bench/$$name-plan.json || $(BIN)/specformer plan $$head $(LOAD) \
-			--json build/bench/$$name-plan.json --plot build/bench/$$name-plan.png || exit 1; \
-		$(BIN)/specformer bench $$head $(LOAD) --schedule build/bench/$$name-plan.json \
-			--together --requests-per-slot 2 --out build/bench/$$name || exit 1; \
+		$(BIN)/specformer bench $$head $(LOAD) $(ORDER) --schedule build/bench/$$name-plan.json \
+			--arms none again k2 k4 k8 schedule confident ngram --out build/bench/$$name || exit 1; \
 	done
 
 bench-kernels: setup  ## check every kernel and time it (benchmarks/results/gpu); smoke run without a GPU
