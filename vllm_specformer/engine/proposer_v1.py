@@ -7,7 +7,6 @@ one draft pass from each request's last accepted token, sample.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -111,8 +110,12 @@ class SpecFormerProposer(DFlashProposer):
     def store_what_is_left(self) -> None:
         """Store the context K/V of a step that has left them for later."""
         if self._left is not None:
+            self.clock.timed(self._store_left, counts=0)
+
+    def _store_left(self) -> None:
+        if self._left is not None:
             left, self._left = self._left, None
-            self.clock.timed(partial(self._store, *left), counts=0)
+            self._store(*left)
 
     def _store(self, states: Tensor, positions: Tensor, slots: Tensor) -> None:
         context = self.model.combine_hidden_states(self._hooks(states))
@@ -145,7 +148,7 @@ class SpecFormerProposer(DFlashProposer):
         Returns:
             int64 [R, num_speculative_tokens]; with a confidence threshold lists of at most as many.
         """
-        self.store_what_is_left()
+        self._store_left()
         self.num_speculative_tokens = num_speculative_tokens
         self._last_draft_probs = None
         if num_rejected_tokens_gpu is not None:
