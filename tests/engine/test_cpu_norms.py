@@ -42,9 +42,8 @@ def test_every_norm_of_the_head(head: SpecFormerHead, dtype: torch.dtype) -> Non
     head = head.to(dtype)
     own = copy.deepcopy(head)
     use_for(own)
-    states = (
-        (3 * torch.randn(2, head.config.hidden_size, 5)).to(dtype).transpose(1, 2)
-    )  # not contiguous
+    columns = (3 * torch.randn(2, head.config.hidden_size, 5)).to(dtype)
+    states = columns.transpose(1, 2)  # not contiguous
     norms = [name for name, module in head.named_modules() if isinstance(module, RMSNorm)]
     assert len(norms) == 5
     for name in norms:

@@ -93,6 +93,7 @@ class SpecFormerProposer(DFlashProposer):
         gpu_input_batch: Any,
         discard_request_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """Bonus tokens [R] and how many tokens each request has gained [R], as the base class."""
         rows, columns = sampled_token_ids.shape
         is_plain = columns == 1 and self.device.type == "cpu"
         if is_plain and not bool(discard_request_mask[:rows].any()):
