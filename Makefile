@@ -52,7 +52,7 @@ test-matrix: setup  ## vLLM's features beside speculation, both runners (docs/co
 	$(BIN)/python -m pytest -q -m matrix
 	cd tests/engine && ../../$(BIN)/python -m matrix.document
 
-soak: setup  ## 10,000 requests to a server, an hour at most (build/soak.json; REQUESTS=, MINUTES=)
+soak: setup  ## twice 10,000 requests to a server, half an hour each at most (build/soak.json; REQUESTS=, MINUTES=)
 	$(BIN)/python -m pytest -q -s -m soak
 
 lint: setup  ## ruff and mypy

@@ -1,6 +1,7 @@
 """Ten thousand requests to a real server whose KV cache is too small for them: `make soak`.
 
-REQUESTS and MINUTES bound it; what comes first ends it. Figures go to build/soak.json.
+Once with K = 4 at every step, once with all that changes the number of drafts from step to step.
+REQUESTS and MINUTES bound each; what comes first ends it. Figures go to build/soak.json.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .traffic import Ask, stock, traffic
 pytestmark = pytest.mark.soak
 
 REQUESTS = int(os.environ.get("REQUESTS", "10000"))
-MINUTES = float(os.environ.get("MINUTES", "60"))
+MINUTES = float(os.environ.get("MINUTES", "30"))
 STOCK = min(400, REQUESTS)
 CLIENTS = 48
 OPTIONS = (
@@ -41,6 +42,11 @@ OPTIONS = (
     "--max-num-batched-tokens=256", "--block-size=32", "--num-gpu-blocks-override=24",
     "--scheduling-policy=priority", "--kv-cache-memory-bytes=268435456",
 )  # fmt: skip
+# The batch is as large as the KV cache has room for, so it goes up and down through the ranges.
+VARYING = {
+    "num_speculative_tokens_per_batch_size": [[1, 6, 4], [7, 9, 2], [10, 16, 0]],
+    "draft_confidence_threshold": [[1, 6, 0.1], [7, 16, 0.3]],
+}
 # Between a quarter of the way, when everything has been allocated once, and the end.
 MAX_GROWTH_MB = 100
 PATIENCE_S = 300
@@ -141,11 +147,18 @@ def counted(server: Server) -> dict[str, float]:
     return totals
 
 
-def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changes", [{}, VARYING], ids=["steady", "varying"])
+def test_soak(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+) -> None:
     known = stock(STOCK)
     expected = expected_answers(known)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    options = [str(TARGET), f"--speculative-config={json.dumps(drafting(4))}", *OPTIONS]
+    speculative = json.dumps(drafting(4, **changes))
+    options = [str(TARGET), f"--speculative-config={speculative}", *OPTIONS]
     asks = list(itertools.islice(traffic(0, known), REQUESTS))
     with serving(options, tmp_path / "server.log") as server:
         started = time.monotonic()
@@ -166,20 +179,30 @@ def test_soak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "failed": len(told.failed),
         "preemptions": after["num_preemptions"],
         "prefix_cache_hits": after["prefix_cache_hits"],
+        "generated_tokens": after["generation_tokens"],
+        "draft_passes": after["spec_decode_num_drafts"],
+        "drafted_tokens": after["spec_decode_num_draft_tokens"],
         "accepted_tokens": after["spec_decode_num_accepted_tokens"],
         "memory_growth_mb": round(growth, 1),
         "memory_mb": [round(m) for m in told.memory_mb[:: max(1, len(told.memory_mb) // 20)]],
     }
-    path = ROOT / "build" / "soak.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(figures, indent=1) + "\n")
+    keep(request.node.callspec.id, figures)
     assert told.wrong == []
     assert told.failed == []
     assert done >= min(REQUESTS, 200), "too few in the time given; set MINUTES"
     assert told.left > done / 50
     assert after["num_preemptions"] > done / 20
     assert after["prefix_cache_hits"] > 0
+    assert after["spec_decode_num_accepted_tokens"] > done / 2
     assert growth < MAX_GROWTH_MB, figures["memory_mb"]
+
+
+def keep(name: str, figures: dict[str, Any]) -> None:
+    """Put the figures beside those of the other run."""
+    path = ROOT / "build" / "soak.json"
+    path.parent.mkdir(exist_ok=True)
+    runs = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(runs | {name: figures}, indent=1) + "\n")
 
 
 def idle(server: Server) -> None:
