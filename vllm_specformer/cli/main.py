@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from vllm_specformer import __version__
+from vllm_specformer.cli.extras import check_extras
 from vllm_specformer.errors import SpecFormerError
 
 # Subcommand -> (module, one line of help).
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             subparser.set_defaults(run=command.run)
     options = parser.parse_args(arguments)
     try:
+        check_extras(options)
         return int(options.run(options))
     except SpecFormerError as error:
         print(f"specformer {options.command}: {error}", file=sys.stderr)
