@@ -162,7 +162,9 @@ class SpecFormerHead(PreTrainedModel):
         ids = torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None
         self.draft_token_ids: Tensor | None
         self.register_buffer("draft_token_ids", ids)
-        self._rotary: Tensor | None = None
+        # A buffer, so that vLLM's sleep mode keeps it.
+        self._rotary: Tensor | None
+        self.register_buffer("_rotary", None, persistent=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -184,11 +186,14 @@ class SpecFormerHead(PreTrainedModel):
 
         Slots look up to K positions past the last context token, hence the extra rows.
         """
-        if self._rotary is None or self._rotary.device != device:
+        table = self._rotary
+        # `head.to(torch.bfloat16)` rounds buffers, too.
+        if table is None or table.device != device or table.dtype != torch.float32:
             config = self.config
             rows = config.max_position_embeddings + config.num_draft_slots
-            self._rotary = rotary_table(rows, config.head_dim, config.rope_theta).to(device)
-        return self._rotary
+            table = rotary_table(rows, config.head_dim, config.rope_theta).to(device)
+            self._rotary = table
+        return table
 
     def combine(self, hooked_states: Sequence[Tensor]) -> Tensor:
         """G hooked states [..., H] -> downsampled context states [..., H] (grouped norm, W_D)."""

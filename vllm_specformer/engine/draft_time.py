@@ -80,12 +80,17 @@ class DraftTimeCollector:
             labels=["engine"],
         )  # fmt: skip
         steps = CounterMetricFamily(STEPS, "Draft steps.", labels=["engine"])
-        for file in sorted(self._folder.glob("*")):
+        totals: dict[str, tuple[float, float]] = {}
+        for file in self._folder.glob("*"):
             content = file.read_bytes()
             if len(content) == _NUMBERS.size:
+                engine = file.name.partition("-")[0]
+                before = totals.get(engine, (0.0, 0.0))
                 spent, count = _NUMBERS.unpack(content)
-                seconds.add_metric([file.name], spent)
-                steps.add_metric([file.name], count)
+                totals[engine] = (before[0] + spent, before[1] + count)
+        for engine, (spent, count) in sorted(totals.items()):
+            seconds.add_metric([engine], spent)
+            steps.add_metric([engine], count)
         yield seconds
         yield steps
 
@@ -139,10 +144,12 @@ def _shared_numbers(parallel_config: Any) -> mmap.mmap | None:
     folder = os.environ.get(FOLDER)
     if not folder or parallel_config.rank != 0:
         return None
-    path = Path(folder) / str(parallel_config.data_parallel_rank)
+    # The rank is 0 in every engine of a dense target; only the index tells them apart.
+    engine = str(parallel_config.data_parallel_index)
     try:
-        path.write_bytes(_NUMBERS.pack(0, 0))
-        with path.open("r+b") as file:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{engine}-", delete=False) as file:
+            file.write(_NUMBERS.pack(0, 0))
+            file.flush()
             return mmap.mmap(file.fileno(), _NUMBERS.size)
     except OSError:  # another machine than the server's, or a full disk: serving goes on
         return None

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -31,8 +31,8 @@ def logits_of_some(
     Most targets' logits are vLLM's `LogitsProcessor` over an `lm_head`. Where that is a plain
     matrix over the whole vocabulary, the same processor runs over a copy of the N rows, made once:
     scale and cap stay the target's, the product costs N/V of the full one. Whether it gives what
-    the target gives is tried out. Otherwise (tensor parallelism, a quantised or LoRA-wrapped
-    lm_head, a projection of the target's own) the full logits are computed and N of them kept.
+    the target gives is tried out. Otherwise (tensor parallelism, a quantised lm_head, a projection
+    of the target's own) the full logits are computed and N of them kept.
 
     If a server replaces its target's weights, the copy is the old one: that costs acceptance.
 
@@ -50,7 +50,25 @@ def logits_of_some(
     return lambda states: full(states).index_select(-1, token_ids)
 
 
-def _over_copied_rows(language: Any, lm_head: Any, token_ids: Tensor) -> Logits | None:
+class CopiedRows(nn.Module):
+    """The target's logits processor over rows of its lm_head: states [R, H] -> logits [R, N]."""
+
+    def __init__(self, processor: LogitsProcessor, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        method = UnquantizedEmbeddingMethod()
+        rows = SimpleNamespace(weight=weight, bias=bias, tp_size=1, quant_method=method)
+        method.process_weights_after_loading(rows)
+        # Not registered: the processor is the target's.
+        self._logits = lambda states: processor(rows, states, rows.bias)
+        self.register_buffer("weight", rows.weight, persistent=False)
+        self.register_buffer("bias", rows.bias, persistent=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        logits: Tensor = self._logits(states)
+        return logits
+
+
+def _over_copied_rows(language: Any, lm_head: Any, token_ids: Tensor) -> CopiedRows | None:
     """The target's logits processor over some rows of its lm_head, if that is a plain matrix."""
     processor = getattr(language, "logits_processor", None)
     method = getattr(lm_head, "quant_method", None)
@@ -60,14 +78,9 @@ def _over_copied_rows(language: Any, lm_head: Any, token_ids: Tensor) -> Logits 
     weight, bias = lm_head.weight, getattr(lm_head, "bias", None)
     if weight.ndim != 2 or int(token_ids[-1]) >= len(weight):  # packed, or given away
         return None
-    rows = SimpleNamespace(
-        weight=weight.data[token_ids],
-        bias=None if bias is None else bias.data[token_ids],
-        tp_size=1,
-        quant_method=UnquantizedEmbeddingMethod(),
+    return CopiedRows(
+        processor, weight.data[token_ids], None if bias is None else bias.data[token_ids]
     )
-    rows.quant_method.process_weights_after_loading(rows)
-    return lambda states: processor(rows, states, rows.bias)
 
 
 @torch.no_grad()

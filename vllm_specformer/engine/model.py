@@ -20,8 +20,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.engine import cpu_norms
 from vllm_specformer.engine.attention import DraftAttention
-from vllm_specformer.engine.draft_vocabulary import logits_of_some
+from vllm_specformer.engine.draft_vocabulary import CopiedRows, logits_of_some
 from vllm_specformer.engine.sharding import HeadShare
+from vllm_specformer.engine.without_adapters import without_adapters
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.parts import NORM_NAMES, find_part
 from vllm_specformer.weights import HeadWeightError, check_draft_tokens
@@ -76,6 +77,7 @@ class SpecFormerDraftModel(nn.Module):
         )
         self._target: dict[str, Callable[..., Tensor]] = {}
         self._hook_norm: cpu_norms.HookNorm | None = None
+        self._is_prepared = False
 
     def bind_target(self, target: Any) -> None:
         """Share the target's embedding table, final norm and logits, by reference, unregistered.
@@ -83,6 +85,8 @@ class SpecFormerDraftModel(nn.Module):
         Raises:
             ValueError: the target's decoder has none of the names that decoders give them.
         """
+        if not self._is_prepared:  # `--load-format dummy` loads nothing
+            self._prepare_for_serving()
         language = target.get_language_model() if hasattr(target, "get_language_model") else target
         decoder = getattr(language, "model", language)
         try:
@@ -92,10 +96,13 @@ class SpecFormerDraftModel(nn.Module):
                 f"target {type(target).__name__}: {error}; SpecFormer cannot share it, serve this "
                 "target without speculation"
             ) from None
+        language = without_adapters(language)
         logits = getattr(language, "compute_logits", target.compute_logits)
         token_ids, like = self.head.draft_token_ids, self.head.context_norm.weight
         if token_ids is not None:
             logits = logits_of_some(language, embedding, logits, token_ids, like)
+            if isinstance(logits, CopiedRows):
+                self.copied_rows = logits  # vLLM's sleep mode keeps buffers of registered modules
         self._target = {"embed": embedding, "norm": partial(_normed, norm), "logits": logits}
         self.head.rotary(self.head.fc.weight.device)
 
@@ -182,9 +189,15 @@ class SpecFormerDraftModel(nn.Module):
         """Copy the checkpoint into the head.
 
         Raises:
-            HeadWeightError: a tensor is unknown, missing, misshapen or not finite, or the draft
-                vocabulary is none of the target's.
+            HeadWeightError: a tensor is unknown, missing, misshapen or not finite, the draft
+                vocabulary is none of the target's, or weights have been loaded before: they are
+                cut and packed by then.
         """
+        if self._is_prepared:
+            raise HeadWeightError(
+                "draft weights: a SpecFormer head that is being served cannot be given others; "
+                "leave the draft model out of the update, or start the server with the new head"
+            )
         parameters = self.head.state_dict()
         loaded = set()
         for name, tensor in weights:
@@ -209,6 +222,7 @@ class SpecFormerDraftModel(nn.Module):
 
     def _prepare_for_serving(self) -> None:
         """Drop slots that are never drafted and what other ranks hold; on a CPU, pack the rest."""
+        self._is_prepared = True
         if self.config.nested_slots:
             proj = self.head.positional_proj
             rows = self.num_served * self.config.hidden_size

@@ -62,6 +62,9 @@ def _register_format() -> None:
     SUPPORTED_SPECULATORS_TYPES.setdefault(SPECULATORS_TYPE, _to_vllm_config)
 
 
+_ASKED_BY = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+
+
 def _accept_method() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
@@ -93,10 +96,16 @@ def _accept_method() -> None:
         clash = any(v is not None and k in given for k, v in flags.items())
         if not clash and is_specformer(merged):
             merged, own = split_own_fields(merged)
+            asked = {name: getattr(self, name, None) for name in _ASKED_BY}
             self.speculative_config = checked(merged, target_model_config, target_parallel_config)
             self.spec_method = self.spec_model = self.spec_tokens = None
             publish()
-        config = original(self, target_model_config, target_parallel_config)
+            try:
+                config = original(self, target_model_config, target_parallel_config)
+            finally:  # these arguments may be asked for a configuration once more
+                vars(self).update(asked)
+        else:
+            config = original(self, target_model_config, target_parallel_config)
         if own != OwnFields():
             # vLLM's config has no field for them; the head's own config travels to every worker.
             config.draft_model_config.hf_config.specformer_verification = own.verification

@@ -301,7 +301,7 @@ RUNNER_V2: tuple[Reliance, ...] = (
         "vllm.config.parallel:ParallelConfig",
         DRAFT_TIME,
         "which worker counts the draft time",
-        "rank data_parallel_rank",
+        "rank data_parallel_index",
     ),
     *members(
         "vllm.v1.sample.metadata:SamplingMetadata",

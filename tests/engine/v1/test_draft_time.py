@@ -17,7 +17,7 @@ from vllm_specformer.engine import draft_time
 from vllm_specformer.engine.draft_time import FOLDER, DraftClock, DraftTimeCollector, publish
 
 CPU = torch.device("cpu")
-FIRST = SimpleNamespace(rank=0, data_parallel_rank=0)
+FIRST = SimpleNamespace(rank=0, data_parallel_index=0)
 
 
 def numbers(folder: Path, engine: str = "0") -> tuple[float | None, float | None]:
@@ -42,14 +42,25 @@ def test_steps_and_seconds_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_engines_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    DraftClock(CPU, SimpleNamespace(rank=0, data_parallel_rank=1)).timed(lambda: None)
+    DraftClock(CPU, SimpleNamespace(rank=0, data_parallel_index=1)).timed(lambda: None)
     assert numbers(tmp_path) == (None, None)
     assert numbers(tmp_path, "1")[1] == 1
 
 
+def test_engines_with_one_index_are_added_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two `LLM`s in one process, or one after the other."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    clocks = [DraftClock(CPU, FIRST) for _ in range(2)]
+    for clock in (*clocks, clocks[0]):
+        clock.timed(lambda: None)
+    assert numbers(tmp_path)[1] == 3
+
+
 def test_only_the_first_worker_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path))
-    DraftClock(CPU, SimpleNamespace(rank=1, data_parallel_rank=0)).timed(lambda: None)
+    DraftClock(CPU, SimpleNamespace(rank=1, data_parallel_index=0)).timed(lambda: None)
     assert list(tmp_path.iterdir()) == []
 
 

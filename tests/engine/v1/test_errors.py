@@ -27,6 +27,7 @@ from vllm_specformer.engine.checks import (
     check_v1_verification,
 )
 from vllm_specformer.engine.compat import ALLOW_UNTESTED, IncompatibleVLLMError
+from vllm_specformer.engine.patches import confidence_ranges
 from vllm_specformer.engine.speculative_fields import SCHEDULE
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.plugin import register
@@ -77,6 +78,16 @@ def small_target(directory: Path, **changes: Any) -> Path:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return directory
+
+
+def test_arguments_may_be_asked_twice() -> None:
+    """Programs look at the configuration before they start an engine with the same arguments."""
+    speculative = asking(HEAD, draft_confidence_threshold=0.3)
+    arguments = EngineArgs(model=str(TARGET), speculative_config=speculative, max_model_len=128)
+    once, again = (arguments.create_engine_config().speculative_config for _ in range(2))
+    assert confidence_ranges(once)
+    assert confidence_ranges(again) == confidence_ranges(once)
+    assert speculative == asking(HEAD, draft_confidence_threshold=0.3)
 
 
 # --- what is right passes ---
