@@ -33,9 +33,9 @@ from vllm_specformer.engine.cpu_pages import CpuContext, CpuPages, turned
 
 @dataclass
 class DraftAttentionMetadata:
-    """The common metadata as vLLM built it; the kernels need nothing more."""
+    """The common metadata as vLLM built it, if it did; the kernels need nothing more."""
 
-    common: CommonAttentionMetadata
+    common: CommonAttentionMetadata | None
 
 
 class DraftMetadataBuilder(AttentionMetadataBuilder[DraftAttentionMetadata]):

@@ -18,6 +18,7 @@ from vllm.v1.spec_decode.dflash import DFlashProposer
 from vllm_specformer.engine.checks import check_target_class, check_v1_verification
 from vllm_specformer.engine.confidence import ConfidenceCut, largest_log_probs
 from vllm_specformer.engine.draft_time import DraftClock, timed
+from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.late_store import Rows, has_time_between_steps
 from vllm_specformer.engine.monitor import AcceptanceMonitor
 
@@ -122,6 +123,7 @@ class SpecFormerProposer(DFlashProposer):
         context = self.model.combine_hidden_states(self._hooks(states))
         self.model.store_context(self.model.normalise(context), positions, slots)
 
+    @moving_pages
     @timed
     @torch.inference_mode()
     def propose(

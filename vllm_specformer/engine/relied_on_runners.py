@@ -7,6 +7,7 @@ from vllm_specformer.engine.relied_on import (
     CONFIDENCE,
     COUPLED,
     DRAFT_TIME,
+    KV_TRANSFER,
     MODEL,
     PATCHES,
     REQUESTS,
@@ -23,6 +24,7 @@ _BASE_V1 = "vllm.v1.spec_decode.llm_base_proposer:SpecDecodeBaseProposer"
 _RUNNER_V1 = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 _DFLASH_V2 = "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator"
 _DRAFT_V2 = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
+_CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 _DFLASH_GRAPHS = "vllm.v1.worker.gpu.spec_decode.dflash.cudagraph:DFlashCudaGraphManager"
 _BATCH_V2 = "vllm.v1.worker.gpu.input_batch"
@@ -302,6 +304,18 @@ RUNNER_V2: tuple[Reliance, ...] = (
         DRAFT_TIME,
         "which worker counts the draft time",
         "rank data_parallel_index",
+    ),
+    *(
+        call(f"vllm.distributed.kv_transfer.kv_transfer_state:{name}", KV_TRANSFER, "the connector")
+        for name in ("get_kv_transfer_group", "has_kv_transfer_group", "is_v1_kv_transfer_group")
+    ),
+    call(f"{_CONNECTOR}.has_connector_metadata", KV_TRANSFER, "whether it takes part in this step"),
+    call(f"{_CONNECTOR}.wait_for_layer_load", KV_TRANSFER, "the head's pages loaded", "layer_name"),
+    call(
+        f"{_CONNECTOR}.save_kv_layer",
+        KV_TRANSFER,
+        "the head's pages saved",
+        "layer_name kv_layer attn_metadata",
     ),
     *members(
         "vllm.v1.sample.metadata:SamplingMetadata",

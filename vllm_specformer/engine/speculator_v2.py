@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm_specformer.engine.checks import check_target_class
 from vllm_specformer.engine.confidence import check_no_cut
 from vllm_specformer.engine.draft_time import DraftClock, timed
+from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.monitor import AcceptanceMonitor
 from vllm_specformer.engine.patches import verifies_coupled
 
@@ -213,6 +214,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         self.sample_pos[:samples].copy_(keys.flatten())
         self.sample_idx_mapping[:samples].copy_(state.repeat_interleave(steps))
 
+    @moving_pages
     @timed
     @torch.inference_mode()
     def propose(

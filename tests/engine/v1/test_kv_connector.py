@@ -1,0 +1,53 @@
+"""A connector that moves the cache layer by layer moves the head's layer, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+
+from .drafts import compare, watching
+from .engines import (
+    DenseReference,
+    Job,
+    counting,
+    drafting,
+    engine,
+    greedy,
+    make_head,
+    prompts,
+    run_plain,
+    token_ids,
+)
+
+# Several blocks each, so that whole blocks are found outside.
+JOB = Job(["\n\n\n".join(prompts()[i : i + 4]) for i in range(3)], greedy(24))
+
+
+@pytest.fixture(autouse=True)
+def no_connector_stays() -> Iterator[None]:
+    yield
+    ensure_kv_transfer_shutdown()
+
+
+def test_the_head_finds_its_context_in_what_was_loaded(tmp_path: Path) -> None:
+    """Pages that were not moved would be another request's or empty, and drafts would show it."""
+    connector = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "pages")},
+    }
+    expected = token_ids(run_plain({"all": JOB})["all"])
+    head = make_head(tmp_path / "head", "default")
+    # Without vLLM's own prefix cache, so that the second time everything comes from outside.
+    options = {"kv_transfer_config": connector, "enable_prefix_caching": False, "block_size": 32}
+    with engine(drafting(4, head), **options) as llm:
+        assert token_ids(JOB.run(llm)) == expected
+        with watching() as watch, counting(llm) as counted:
+            assert token_ids(JOB.run(llm)) == expected
+    assert counted["external_prefix_cache_hits"] > 0
+    result = compare(DenseReference(head), watch.drafted)
+    assert result.wrong == []
+    assert result.compared > 50
