@@ -26,7 +26,11 @@ from vllm_specformer.engine.checks import (
     check_target_class,
     check_v1_verification,
 )
-from vllm_specformer.engine.compat import ALLOW_UNTESTED, IncompatibleVLLMError
+from vllm_specformer.engine.compat import (
+    ALLOW_UNTESTED,
+    IncompatibleVLLMError,
+    installed_vllm,
+)
 from vllm_specformer.engine.patches import confidence_ranges
 from vllm_specformer.engine.speculative_fields import SCHEDULE
 from vllm_specformer.head import SpecFormerHead
@@ -365,9 +369,18 @@ def test_class_is_judged_before_weights_load(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_vllm_reads_the_speculators_format(tmp_path: Path) -> None:
-    """`vllm serve HEAD` resolves target, method and number of drafts from the head alone."""
+    """`vllm serve HEAD` resolves target, method and number of drafts from the head alone.
+
+    Since 0.33 vLLM takes a target by its repository only, not from a directory that a head names.
+    """
     from vllm.transformers_utils.config import maybe_override_with_speculators
 
+    if not installed_vllm()[1].startswith("0.32."):
+        with pytest.raises(ValueError, match="must name a remote model repository"):
+            maybe_override_with_speculators(
+                model=str(HEAD), tokenizer=None, trust_remote_code=False
+            )
+        return
     model, tokenizer, speculative = maybe_override_with_speculators(
         model=str(HEAD), tokenizer=None, trust_remote_code=False, vllm_speculative_config=None
     )

@@ -64,6 +64,8 @@ def one_by_one(
 ) -> tuple[Tensor, Tensor]:
     """Drafts [R, K] drawn from logits over the whole vocabulary, and those [R, K, V]."""
     full = torch.full((REQUESTS, STEPS, head.config.vocab_size), float("-inf"))
+    # With a cache of logits vLLM 0.33 draws by a noise of the step's own.
+    cache = torch.zeros(STATES, STEPS, head.config.vocab_size) if kind == "probabilistic" else None
     expected = torch.zeros(REQUESTS, STEPS, dtype=torch.int64)
     for request in range(REQUESTS):
         previous = bonus[request]
@@ -83,6 +85,8 @@ def one_by_one(
                     ours.sample_pos[row : row + 1],
                     apply_temperature=True,
                     is_drafting=kind == "probabilistic",
+                    logits_cache=cache,
+                    logits_cache_col=ours.sample_col[row : row + 1],
                 )[0]
             expected[request, step] = previous
     return expected, full

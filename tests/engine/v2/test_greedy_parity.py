@@ -19,6 +19,7 @@ from v1.engines import (
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from vllm_specformer.config import read_config
+from vllm_specformer.engine.compat import installed_vllm
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
 from .support import MAX_TOKENS, TEXTS, K, assert_all_equal, engine, runner, watching
@@ -57,7 +58,9 @@ def test_other_numbers_of_drafts(slots: int | None, answers: dict[Tokens, Tokens
     with engine(drafting(slots)) as llm, watching(llm, answers) as watch:
         outputs = llm.generate(TEXTS[:8], greedy(MAX_TOKENS), use_tqdm=False)
     assert continuations(outputs).items() <= answers.items()
-    assert set(watch.tokens) == {wanted}
+    # From 0.33 on a step of prefill chunks alone drafts nothing.
+    _, version = installed_vllm()
+    assert set(watch.tokens) == ({wanted} if version.startswith("0.32.") else {0, wanted})
     assert watch.helped[wanted] > 0
 
 
