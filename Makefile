@@ -6,7 +6,7 @@ WORKERS ?= 2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-slow test-statistics test-families test-matrix soak lint bench bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
+.PHONY: help setup demo serve test test-slow test-statistics test-families test-matrix test-next-vllm soak lint bench bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,11 +31,17 @@ serve: setup  ## leave a server with the bundled pair running in the foreground 
 # pytest ends with code 5 when it ran no test, which make reports as a failure like any other. A
 # file's tests share engines, so they stay in one worker; two engines must not bind their threads to
 # the same core. Files run in order: the longest, the V2 runner's, comes early.
+SUITE = -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	-m "not slow and not statistics and not families and not matrix and not soak"
+NEXT_VLLM ?= 0.33.0
 test: export OMP_NUM_THREADS = 1
 test: export VLLM_CPU_OMP_THREADS_BIND = nobind
 test: setup  ## run the tests, without the slow and the statistical ones
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-		-m "not slow and not statistics and not families and not matrix and not soak"
+	$(BIN)/python -m pytest $(SUITE)
+
+test-next-vllm: setup  ## the tests that vLLM takes part in, on one without a CPU wheel (NEXT_VLLM=)
+	$(BIN)/python tests/engine/next_vllm.py $(NEXT_VLLM) tests/engine tests/cli tests/bench \
+		tests/planning $(SUITE)
 
 test-slow: setup  ## run the slow tests
 	$(BIN)/python -m pytest -q -m slow
