@@ -51,6 +51,26 @@ def check_v1_verification(speculative_config: Any) -> None:
         )
 
 
+def check_v2_adapters(lora_config: Any) -> None:
+    """Refuse LoRA adapters of the lm_head on the V2 runner.
+
+    It tells vLLM's LoRA logits the adapter of one row per request, but the target verifies K+1 of
+    them: with any speculation they would take other requests' adapters, or what lies behind them.
+
+    Raises:
+        SpeculativeConfigError: an adapter may change the lm_head.
+    """
+    if lora_config is None:
+        return
+    modules = lora_config.target_modules
+    if modules is None or any(name.rpartition(".")[-1] == "lm_head" for name in modules):
+        raise SpeculativeConfigError(
+            f"enable_lora with lora_target_modules={modules}: vLLM's V2 model runner cannot verify "
+            "drafts of an lm_head with adapters; set lora_target_modules to a list without "
+            "'lm_head', or VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+
+
 def checked(
     speculative: dict[str, Any], target_model_config: Any, parallel_config: Any
 ) -> dict[str, Any]:

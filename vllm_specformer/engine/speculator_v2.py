@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu.spec_decode.dflash.cudagraph import DFlashCudaGraphManag
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from vllm_specformer.engine.checks import check_target_class
+from vllm_specformer.engine.checks import check_target_class, check_v2_adapters
 from vllm_specformer.engine.confidence import check_no_cut
 from vllm_specformer.engine.draft_time import DraftClock, timed
 from vllm_specformer.engine.kv_transfer import moving_pages
@@ -50,6 +50,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_target_class(vllm_config.model_config)
         check_no_cut(vllm_config.speculative_config)
+        check_v2_adapters(vllm_config.lora_config)
         # Before the base class, which asks for the sizes of graphs in 0.33.
         self._scheduled_drafts = drafts_by_batch_size(vllm_config)
         self._graph_drafts: dict[int, int] = {}

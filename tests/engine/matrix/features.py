@@ -261,6 +261,17 @@ ENGINES: tuple[Engine, ...] = (
         expected=REFUSED_ON_V1,
         message="does not keep the target's distribution",
     ),
+    Engine(
+        "`enable_lora`",
+        {"enable_lora": True, "max_lora_rank": 8},
+        expected={V1: SAME, V2: REFUSED},
+        message="cannot verify drafts of an lm_head with adapters",
+        note="adapters in use: `tests/engine/v1/test_lora.py`",
+    ),
+    Engine(
+        "`lora_target_modules` without `lm_head`",
+        {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "v_proj"]},
+    ),
     Engine("draft `kv_cache_dtype=fp8`", speculative={"kv_cache_dtype": "fp8"}, expected=ON_V1),
     Engine(
         "draft `attention_backend`",
@@ -332,8 +343,10 @@ NOT_TRIED = {
     "tensor parallelism": "`tests/engine/v1/test_tensor_parallel.py`, two ranks on a CPU",
     "sleep mode": "vLLM refuses it on a CPU, with or without speculation",
     "quantised targets, target `kv_cache_dtype`": "not tried; vLLM refuses fp8 weights for fp32",
-    "LoRA, prompt embeddings, beam search": "not tried",
-    "KV connectors, KV offloading": "not tried",
+    "prompt embeddings, beam search": "same output on V1 "
+    "(`tests/engine/matrix/test_other_requests.py`)",
+    "KV connectors": "one that moves the cache layer by layer: same output and drafts on V1 "
+    "(`tests/engine/v1/test_kv_connector.py`); others, and offloading, not tried",
     "custom logits processors, structured output by other backends than xgrammar": "not tried",
     "multi-modal targets": "M-RoPE is refused by name; others see [families.md](families.md)",
     "expert parallelism, data parallelism": "not tried",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_v2_runner import FOLDER, run_child
+from test_v2_runner import ADAPTERS, MATRIX, run_child
 
 from .features import ENGINES, V2
 
@@ -11,4 +11,4 @@ from .features import ENGINES, V2
 @pytest.mark.matrix
 def test_v2_matrix(capfd: pytest.CaptureFixture[str]) -> None:
     engines = sum(V2 in engine.expected for engine in ENGINES)
-    run_child(capfd, [str(FOLDER / "test_matrix_v2.py")], 2 + engines)
+    run_child(capfd, [str(MATRIX), str(ADAPTERS)], 3 + engines)

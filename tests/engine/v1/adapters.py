@@ -12,11 +12,12 @@ from transformers import AutoConfig
 from .engines import TARGET
 
 RANK = 8
-# What vLLM must be told to take them. 16-bit adapters beside a float32 target would round.
+STRENGTH = 0.14
+# What vLLM must be told to take them.
 LORA = {"enable_lora": True, "max_loras": 2, "max_lora_rank": RANK}
 
 
-def make_adapter(directory: Path, seed: int, strength: float = 0.02) -> Path:
+def make_adapter(directory: Path, seed: int, with_head: bool = True) -> Path:
     """An adapter of queries, values and lm_head, strong enough to change what the target says."""
     config = AutoConfig.from_pretrained(TARGET)
     hidden, head = config.hidden_size, config.head_dim
@@ -27,16 +28,18 @@ def make_adapter(directory: Path, seed: int, strength: float = 0.02) -> Path:
             ("q_proj", config.num_attention_heads),
             ("v_proj", config.num_key_value_heads),
         )
-    } | {"lm_head": config.vocab_size}
+    }
+    if with_head:
+        outputs["lm_head"] = config.vocab_size
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, rows in outputs.items():
         for part, shape in (("A", (RANK, hidden)), ("B", (rows, RANK))):
             noise = torch.randn(shape, generator=generator)
-            weights[f"base_model.model.{name}.lora_{part}.weight"] = noise * strength**0.5
+            weights[f"base_model.model.{name}.lora_{part}.weight"] = noise * STRENGTH
     directory.mkdir()
     save_file(weights, directory / "adapter_model.safetensors")
-    targets = ["q_proj", "v_proj", "lm_head"]
+    targets = sorted({name.rpartition(".")[-1] for name in outputs})
     about = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": targets}
     (directory / "adapter_config.json").write_text(json.dumps(about))
     return directory

@@ -1,0 +1,32 @@
+"""LoRA adapters of queries and values on the V2 runner; run by `make test-matrix`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from v1.adapters import LORA, make_adapter
+from v1.engines import Tokens, drafting, greedy
+from vllm import LLM
+from vllm.lora.request import LoRARequest
+
+from .support import MAX_TOKENS, TEXTS, K, engine
+
+OPTIONS = LORA | {"lora_target_modules": ["q_proj", "v_proj"]}
+
+
+def test_adapters_and_none_in_one_batch(tmp_path: Path) -> None:
+    lora = LoRARequest("noise", 1, str(make_adapter(tmp_path / "adapter", 1, with_head=False)))
+    texts = TEXTS[:8]
+
+    def answers(llm: LLM, adapters: list[LoRARequest | None]) -> list[Tokens]:
+        outputs = llm.generate(texts, greedy(MAX_TOKENS), use_tqdm=False, lora_request=adapters)
+        return [tuple(output.outputs[0].token_ids) for output in outputs]
+
+    none: list[LoRARequest | None] = [None] * len(texts)
+    mixed = [None, lora] * (len(texts) // 2)
+    with engine(**OPTIONS) as llm:
+        alone, expected = answers(llm, none), answers(llm, mixed)
+    assert alone[1::2] != expected[1::2]
+    with engine(drafting(K), **OPTIONS) as llm:
+        assert answers(llm, none) == alone
+        assert answers(llm, mixed) == expected
