@@ -32,6 +32,7 @@ def no_connector_stays() -> Iterator[None]:
     ensure_kv_transfer_shutdown()
 
 
+@pytest.mark.slow
 def test_the_head_finds_its_context_in_what_was_loaded(tmp_path: Path) -> None:
     """Pages that were not moved would be another request's or empty, and drafts would show it."""
     connector = {
