@@ -203,7 +203,15 @@ def test_greedy_drafts(laws: dict[int, Law], prompt: Tokens) -> None:
             assert accepted >= least_accepted * counted["spec_decode_num_drafts"]
 
 
-@pytest.mark.parametrize("kind", ["no-markov", "markov-vocabulary", "trained", "cut"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("no-markov", marks=pytest.mark.slow),
+        "markov-vocabulary",
+        "trained",
+        "cut",
+    ],
+)
 def test_sampled_drafts(
     tmp_path: Path, reference: DenseReference, laws: dict[int, Law], prompt: Tokens, kind: str
 ) -> None:

@@ -130,6 +130,8 @@ def test_no_head_named() -> None:
 
 
 def test_head_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without this it asks the network, several times and with pauses where there is none.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = "'model' is 'no/such-head', which is neither a directory nor a repository"
     with pytest.raises(SpeculativeConfigError, match=message):
         configured(asking("no/such-head"))

@@ -61,6 +61,7 @@ def table() -> Iterator[list[Sequence[Any]]]:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
 
 
+@pytest.mark.slow
 def test_one_family_for_all(tmp_path: Path) -> None:
     """Scaled embeddings, softcap, layers that differ, sliding windows, shared K/V: all in one."""
     check("gemma4", tmp_path)

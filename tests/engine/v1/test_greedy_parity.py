@@ -77,7 +77,11 @@ def all_slots() -> int:
     return read_config(HEAD).num_draft_slots
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, None], ids=["one", "two", "all-slots"])
+@pytest.mark.parametrize(
+    "num_tokens",
+    [1, pytest.param(2, marks=pytest.mark.slow), None],
+    ids=["one", "two", "all-slots"],
+)
 def test_other_numbers_of_drafts(num_tokens: int | None, plain: Plain) -> None:
     wanted = num_tokens or all_slots()
     with engine(drafting(num_tokens)) as llm, watching(truth(plain)) as watch:
