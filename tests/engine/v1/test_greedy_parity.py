@@ -95,7 +95,7 @@ def test_other_numbers_of_drafts(num_tokens: int | None, plain: Plain) -> None:
     ("preset", "changes"),
     [
         ("paper", {}),
-        ("default", {}),
+        pytest.param("default", {}, marks=pytest.mark.slow),
         ("default", {"num_key_value_heads": 4, "head_dim": 32, "num_draft_slots": 5}),
         (
             "paper",
