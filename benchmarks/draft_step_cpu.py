@@ -115,7 +115,7 @@ def build(head: str, dtype: str, drafts: int, requests: int) -> Any:
     load_general_plugins()
     from safetensors.torch import load_file
 
-    from vllm_specformer.engine.draft_time import DraftClock
+    from vllm_specformer.engine.metrics import DraftClock
     from vllm_specformer.engine.model import SpecFormerDraftModel
     from vllm_specformer.engine.proposer_v1 import SpecFormerProposer
 
@@ -165,7 +165,7 @@ def make_target(weights: dict[str, torch.Tensor], config: Any) -> Any:
 
 
 def watch_parts(watch: Stopwatch, proposer: Any) -> None:
-    from vllm_specformer.engine.cpu_pages import CpuContext
+    from vllm_specformer.engine.cpu.pages import CpuContext
 
     model, head, attention = proposer.model, proposer.model.head, proposer.model.attn
     for owner, method, part in (

@@ -34,7 +34,7 @@ _SETTLING_STEPS = 5
 _RUNNER = "vllm.v1.worker.cpu_model_runner:CPUModelRunner"
 _MODEL = "vllm_specformer.engine.model:SpecFormerDraftModel"
 _PROPOSER = "vllm_specformer.engine.proposer_v1:SpecFormerProposer"
-_CPU = "vllm_specformer.engine.cpu_pages:CpuContext"
+_CPU = "vllm_specformer.engine.cpu.pages:CpuContext"
 PARTS = {
     "scheduler": (
         "vllm.v1.core.sched.scheduler:Scheduler.schedule",
@@ -55,7 +55,7 @@ PARTS = {
     "output": ("vllm.v1.engine.output_processor:OutputProcessor.process_outputs",),
     "runner: around the draft": (f"{_RUNNER}.propose_draft_token_ids",),
     "draft: combine the hooks": (f"{_MODEL}.combine_hidden_states",),
-    "draft: K/V, store, query": (f"{_MODEL}.normalise", f"{_MODEL}.store_context"),
+    "draft: K/V, store, query": (f"{_MODEL}.normalise", f"{_MODEL}.store_context_and_query"),
     "draft: anchor attention": (
         "vllm_specformer.engine.attention:DraftAttention.begin",
         f"{_CPU}.anchors",

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from vllm_specformer.config import SpecFormerConfig
-from vllm_specformer.training.hidden_states import HookedTarget
+from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.packed_head import IGNORED, Objective, PackedHead, Rows
 from vllm_specformer.training.packing import Batch, Budget, collate, plan_epoch
 from vllm_specformer.training.settings import SLOT_DECAY

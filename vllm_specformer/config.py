@@ -379,7 +379,7 @@ def flat_fields(config: dict[str, Any], source: str = "") -> dict[str, Any]:
 def _choices(section: dict[str, Any]) -> dict[str, Any]:
     """What is ours in a section of a file.
 
-    vLLM's own converter writes into the layer section, too; see engine/patches.py.
+    vLLM's own converter writes into the layer section, too; see engine/patches/ledger.py.
     """
     return {k: v for k, v in section.items() if not (k in _BOOKKEEPING or k.startswith("_"))}
 
@@ -395,7 +395,7 @@ def _section(config: dict[str, Any], name: str, source: str) -> dict[str, Any]:
     return section or {}
 
 
-def read_config(directory: Path) -> SpecFormerConfig:
+def read_head_config(directory: Path) -> SpecFormerConfig:
     """Read and validate `config.json` of a head directory.
 
     Raises:

@@ -8,3 +8,7 @@ class SpecFormerError(ValueError):
 
     The commands print the message alone, without a traceback, and end with exit code 2.
     """
+
+
+class SpeculativeConfigError(SpecFormerError):
+    """The speculative config, head and target do not go together."""

@@ -61,11 +61,11 @@ class Projections(nn.Module):
         """
         heads, kv_heads = self.heads
         rows = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        turned, value = rows.split([heads + kv_heads, kv_heads], dim=-2)
+        query_key, value = rows.split([heads + kv_heads, kv_heads], dim=-2)
         if table is not None:
             assert positions is not None
-            turned = rotate(turned, table, positions)
-        query, key = turned.split([heads, kv_heads], dim=-2)
+            query_key = rotate(query_key, table, positions)
+        query, key = query_key.split([heads, kv_heads], dim=-2)
         return query, key, value
 
     def split_weight(self) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Check vLLM's version, then apply the ledger of `engine/patches.py`.
+    """Check vLLM's version, then apply the ledger of `engine/patches/ledger.py`.
 
     Runs in every vLLM process, possibly more than once.
 
@@ -17,8 +17,8 @@ def register() -> None:
     """
     from vllm.version import __version__
 
-    from vllm_specformer.engine.compat import check_version
-    from vllm_specformer.engine.patches import apply_all
+    from vllm_specformer.engine.compat.versions import check_version
+    from vllm_specformer.engine.patches.ledger import apply_all
 
     check_version(__version__)
     apply_all()

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from specformer_kernels.block_attention import reference, triton_kernel
+from specformer_kernels.block_attention import launch, reference
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from kernel_cases import Alternative, BenchCase, compiled, rounding
@@ -47,7 +47,7 @@ def aot_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         shape = Shape((8192, 8192), num_rows, head_size)
         name = f"{num_rows} rows, head size {head_size}"
         yield name, _call(shape, dtype)
-    short = Shape((triton_kernel.MIN_UNIT_TOKENS, 16))
+    short = Shape((launch.MIN_SPLIT_TOKENS, 16))
     yield f"{NUM_SLOTS} rows, head size 128, unsplit", _call(short, dtype)
 
 
@@ -66,7 +66,7 @@ def bench_cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[BenchC
     cases["1 x 131072 tokens"] = Shape([131_072])
     cases["31 x 1024, 1 x 131072 tokens"] = Shape([1024] * 31 + [131_072])
     cases["16 x 8192 tokens, trees of 64 rows"] = Shape([8192] * 16, FULL_BLOCK)
-    kernel: Callable[..., torch.Tensor] = triton_kernel.block_attention
+    kernel: Callable[..., torch.Tensor] = launch.block_attention
     if device == "cpu":
         small = {"num_heads": 2, "num_kv_heads": 1, "head_size": 16}
         cases = {"3 + 530 tokens": Shape([3, 530], 2, **small)}
@@ -95,8 +95,8 @@ def bench_cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[BenchC
 
 def _with_multiprocessors(count: int, *arguments: Any) -> torch.Tensor:
     """Launch as on a GPU of `count` multiprocessors: their number decides how much is split."""
-    with mock.patch.object(triton_kernel, "multiprocessors", return_value=count):
-        return triton_kernel.block_attention(*arguments)
+    with mock.patch.object(launch, "multiprocessors", return_value=count):
+        return launch.block_attention(*arguments)
 
 
 def _inputs(

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from specformer_kernels.verify import reference, triton_kernel
+from specformer_kernels.verify import launch, reference
 
 from kernel_cases import Alternative, BenchCase
 
@@ -42,9 +42,9 @@ def aot_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         ("no proposals, tree of 21", "rejection", WIDTHS, VOCABULARY, False),
     ):
         arguments = _inputs(1, widths, vocabulary, dtype, "cpu", is_drawn, torch.zeros)
-        yield name, partial(_verify, triton_kernel.verify, rule, *arguments)
+        yield name, partial(_verify, launch.verify, rule, *arguments)
     _, tokens, row_start_loc, max_rows, parents, *_ = arguments
-    follow = partial(triton_kernel.follow, tokens, tokens, row_start_loc, max_rows, parents)
+    follow = partial(launch.follow, tokens, tokens, row_start_loc, max_rows, parents)
     yield f"follow, tree of {max_rows}", follow
 
 
@@ -75,7 +75,7 @@ def bench_cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[BenchC
             yield BenchCase(
                 name=f"{name}, {requests} requests of {rows} rows",
                 inputs=partial(_inputs, requests, widths, vocabulary, dtype, device, is_drawn),
-                kernel=partial(_verify, triton_kernel.verify, rule),
+                kernel=partial(_verify, launch.verify, rule),
                 reference=partial(_verify, reference.verify, rule),
                 least_bytes=requests * (visits * vocabulary * dtype.itemsize + rows * 40),
                 launches=launches,

@@ -28,7 +28,7 @@ When the server says "Application startup complete.", ask it from another termin
 
 EOF
 
-exec "$python" -m vllm_specformer.engine.vllm_command serve "$target" \
+exec "$python" -m vllm_specformer.cli.main serve "$target" \
     --speculative-config "{\"method\":\"specformer\",\"model\":\"$head\",\"num_speculative_tokens\":${K:-4}}" \
     --dtype float32 --max-model-len 512 --max-num-seqs 16 --kv-cache-memory-bytes 256M \
     --enforce-eager --host "$host" --port "$port"

@@ -13,14 +13,14 @@ import pytest
 from vllm_specformer.bench.arms import NONE, Arm, build, default_names
 from vllm_specformer.bench.cells import Cell, Cells, Key, make_cell
 from vllm_specformer.bench.client import ClientError
-from vllm_specformer.bench.figures import COLUMNS, prediction_error, summarise
+from vllm_specformer.bench.compare import Result, client_arguments
+from vllm_specformer.bench.metrics import COLUMNS, prediction_error, summarise
 from vllm_specformer.bench.options import Options, server_arguments
 from vllm_specformer.bench.report import report
-from vllm_specformer.bench.run import Result, client_arguments
 from vllm_specformer.cli.main import main
 from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.planning.choose import Row
-from vllm_specformer.planning.plan import Plan
+from vllm_specformer.planning.choose import PlanRow
+from vllm_specformer.planning.plan_file import Plan
 from vllm_specformer.serving.counts import DraftCounts
 from vllm_specformer.shapes import HeadShape, TargetShape
 
@@ -111,7 +111,7 @@ def test_the_papers_terms() -> None:
 
 
 def test_predictions_stand_beside_what_was_measured() -> None:
-    rows = [Row(1, 4, 2.0, 1.0, 1.0, 0.1), Row(8, 4, 2.0, 1.0, 0.8, 0.1)]
+    rows = [PlanRow(1, 4, 2.0, 1.0, 1.0, 0.1), PlanRow(8, 4, 2.0, 1.0, 0.8, 0.1)]
     lines = summarise(result(CELLS, Plan([[1, 8, 4]], rows)))
     expected = 2.0 / (1.0 - 0.2 * 3 / 7)
     assert lines[1]["predicted_ratio"] == pytest.approx(expected, abs=1e-3)
@@ -120,7 +120,7 @@ def test_predictions_stand_beside_what_was_measured() -> None:
 
 
 def test_files_of_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [Row(1, 4, 2.0, 1.0, 1.0, 0.1)]
+    rows = [PlanRow(1, 4, 2.0, 1.0, 1.0, 0.1)]
     report(result(CELLS, Plan([[1, 8, 4]], rows)), tmp_path)
     printed = capsys.readouterr().out
     assert "2.25" in printed

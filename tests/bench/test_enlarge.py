@@ -15,7 +15,7 @@ from vllm_specformer.bench.enlarge import EnlargeError, HeavyPair, enlarge
 from vllm_specformer.cli.main import main
 from vllm_specformer.evaluation.fit import MISFIT, examine
 from vllm_specformer.shapes import TargetShape
-from vllm_specformer.training.hidden_states import HookedTarget
+from vllm_specformer.target.hidden_states import HookedTarget
 
 ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "examples" / "models" / "python-target"

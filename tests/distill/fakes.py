@@ -11,11 +11,11 @@ from typing import Any
 
 from vllm_specformer.data.manifest import Sampling
 from vllm_specformer.data.prompts import derive
-from vllm_specformer.data.shards import Row, read_manifest, read_rows
-from vllm_specformer.distill.dialogue import Dialogue
+from vllm_specformer.data.shards import Conversation, read_manifest, read_rows
+from vllm_specformer.distill.backend import Progress
+from vllm_specformer.distill.dialogue import Answer, Dialogue, Request
+from vllm_specformer.distill.distill import Options
 from vllm_specformer.distill.encode import Encoder
-from vllm_specformer.distill.engine import Answer, Progress, Request
-from vllm_specformer.distill.run import Options
 
 ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "examples" / "models" / "python-target"
@@ -106,5 +106,5 @@ def open_fake(_: Options, __: Path, ___: Encoder) -> FakeEngine:
     return FakeEngine()
 
 
-def rows_of(directory: Path) -> list[Row]:
+def rows_of(directory: Path) -> list[Conversation]:
     return list(read_rows(directory, read_manifest(directory)))

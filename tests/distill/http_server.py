@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from vllm_specformer.distill.dialogue import Request
 from vllm_specformer.distill.encode import Encoder
-from vllm_specformer.distill.engine import Request
 
 from .fakes import made_up
 

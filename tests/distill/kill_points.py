@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from distill.fakes import FakeEngine, options
-from vllm_specformer.distill import run
+from vllm_specformer.distill import distill as run
 from vllm_specformer.distill.encode import Encoder
 
 WATCHED = ("vllm_specformer/data/", "vllm_specformer/distill/")

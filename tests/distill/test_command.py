@@ -12,10 +12,10 @@ import pytest
 from vllm_specformer.cli import distill as command
 from vllm_specformer.cli.main import main
 from vllm_specformer.data.manifest import read_manifest
-from vllm_specformer.distill import run
+from vllm_specformer.distill import distill as run
+from vllm_specformer.distill.backend import EngineError, Progress
 from vllm_specformer.distill.dialogue import Dialogue
 from vllm_specformer.distill.encode import Encoder
-from vllm_specformer.distill.engine import EngineError, Progress
 from vllm_specformer.distill.offline import check_engine_args
 
 from .fakes import FakeEngine, mixed_records, write_lines

@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_specformer.data.prompts import Prompt, parse
-from vllm_specformer.data.target import TargetError
 from vllm_specformer.distill.dialogue import (
     ANSWER_CUT,
     TEMPLATE,
     TOO_LONG,
+    Answer,
     Dialogue,
     temperature_of,
 )
 from vllm_specformer.distill.encode import Encoder, load_encoder
-from vllm_specformer.distill.engine import Answer
+from vllm_specformer.target.files import TargetError
 
 from .fakes import END, GREEDY, TARGET, chat, chat_target
 from .fakes import TEMPLATE as CHAT_TEMPLATE

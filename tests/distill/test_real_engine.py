@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vllm_specformer.data.manifest import read_manifest
-from vllm_specformer.data.shards import Row
+from vllm_specformer.data.shards import Conversation
 from vllm_specformer.serving.server import serving
 
 from .fakes import PROMPTS, ROOT, chat, rows_of, write_lines
@@ -37,7 +37,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @torch.no_grad()
-def assert_greedy(rows: list[Row], target: Path) -> None:
+def assert_greedy(rows: list[Conversation], target: Path) -> None:
     """Every answer token is what Transformers finds most probable at its place."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
     for row in rows:

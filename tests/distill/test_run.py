@@ -16,13 +16,13 @@ import pytest
 from vllm_specformer.data.files import DirectoryInUseError, directory_lock, partial_path
 from vllm_specformer.data.manifest import DistilledDataError, read_manifest
 from vllm_specformer.data.prompts import PromptError
-from vllm_specformer.data.target import TargetError
-from vllm_specformer.distill import run
+from vllm_specformer.distill import distill as run
+from vllm_specformer.distill.backend import Progress
 from vllm_specformer.distill.dialogue import TOO_LONG, Dialogue
+from vllm_specformer.distill.distill import OtherSettingsError, distill, safe
 from vllm_specformer.distill.encode import Encoder
-from vllm_specformer.distill.engine import Progress
-from vllm_specformer.distill.run import OtherSettingsError, distill, safe
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.target.files import TargetError
 
 from .fakes import (
     CONTEXT,

@@ -10,11 +10,12 @@ import pytest
 
 from vllm_specformer.data.manifest import Manifest, Sampling
 from vllm_specformer.data.prompts import parse
-from vllm_specformer.distill import run, server
+from vllm_specformer.distill import distill as run
+from vllm_specformer.distill import server
+from vllm_specformer.distill.backend import EngineError
 from vllm_specformer.distill.dialogue import Dialogue
+from vllm_specformer.distill.distill import distill
 from vllm_specformer.distill.encode import Encoder
-from vllm_specformer.distill.engine import EngineError
-from vllm_specformer.distill.run import distill
 from vllm_specformer.distill.server import NOT_SAME, REFUSED, ServerEngine, base_url
 
 from .fakes import GREEDY, mixed_records, open_fake, options, rows_of, write_lines

@@ -21,14 +21,14 @@ from vllm_specformer.data.files import (
 from vllm_specformer.data.manifest import DistilledDataError, Manifest, Settings
 from vllm_specformer.data.shards import (
     SCHEMA,
-    Row,
+    Conversation,
     ShardWriter,
     read_manifest,
     read_rows,
     read_shards,
     settings_of_shards,
 )
-from vllm_specformer.data.target import (
+from vllm_specformer.target.files import (
     TargetError,
     end_token_ids,
     find_target,
@@ -39,8 +39,8 @@ from vllm_specformer.data.target import (
 from .fakes import GREEDY, TARGET
 
 ROWS = [
-    Row(0, [5, 6, 7, 8], [2], [4], 0.0, "stop"),
-    Row(2, [1, 2, 3, 4, 5], [1, 4], [3, 5], 1.0, "length"),
+    Conversation(0, [5, 6, 7, 8], [2], [4], 0.0, "stop"),
+    Conversation(2, [1, 2, 3, 4, 5], [1, 4], [3, 5], 1.0, "length"),
 ]
 
 
@@ -149,7 +149,7 @@ def test_shards_of_another_run_or_damaged(tmp_path: Path) -> None:
 
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=6)
 any_rows = st.builds(
-    Row,
+    Conversation,
     id=st.integers(0, 2**40),
     input_ids=ids,
     answer_starts=ids,
@@ -161,7 +161,9 @@ any_rows = st.builds(
 
 @settings(derandomize=True, deadline=None, max_examples=25)
 @given(rows=st.lists(any_rows, max_size=5))
-def test_any_rows_come_back(rows: list[Row], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_rows_come_back(
+    rows: list[Conversation], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     directory = tmp_path_factory.mktemp("rows")
     chosen = settings_for(prompt_count=2)
     shard = ShardWriter(directory, chosen).write(0, rows)

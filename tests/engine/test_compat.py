@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_specformer.engine import compat
-from vllm_specformer.engine.compat import (
+from vllm_specformer.engine.compat import versions as compat
+from vllm_specformer.engine.compat.versions import (
     ALLOW_UNTESTED,
     RELIED_ON,
     SUPPORTED,
@@ -50,7 +50,8 @@ def test_installed_vllm_equals_its_snapshot() -> None:
     path = SNAPSHOTS / f"vllm-{version.partition('+')[0]}.json"
     assert path.is_file(), (
         f"vLLM {version} is installed but has no snapshot; record one with "
-        f"`python -m vllm_specformer.engine.compat --record tests/engine/snapshots/{path.name}`"
+        "`python -m vllm_specformer.engine.compat.versions --record "
+        f"tests/engine/snapshots/{path.name}`"
     )
     found = probe(vllm_root())
     assert found == read_snapshot(path)[1]
@@ -255,7 +256,7 @@ def test_command_records_and_reports(
 def test_probing_imports_no_vllm() -> None:
     code = (
         "import sys\n"
-        "from vllm_specformer.engine.compat import missing, vllm_root, installed_vllm\n"
+        "from vllm_specformer.engine.compat.versions import missing, vllm_root, installed_vllm\n"
         "installed_vllm(); missing(vllm_root())\n"
         "heavy = [m for m in sys.modules if m.split('.')[0] in ('vllm', 'torch', 'transformers')]\n"
         "assert not heavy, heavy\n"

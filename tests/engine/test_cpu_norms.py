@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_specformer.engine.cpu_norms import HookNorm, use_for
+from vllm_specformer.engine.cpu.norms import HookNorm, use_for
 from vllm_specformer.head import RMSNorm, SpecFormerHead, grouped_rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

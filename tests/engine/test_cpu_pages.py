@@ -12,7 +12,7 @@ from specformer_kernels.kv_store import rotate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_specformer.engine.cpu_pages import CpuContext, CpuPages, turned
+from vllm_specformer.engine.cpu.pages import CpuContext, CpuPages, rotated
 from vllm_specformer.head import rotary_table
 
 # RMS error over RMS of the float64 result.
@@ -206,7 +206,7 @@ def test_turns_as_the_head_does(head_size: int, dtype: torch.dtype) -> None:
     table, positions = rotary_table(500, head_size, 1e4), torch.randint(500, (9,))
     rows = torch.randn(9, 6, head_size).to(dtype)[:, 1:4]
     before = rows.clone()
-    assert torch.equal(turned(rows, table, positions), rotate(rows, table, positions))
+    assert torch.equal(rotated(rows, table, positions), rotate(rows, table, positions))
     assert torch.equal(rows, before)
 
 

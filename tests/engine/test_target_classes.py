@@ -11,8 +11,8 @@ import transformers
 
 from vllm_specformer.cli.families import as_text, make_list, updated
 from vllm_specformer.cli.main import main
-from vllm_specformer.engine.compat import installed_vllm, vllm_root
-from vllm_specformer.engine.target_classes import target_classes
+from vllm_specformer.engine.compat.target_classes import target_classes
+from vllm_specformer.engine.compat.versions import installed_vllm, vllm_root
 from vllm_specformer.families import Families, Family, read_families
 
 ROOT = Path(__file__).parents[2]

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_specformer.data.target import end_token_ids
 from vllm_specformer.distill.encode import load_encoder
 from vllm_specformer.evaluation.answers import answer
 from vllm_specformer.evaluation.questions import Questions
-from vllm_specformer.training.hidden_states import HookedTarget
+from vllm_specformer.target.files import end_token_ids
+from vllm_specformer.target.hidden_states import HookedTarget
+from vllm_specformer.target.model import load_target
 from vllm_specformer.training.packed_head import PackedHead
-from vllm_specformer.training.target import load_target
 from vllm_specformer.training.texts import Text, Texts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -11,9 +11,9 @@ from vllm_specformer.evaluation.agreement import Agreement, compare
 from vllm_specformer.evaluation.causes import Hypothesis, explain, hypotheses
 from vllm_specformer.evaluation.replay import Alter, DraftedText, draft_texts
 from vllm_specformer.evaluation.served import Served
+from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.acceptance import Acceptance
-from vllm_specformer.training.hidden_states import HookedTarget
-from vllm_specformer.training.packed_head import Rows
+from vllm_specformer.training.packed_head import HookedRows
 
 from .conftest import Pair
 
@@ -65,11 +65,11 @@ def test_the_same_head_agrees_to_the_step(pair: Pair, temperature: float) -> Non
     assert agreement.own_words == (None if temperature else 1.0)
 
 
-def normed(rows: Rows) -> Rows:
+def normed(rows: HookedRows) -> HookedRows:
     return replace(rows, hooked_states=[*rows.hooked_states[:-1], rows.last_states])
 
 
-def lost(rows: Rows) -> Rows:
+def lost(rows: HookedRows) -> HookedRows:
     return replace(rows, segments=torch.arange(rows.segments.shape[1]).expand_as(rows.segments))
 
 
@@ -94,7 +94,7 @@ def test_shifted_hooks_are_named(pair: Pair) -> None:
     moved = [max(i - 1, 0) for i in pair.target.hook_ids]
     early = HookedTarget(pair.target.target, sorted(set(moved)))
 
-    def one_early(rows: Rows) -> Rows:
+    def one_early(rows: HookedRows) -> HookedRows:
         states = [rows.hooked_states[early.hook_ids.index(i)] for i in moved]
         return replace(rows, hooked_states=states)
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from vllm_specformer.data.manifest import read_manifest
-from vllm_specformer.data.target import fingerprint
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.evaluation.questions import asked_again, unseen
+from vllm_specformer.target.files import fingerprint
 from vllm_specformer.training.result import data_digest
 from vllm_specformer.training.texts import split
 

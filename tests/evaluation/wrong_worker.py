@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vllm_specformer.engine import patches
+from vllm_specformer.engine.patches import ledger as patches
 from vllm_specformer.evaluation import serve_worker
 
 

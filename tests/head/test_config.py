@@ -17,7 +17,7 @@ from vllm_specformer.config import (
     HeadFields,
     SpecFormerConfig,
     paper_hooks,
-    read_config,
+    read_head_config,
 )
 
 
@@ -98,7 +98,7 @@ def test_survives_saving(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = head(**changes)
     config.save_pretrained(tmp_path)
     assert fields_of(SpecFormerConfig.from_pretrained(tmp_path)) == fields_of(config)
-    assert fields_of(read_config(tmp_path)) == fields_of(config)
+    assert fields_of(read_head_config(tmp_path)) == fields_of(config)
     assert fields_of(SpecFormerConfig.from_dict(config.to_dict())) == fields_of(config)
 
 
@@ -160,7 +160,7 @@ def test_missing_field_is_named(name: str) -> None:
 def test_files_without_later_fields_are_read(tmp_path: Path) -> None:
     """Heads written before a field was there are what they were."""
     assert {"num_slot_layers", "draft_vocab_size"} == OPTIONAL
-    config = read_config(edited(tmp_path, **dict.fromkeys(OPTIONAL)))
+    config = read_head_config(edited(tmp_path, **dict.fromkeys(OPTIONAL)))
     assert fields_of(config) == fields_of(head())
 
 
@@ -187,13 +187,13 @@ def edited(tmp_path: Path, **changes: Any) -> Path:
 )
 def test_bad_file_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(HeadConfigError, match=message) as error:
-        read_config(edited(tmp_path, **changes))
+        read_head_config(edited(tmp_path, **changes))
     assert str(tmp_path / "config.json") in str(error.value)
 
 
 def test_absent_and_broken_file(tmp_path: Path) -> None:
     with pytest.raises(HeadConfigError, match=r"config\.json is missing; 'model' must name"):
-        read_config(tmp_path)
+        read_head_config(tmp_path)
     (tmp_path / "config.json").write_text('{"architectures": [')
     with pytest.raises(HeadConfigError, match=r"config\.json: not valid JSON"):
-        read_config(tmp_path)
+        read_head_config(tmp_path)

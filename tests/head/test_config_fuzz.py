@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config
 
-from vllm_specformer.config import HeadConfigError, SpecFormerConfig, read_config
+from vllm_specformer.config import HeadConfigError, SpecFormerConfig, read_head_config
 
 SCALARS = (
     st.none()
@@ -82,7 +82,7 @@ def read(directory: Path, content: bytes) -> None:
     path = directory / "config.json"
     path.write_bytes(content)
     try:
-        config = read_config(directory)
+        config = read_head_config(directory)
     except HeadConfigError as error:
         message = str(error)
         assert str(path) in message
@@ -126,14 +126,14 @@ def test_hostile_bytes(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(
         HeadConfigError, match=r"config\.json: not valid JSON \(.*\); copy or train"
     ):
-        read_config(tmp_path)
+        read_head_config(tmp_path)
 
 
 def test_unreadable(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(HeadConfigError, match=r"config\.json: cannot be read \(.*; 'model' must"):
-        read_config(tmp_path)
+        read_head_config(tmp_path)
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(HeadConfigError, match=r"file/config\.json: cannot be read"):
-        read_config(file)
+        read_head_config(file)

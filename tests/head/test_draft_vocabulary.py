@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 
-from vllm_specformer.config import SpecFormerConfig, read_config
+from vllm_specformer.config import SpecFormerConfig, read_head_config
 from vllm_specformer.head import SpecFormerHead
-from vllm_specformer.weights import HeadWeightError, check_weights
+from vllm_specformer.pairing import HeadWeightError, check_weights
 
 VOCAB, SLOTS = 23, 3
 SCORED = torch.tensor([1, 4, 5, 9, 16, 20, 22])
@@ -90,7 +90,7 @@ def saved(directory: Path, **changes: Any) -> Path:
 
 
 def test_survives_saving(tmp_path: Path) -> None:
-    config = read_config(saved(tmp_path, markov_rank=2))
+    config = read_head_config(saved(tmp_path, markov_rank=2))
     assert config.draft_vocab_size == len(SCORED)
     check_weights(tmp_path, config)
     loaded = SpecFormerHead.from_pretrained(tmp_path, dtype=torch.float32)
@@ -101,7 +101,7 @@ def test_survives_saving(tmp_path: Path) -> None:
 
 
 def test_the_whole_vocabulary_needs_no_list(tmp_path: Path) -> None:
-    check_weights(saved(tmp_path, draft_vocab_size=0), read_config(tmp_path))
+    check_weights(saved(tmp_path, draft_vocab_size=0), read_head_config(tmp_path))
     assert "draft_token_ids" not in load_file(tmp_path / "model.safetensors")
 
 
@@ -120,7 +120,7 @@ def test_the_whole_vocabulary_needs_no_list(tmp_path: Path) -> None:
 def test_bad_vocabulary_is_refused(
     tmp_path: Path, token_ids: torch.Tensor | None, message: str
 ) -> None:
-    config = read_config(saved(tmp_path))
+    config = read_head_config(saved(tmp_path))
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     del tensors["draft_token_ids"]

@@ -92,8 +92,8 @@ def turn(x: Tensor, position: int, theta: float) -> Tensor:
     half = len(x) // 2
     pairs = torch.complex(x[:half], x[half:])
     angles = position * theta ** (-torch.arange(half, dtype=torch.double) * 2 / len(x))
-    turned = pairs * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([turned.real, turned.imag])
+    rotated = pairs * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([rotated.real, rotated.imag])
 
 
 def attention(query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from specformer_kernels.block_attention import reference, triton_kernel
+from specformer_kernels.block_attention import launch, reference
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -173,7 +173,7 @@ def assert_close(found: Tensor, expected: Tensor, ratio: float) -> None:
 
 def check_kernel(args: Arguments, device: str) -> None:
     expected = reference.block_attention(**args.to(torch.float64).as_dict())
-    found = triton_kernel.block_attention(**args.to(device).as_dict())
+    found = launch.block_attention(**args.to(device).as_dict())
     assert found.dtype == args.query.dtype
     assert_close(found, expected, ERROR_RATIO[args.query.dtype])
 
@@ -188,12 +188,12 @@ HEADS = ((4, 2), (3, 1), (8, 8))
 
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Lets the launcher cut the batch's context into so many units, of so many tokens at least."""
+    """Lets the launcher cut the batch's context into so many splits, of so many tokens at least."""
 
-    def into(units: int, least: int = 1) -> None:
-        monkeypatch.setattr(triton_kernel, "target_units", lambda *_: units)
-        monkeypatch.setattr(triton_kernel, "MIN_UNIT_TOKENS", least)
-        monkeypatch.setattr(triton_kernel, "COMBINE_SHARES", 2)  # the interpreter is slow
+    def into(splits: int, least: int = 1) -> None:
+        monkeypatch.setattr(launch, "target_splits", lambda *_: splits)
+        monkeypatch.setattr(launch, "MIN_SPLIT_TOKENS", least)
+        monkeypatch.setattr(launch, "COMBINE_SHARES", 2)  # the interpreter is slow
 
     return into
 
@@ -228,9 +228,9 @@ def test_head_sizes_and_dtypes(head_size: int, dtype: torch.dtype, kernel_device
     check_kernel(args, kernel_device)
 
 
-@pytest.mark.parametrize("units", [1, 2])
-def test_largest_head(units: int, split: Callable[..., None], kernel_device: str) -> None:
-    split(units)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_largest_head(splits: int, split: Callable[..., None], kernel_device: str) -> None:
+    split(splits)
     check_kernel(make_arguments((3,), (33,), head_size=256), kernel_device)
 
 
@@ -244,16 +244,16 @@ def test_layouts(heads: tuple[int, int], block_size: int, layout: str, kernel_de
     check_kernel(args, kernel_device)
 
 
-@pytest.mark.parametrize("units", [1, 3])
+@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(("block_size", "heads"), [(64, (10, 2)), (128, (5, 5))], ids=str)
 def test_large_pages_and_odd_groups(
     block_size: int,
     heads: tuple[int, int],
-    units: int,
+    splits: int,
     split: Callable[..., None],
     kernel_device: str,
 ) -> None:
-    split(units)
+    split(splits)
     check_kernel(
         make_arguments((2, 9), (129, 65), heads=heads, block_size=block_size, mask="tree"),
         kernel_device,
@@ -275,7 +275,7 @@ def test_row_that_sees_nothing_is_zero(kernel_device: str) -> None:
     args = make_arguments((2, 1), (0, 0), mask="zero")
     for found in (
         reference.block_attention(**args.as_dict()),
-        triton_kernel.block_attention(**args.to(kernel_device).as_dict()),
+        launch.block_attention(**args.to(kernel_device).as_dict()),
     ):
         assert torch.equal(found.cpu(), torch.zeros_like(args.query))
 
@@ -283,17 +283,17 @@ def test_row_that_sees_nothing_is_zero(kernel_device: str) -> None:
 def test_no_rows(kernel_device: str) -> None:
     args = make_arguments((0, 0), (4, 0), max_block_len=4)
     assert reference.block_attention(**args.as_dict()).shape == (0, 4, 64)
-    assert triton_kernel.block_attention(**args.to(kernel_device).as_dict()).shape == (0, 4, 64)
+    assert launch.block_attention(**args.to(kernel_device).as_dict()).shape == (0, 4, 64)
 
 
-@pytest.mark.parametrize("units", [1, 2])
+@pytest.mark.parametrize("splits", [1, 2])
 def test_cache_past_int32_elements(
-    units: int, split: Callable[..., None], kernel_device: str
+    splits: int, split: Callable[..., None], kernel_device: str
 ) -> None:
     """Block id * stride passes 2**31. Pages that nothing touches take no memory."""
     if kernel_device == "cuda":
         pytest.skip("a GPU backs every page: the interpreter's addresses stand for both")
-    split(units)
+    split(splits)
     args = make_arguments((2,), (40,), dtype=torch.float16)
     stride, far_blocks = 2**26, [33, 32, 35]
     # Not torch.empty, whose poison would touch every page.
@@ -303,15 +303,15 @@ def test_cache_past_int32_elements(
     cache = memory.as_strided(shape, (stride, *args.kv_cache.stride()[1:]))
     cache[far_blocks] = args.kv_cache[args.block_table[0, :3]]
     far = replace(args, kv_cache=cache, block_table=torch.tensor([far_blocks], dtype=torch.int32))
-    found = triton_kernel.block_attention(**far.as_dict())
+    found = launch.block_attention(**far.as_dict())
     assert_close(found, loop_over_rows(args), ERROR_RATIO[torch.float16])
 
 
 @pytest.mark.parametrize("mask", ["zero", "tree"])
-@pytest.mark.parametrize("units", [1, 2, 3, 7])
-def test_splits(units: int, mask: str, split: Callable[..., None], kernel_device: str) -> None:
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+def test_splits(splits: int, mask: str, split: Callable[..., None], kernel_device: str) -> None:
     """Very different lengths in one batch: some requests are split, others not."""
-    split(units)
+    split(splits)
     args = make_arguments((1, 8, 0, 3, 2), (0, 200, 40, 65, 1), mask=mask)
     check_kernel(args, kernel_device)
 
@@ -333,12 +333,12 @@ def test_split_of_a_full_block_over_several_tiles(
     check_kernel(make_arguments((64, 7), (70, 9), heads=(3, 1), mask="causal"), kernel_device)
 
 
-@pytest.mark.parametrize("units", [2, 6])
+@pytest.mark.parametrize("splits", [2, 6])
 def test_more_requests_than_one_step_of_the_search(
-    units: int, split: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kernel_device: str
+    splits: int, split: Callable[..., None], monkeypatch: pytest.MonkeyPatch, kernel_device: str
 ) -> None:
-    split(units)
-    monkeypatch.setattr(triton_kernel, "BLOCK_R", 4)
+    split(splits)
+    monkeypatch.setattr(launch, "BLOCK_R", 4)
     lens = (0, 1, 2, 150, 40, 3, 0, 90, 100)
     check_kernel(make_arguments([1] * 9, lens, heads=(1, 1), head_size=16), kernel_device)
 
@@ -349,13 +349,13 @@ def test_padding_request_of_negative_length(split: Callable[..., None], kernel_d
     args = make_arguments((2, 2), (90, 0))
     expected = reference.block_attention(**args.to(torch.float64).as_dict())
     padded = replace(args, context_lens=torch.tensor([90, -1], dtype=torch.int32))
-    found = triton_kernel.block_attention(**padded.to(kernel_device).as_dict())
+    found = launch.block_attention(**padded.to(kernel_device).as_dict())
     assert_close(found, expected, ERROR_RATIO[torch.float32])
 
 
-@pytest.mark.parametrize("units", [1, 5])
-def test_long_context(units: int, split: Callable[..., None], kernel_device: str) -> None:
-    split(units)
+@pytest.mark.parametrize("splits", [1, 5])
+def test_long_context(splits: int, split: Callable[..., None], kernel_device: str) -> None:
+    split(splits)
     args = make_arguments(
         (3, 2), (4096, 5), heads=(2, 1), head_size=32, mask="causal", dtype=torch.float16
     )
@@ -367,8 +367,8 @@ def test_longest_context(
 ) -> None:
     """2**17 tokens beside a short request; longer steps than usual, for the interpreter."""
     split(5)
-    sizes = triton_kernel.tile_sizes
-    monkeypatch.setattr(triton_kernel, "tile_sizes", lambda *a: sizes(*a) | {"BLOCK_N": 256})
+    sizes = launch.tile_sizes
+    monkeypatch.setattr(launch, "tile_sizes", lambda *a: sizes(*a) | {"BLOCK_N": 256})
     lens = (131_072, 300)
     args = make_arguments(
         (2, 1), lens, heads=(2, 1), head_size=16, block_size=128, dtype=torch.float16
@@ -377,7 +377,7 @@ def test_longest_context(
 
 
 @pytest.mark.parametrize(
-    ("lens", "units", "least", "partials"),
+    ("lens", "splits", "least", "partials"),
     [
         ((1024,), 4, 256, 4),
         ((1024,), 9, 256, 4),
@@ -391,18 +391,18 @@ def test_longest_context(
         ((0, 0), 5, 256, 0),
     ],
 )
-def test_units_follow_the_lengths(
+def test_splits_follow_the_lengths(
     lens: tuple[int, ...],
-    units: int,
+    splits: int,
     least: int,
     partials: int,
     split: Callable[..., None],
     kernel_device: str,
 ) -> None:
     """However wide the table is. Partial results that nothing writes stay NaN and are not read."""
-    split(units, least)
+    split(splits, least)
     seen: list[Tensor] = []
-    combine = triton_kernel._combine_kernel
+    combine = launch._combine_kernel
 
     class Watched:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -416,23 +416,23 @@ def test_units_follow_the_lengths(
     wide = torch.zeros(len(lens), 8192, dtype=torch.int32)
     wide[:, : args.block_table.shape[1]] = args.block_table
     # Undone before `kernel_device` puts the compiled kernel back.
-    with mock.patch.object(triton_kernel, "_combine_kernel", Watched()):
+    with mock.patch.object(launch, "_combine_kernel", Watched()):
         check_kernel(replace(args, block_table=wide), kernel_device)
     out, highest, total = seen
-    assert len(out) == 2 * units
+    assert len(out) == 2 * splits
     written = [partial.isfinite().flatten(1).all(1) for partial in (out, highest, total)]
     touched = [(~partial.isnan()).flatten(1).any(1) for partial in (out, highest, total)]
-    for index in range(2 * units):
+    for index in range(2 * splits):
         assert {bool(part[index]) for part in written + touched} == {index < partials}
 
 
-@pytest.mark.parametrize("units", [1, 4])
-def test_context_is_loaded_ahead(units: int, split: Callable[..., None]) -> None:
+@pytest.mark.parametrize("splits", [1, 4])
+def test_context_is_loaded_ahead(splits: int, split: Callable[..., None]) -> None:
     """The compiler overlaps the loop's loads with its products only in some ways of writing it."""
-    split(units)
+    split(splits)
     arguments = make_arguments((2,), (40,), block_size=16, dtype=torch.float16).as_dict()
-    launch = aot.launches_of(lambda: triton_kernel.block_attention(**arguments))[0]
-    assert "cp.async" in aot.compile_launch(launch, "sm_80").asm["ptx"]
+    launched = aot.launches_of(lambda: launch.block_attention(**arguments))[0]
+    assert "cp.async" in aot.compile_launch(launched, "sm_80").asm["ptx"]
 
 
 def test_launch_reads_nothing_on_the_host(split: Callable[..., None]) -> None:
@@ -444,7 +444,7 @@ def test_launch_reads_nothing_on_the_host(split: Callable[..., None]) -> None:
             name: mode.from_tensor(value) if isinstance(value, Tensor) else value
             for name, value in arguments.items()
         }
-        launches = aot.launches_of(lambda: triton_kernel.block_attention(**fake))
+        launches = aot.launches_of(lambda: launch.block_attention(**fake))
         assert len(launches) == 2
         with pytest.raises(DataDependentOutputException):
             reference.block_attention(**fake)
@@ -464,7 +464,7 @@ ragged_requests = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 70)), min
     heads=st.sampled_from(HEADS),
     mask=st.sampled_from(MASKS),
     layout=st.sampled_from(LAYOUTS),
-    units=st.integers(1, 3),
+    splits=st.integers(1, 3),
     seed=st.integers(0, 2**20),
 )
 def test_ragged_batches(
@@ -472,12 +472,12 @@ def test_ragged_batches(
     heads: tuple[int, int],
     mask: str,
     layout: str,
-    units: int,
+    splits: int,
     seed: int,
     split: Callable[..., None],
     kernel_device: str,
 ) -> None:
-    split(units)
+    split(splits)
     block_lens, context_lens = zip(*requests, strict=True)
     args = make_arguments(
         block_lens, context_lens, heads=heads, head_size=16, mask=mask, layout=layout, seed=seed
@@ -488,7 +488,7 @@ def test_ragged_batches(
     check_kernel(args, kernel_device)
 
 
-@pytest.mark.parametrize("implementation", [reference, triton_kernel], ids=["torch", "triton"])
+@pytest.mark.parametrize("implementation", [reference, launch], ids=["torch", "triton"])
 @pytest.mark.parametrize(
     ("name", "change"),
     [

@@ -199,8 +199,8 @@ def test_reference_matches_the_definition(rotation: bool) -> None:
 
     def turn(x: Tensor, position: Tensor) -> Tensor:
         cos, sin = table[position].chunk(2)
-        turned = torch.complex(*x.chunk(2, dim=-1)) * torch.complex(cos, sin)
-        return torch.cat((turned.real, turned.imag), dim=-1)
+        rotated = torch.complex(*x.chunk(2, dim=-1)) * torch.complex(cos, sin)
+        return torch.cat((rotated.real, rotated.imag), dim=-1)
 
     expected = arguments["kv_cache"].clone()
     for row, slot in enumerate(SLOTS):

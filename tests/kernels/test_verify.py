@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from specformer_kernels.verify import Verification, reference, triton_kernel
+from specformer_kernels.verify import Verification, launch, reference
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from verify_toys import (
@@ -76,7 +76,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks to a row of 65 tokens."""
-    monkeypatch.setattr(triton_kernel, "CHUNK", 64)
+    monkeypatch.setattr(launch, "CHUNK", 64)
 
 
 def random_parents(length: int, generator: torch.Generator) -> list[int]:
@@ -159,7 +159,7 @@ def assert_equal(found: Verification, expected: Verification) -> None:
 
 def check_kernel(args: Arguments, device: str) -> Verification:
     expected = reference.verify(**args.as_dict())
-    assert_equal(triton_kernel.verify(**args.to(device).as_dict()), expected)
+    assert_equal(launch.verify(**args.to(device).as_dict()), expected)
     return expected
 
 
@@ -185,7 +185,7 @@ def test_trees(rule: str, is_drawn: bool, kernel_device: str) -> None:
 def test_vocabularies(
     rule: str, vocab_size: int, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_kernel, "CHUNK", 256)
+    monkeypatch.setattr(launch, "CHUNK", 256)
     check_kernel(make_arguments(rule, (4, 2), vocab_size, seed=vocab_size), kernel_device)
 
 
@@ -194,7 +194,7 @@ def test_one_token_past_a_chunk(
     rule: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    assert triton_kernel.CHUNK == 4096
+    assert launch.CHUNK == 4096
     check_kernel(make_arguments(rule, (3, 2), 4097), kernel_device)
 
 
@@ -307,9 +307,9 @@ def test_bad_proposals_propose_nothing(rule: str, kernel_device: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_requests_do_not_see_each_other(rule: str, kernel_device: str) -> None:
     args = make_arguments(rule, (5, 3, 4), vocab_size=40, is_tree=rule != "block").to(kernel_device)
-    together = triton_kernel.verify(**args.as_dict())
+    together = launch.verify(**args.as_dict())
     one = slice(5, 8)
-    alone = triton_kernel.verify(
+    alone = launch.verify(
         **replace(
             args,
             logits=args.logits[one],
@@ -392,7 +392,7 @@ def test_rows_past_int32_elements(rule: str, kernel_device: str) -> None:
         draft_rows=shifted(args.draft_rows + first),
     )
     near = check_kernel(args, kernel_device)
-    result = triton_kernel.verify(**moved.as_dict())
+    result = launch.verify(**moved.as_dict())
     assert torch.equal(result.tokens, near.tokens)
     assert torch.equal(result.rows, torch.where(near.rows < 0, near.rows, near.rows + first))
 
@@ -433,7 +433,7 @@ def test_follow(is_tree: bool, kernel_device: str) -> None:
     for changed in (sampled, torch.where(torch.arange(len(sampled)) % 7 == 0, -1, sampled)):
         call = (changed, args.tokens, args.row_start_loc, args.max_rows, args.parents)
         moved = [value.to(kernel_device) if isinstance(value, Tensor) else value for value in call]
-        assert_equal(triton_kernel.follow(*moved), reference.follow(*call))
+        assert_equal(launch.follow(*moved), reference.follow(*call))
     walked = reference.follow(sampled, *call[1:])
     assert_equal(walked, reference.verify(**args.as_dict()))
 
@@ -487,7 +487,7 @@ def test_draw_from_p_where_nothing_is_left(kernel_device: str) -> None:
     args = make_arguments("rejection", (1, 1), temperatures=(0.8, 1.1)).to(kernel_device)
     proposals = args.draft_logits[args.draft_rows]
     largest = torch.stack((args.logits[:2].amax(1), proposals[:2].amax(1), torch.full((2,), 1e30)))
-    empty = triton_kernel._empty_result(args.row_start_loc, 1)
+    empty = launch._empty_result(args.row_start_loc, 1)
     num_chunks = 2
     arguments = {
         "out_tokens_ptr": empty.tokens,
@@ -501,10 +501,10 @@ def test_draw_from_p_where_nothing_is_left(kernel_device: str) -> None:
     }
     for name, value in args.as_dict().items():
         arguments |= {f"{name}_ptr": value, name: value}
-    arguments |= triton_kernel._logits_arguments(args.logits, args.draft_logits)
-    triton_kernel._launch(triton_kernel._draw_kernel, (num_chunks, 2), arguments)
+    arguments |= launch._logits_arguments(args.logits, args.draft_logits)
+    launch._launch(launch._draw_kernel, (num_chunks, 2), arguments)
     assert (arguments["draw_best_ptr"] == -math.inf).all()
-    triton_kernel._launch(triton_kernel._last_kernel, (2,), arguments)
+    launch._launch(launch._last_kernel, (2,), arguments)
     assert torch.equal(empty.tokens.cpu(), reference.verify(**args.to("cpu").as_dict()).tokens)
 
 
@@ -532,7 +532,7 @@ def test_launches(rule: str, is_tree: bool, is_drawn: bool, launches: int) -> No
             else value
             for name, value in args.as_dict().items()
         }
-        found = aot.launches_of(lambda: triton_kernel.verify(**fake))
+        found = aot.launches_of(lambda: launch.verify(**fake))
     assert len(found) == launches
 
 
@@ -540,9 +540,9 @@ def test_launchers_check_their_arguments() -> None:
     """With the reference's own checks, which test_verify_reference.py goes through."""
     args = make_arguments("rejection", is_tree=True)
     with pytest.raises(ValueError, match=r"^max_children: expected"):
-        triton_kernel.verify(**args.as_dict() | {"max_children": None})
+        launch.verify(**args.as_dict() | {"max_children": None})
     with pytest.raises(ValueError, match=r"^sampled: expected"):
-        triton_kernel.follow(args.logits, args.tokens, args.row_start_loc, args.max_rows)
+        launch.follow(args.logits, args.tokens, args.row_start_loc, args.max_rows)
     for name in ("logits", "draft_logits"):
         with pytest.raises(ValueError, match=f"^{name}: .* float32"):
-            triton_kernel.verify(**args.as_dict() | {name: getattr(args, name).double()})
+            launch.verify(**args.as_dict() | {name: getattr(args, name).double()})

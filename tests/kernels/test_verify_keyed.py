@@ -137,11 +137,11 @@ def test_frequencies_of_keyed_noise(rule: str) -> None:
 @pytest.mark.parametrize("rule", SAMPLED)
 def test_kernels_write_the_same_texts(rule: str, kernel_device: str) -> None:
     """A few, step by step; the interpreter is too slow to count frequencies with."""
-    from specformer_kernels.verify import triton_kernel
+    from specformer_kernels.verify import launch
 
     models = toy_model(4, seed=26), toy_model(4, seed=27)
     arguments = (rule, *models, (1, 1, 1) if rule == "block" else (2, 1), distinct)
     seeds = torch.arange(6)
     expected = generate(reference.verify, *arguments, seeds=seeds, length=6)
-    on_device = moved_to(kernel_device, triton_kernel.verify)
+    on_device = moved_to(kernel_device, launch.verify)
     assert torch.equal(generate(on_device, *arguments, seeds=seeds, length=6), expected)

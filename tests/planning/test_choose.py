@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
-from vllm_specformer.engine.speculative_fields import split_own_fields
+from vllm_specformer.engine.speculative_config import split_own_fields
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.planning.acceptance import from_evaluation
 from vllm_specformer.planning.chips import CHIPS
 from vllm_specformer.planning.choose import (
-    Row,
+    PlanRow,
     best_count,
     best_count_with_cut,
     between,
@@ -27,7 +27,7 @@ from vllm_specformer.planning.choose import (
     thresholds,
 )
 from vllm_specformer.planning.paper import rows_on_paper
-from vllm_specformer.planning.plan import Plan, read_plan
+from vllm_specformer.planning.plan_file import Plan, read_plan
 from vllm_specformer.planning.report import plot, print_plan
 from vllm_specformer.shapes import HeadShape, TargetShape
 
@@ -35,11 +35,11 @@ QWEN3_8B = TargetShape(36, 4096, 32, 8, 128, 12288, 151936)
 ACCEPTED = {0: 1.0, 2: 2.0, 4: 2.5, 8: 2.8}
 
 
-def row(batch: int, count: int, ratio: float) -> Row:
-    return Row(batch, count, tokens_per_step=ratio, plain=1.0, step=1.0, draft=0.1)
+def row(batch: int, count: int, ratio: float) -> PlanRow:
+    return PlanRow(batch, count, tokens_per_step=ratio, plain=1.0, step=1.0, draft=0.1)
 
 
-def rows() -> list[Row]:
+def rows() -> list[PlanRow]:
     """Costs of a machine where rows are free until 32 of them, then cost 1 each."""
     plain = {batch: max(32.0, batch) for batch in (1, 4, 16, 64)}
     steps = {(b, k): max(32.0, b * (k + 1)) for b in plain for k in ACCEPTED}
@@ -78,13 +78,13 @@ def test_schedule_follows_the_costs_between_measured_batch_sizes() -> None:
 
 
 def test_a_draft_pays_from_the_chance_that_its_row_costs() -> None:
-    free = [Row(8, count, 1 + 0.5 * count, 10.0, 10.0, 0.0) for count in (0, 2, 4)]
+    free = [PlanRow(8, count, 1 + 0.5 * count, 10.0, 10.0, 0.0) for count in (0, 2, 4)]
     assert break_even(free) == 0
     # Two drafts are 4 s and drafting 1 s more; three tokens in 15 s are the best that it brings.
     dear = [
-        Row(8, 0, 1.0, 10.0, 10.0, 0.0),
-        Row(8, 2, 3.0, 10.0, 15.0, 1.0),
-        Row(8, 4, 3.5, 10.0, 19.0, 1.0),
+        PlanRow(8, 0, 1.0, 10.0, 10.0, 0.0),
+        PlanRow(8, 2, 3.0, 10.0, 15.0, 1.0),
+        PlanRow(8, 4, 3.5, 10.0, 19.0, 1.0),
     ]
     assert break_even(dear) == pytest.approx(2.0 * 3 / 15)
     assert break_even([replace(row, step=1.0 + 50 * row.count) for row in dear]) == 1
@@ -92,10 +92,10 @@ def test_a_draft_pays_from_the_chance_that_its_row_costs() -> None:
 
 
 def test_with_a_cut_only_the_slots_cost_decides() -> None:
-    def costs(per_slot: float, per_row: float) -> list[Row]:
+    def costs(per_slot: float, per_row: float) -> list[PlanRow]:
         gains = {0: 1.0, 2: 2.0, 4: 2.5, 8: 2.8}
         return [
-            Row(8, k, gain, 10.0, 10.0 + k * (per_slot + per_row), k * per_slot)
+            PlanRow(8, k, gain, 10.0, 10.0 + k * (per_slot + per_row), k * per_slot)
             for k, gain in gains.items()
         ]
 
@@ -119,8 +119,10 @@ def test_thresholds_rise_with_the_batch() -> None:
 
 
 def test_between_measured_batch_sizes_costs_are_straight_lines() -> None:
-    (middle,) = between([Row(4, 2, 2.0, 10, 20, 4, 1, 3), Row(8, 2, 2.0, 30, 60, 8, 3, 5)], 6)
-    assert middle == Row(6, 2, 2.0, 20, 40, 6, 2, 4)
+    (middle,) = between(
+        [PlanRow(4, 2, 2.0, 10, 20, 4, 1, 3), PlanRow(8, 2, 2.0, 30, 60, 8, 3, 5)], 6
+    )
+    assert middle == PlanRow(6, 2, 2.0, 20, 40, 6, 2, 4)
     measured = [row(4, 2, 1.5), row(8, 2, 1.2)]
     assert [between(measured, batch)[0].ratio for batch in (1, 4, 8, 99)] == [1.5, 1.5, 1.2, 1.2]
 

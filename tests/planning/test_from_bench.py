@@ -11,7 +11,7 @@ import pytest
 from vllm_specformer.cli.main import main
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.planning.from_bench import rows_from_bench
-from vllm_specformer.planning.plan import read_plan
+from vllm_specformer.planning.plan_file import read_plan
 
 OURS = {"method": "specformer", "model": "HEAD"}
 K2, K4 = OURS | {"num_speculative_tokens": 2}, OURS | {"num_speculative_tokens": 4}

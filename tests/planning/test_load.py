@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_specformer.planning.choose import Row
+from vllm_specformer.planning.choose import PlanRow
 from vllm_specformer.planning.load import seconds_under_load
-from vllm_specformer.planning.plan import Plan
+from vllm_specformer.planning.plan_file import Plan
 
 # A step costs a second, and a tenth for every request; drafting two, a half more.
 ROWS = [
-    Row(
+    PlanRow(
         batch,
         count,
         tokens_per_step=2.0 if count else 1.0,

@@ -16,7 +16,7 @@ from vllm_specformer.bench.enlarge import HeavyPair, enlarge
 from vllm_specformer.cli.main import main
 from vllm_specformer.engine.measuring import listing_schedule
 from vllm_specformer.planning.measure import EngineProcess, Machine, Settings
-from vllm_specformer.planning.plan import read_plan
+from vllm_specformer.planning.plan_file import read_plan
 
 ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "examples" / "models" / "python-target"

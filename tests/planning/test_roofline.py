@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from vllm_specformer.config import HeadFields, read_config
+from vllm_specformer.config import HeadFields, read_head_config
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.planning.chips import CHIPS, Chip, find_chip
@@ -34,7 +34,7 @@ def bundled() -> TargetShape:
 
 
 def bundled_head() -> HeadShape:
-    config = read_config(HEAD)
+    config = read_head_config(HEAD)
     return HeadShape.from_fields({name: getattr(config, name) for name in HeadFields.model_fields})
 
 

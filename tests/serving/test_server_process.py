@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_specformer.engine import vllm_command
+from vllm_specformer.cli import serve
 from vllm_specformer.serving.server import (
     HOST,
     ServerError,
@@ -139,7 +139,7 @@ def test_version_of_vllm_under_the_cpu_wheels_name(monkeypatch: pytest.MonkeyPat
             return "0.32.0"
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(vllm_command, "_installed_version", only_cpu_wheel)
-    assert vllm_command.version("vllm") == "0.32.0+cpu"
+    monkeypatch.setattr(serve, "_installed_version", only_cpu_wheel)
+    assert serve.version("vllm") == "0.32.0+cpu"
     with pytest.raises(importlib.metadata.PackageNotFoundError):
-        vllm_command.version("another-package")
+        serve.version("another-package")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_specformer.head import SpecFormerHead
-from vllm_specformer.training.hidden_states import HookedTarget
+from vllm_specformer.target.hidden_states import HookedTarget
 
 
 @torch.no_grad()

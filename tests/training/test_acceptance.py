@@ -10,8 +10,8 @@ from plain_drafts import head_drafts
 from transformers import PreTrainedModel
 
 from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.acceptance import Acceptance, Lookup, repeated_fraction
-from vllm_specformer.training.hidden_states import HookedTarget
 
 TEXT = [1, 2, 10, 11, 12, 13, 14, 15]  # two prompt tokens, six generated
 

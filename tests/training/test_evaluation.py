@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.acceptance import Acceptance
-from vllm_specformer.training.evaluation import Evaluation, evaluate, evaluation_budgets
-from vllm_specformer.training.hidden_states import HookedTarget
-from vllm_specformer.training.packed_head import IGNORED, Objective, PackedHead, Rows
+from vllm_specformer.training.heldout import Evaluation, evaluate, evaluation_budgets
+from vllm_specformer.training.packed_head import IGNORED, HookedRows, Objective, PackedHead
 from vllm_specformer.training.packing import Budget, collate, plan_all
 from vllm_specformer.training.texts import Texts
 
@@ -54,12 +54,12 @@ def repetitive() -> Texts:
     return texts
 
 
-def make_rows(target: HookedTarget, fields: dict[str, torch.Tensor]) -> Rows:
+def make_rows(target: HookedTarget, fields: dict[str, torch.Tensor]) -> HookedRows:
     states, last = target(fields["input_ids"], fields["position_ids"])
-    return Rows(states, last, **fields)
+    return HookedRows(states, last, **fields)
 
 
-def rows_of(target: HookedTarget, texts: Texts) -> Rows:
+def rows_of(target: HookedTarget, texts: Texts) -> HookedRows:
     batch = [list(range(len(texts)))]
     return make_rows(target, collate(texts, batch, None, None))
 

@@ -9,7 +9,7 @@ from training_runs import command, refusal
 from training_texts import make_texts, write_distilled
 from transformers import AutoModelForCausalLM, CohereConfig, Olmo2Config, PreTrainedConfig
 
-from vllm_specformer.training import run
+from vllm_specformer.training import train as run
 
 SHAPE = {
     "vocab_size": 40,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from vllm_specformer.training.hidden_states import HookedTarget
+from vllm_specformer.target.hidden_states import HookedTarget
 
 TOKENS = torch.tensor([[3, 14, 15, 9, 2, 6], [5, 3, 5, 8, 9, 7]])
 

@@ -15,8 +15,8 @@ from training_texts import make_texts
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vllm_specformer.config import SpecFormerConfig
-from vllm_specformer.training.hidden_states import HookedTarget
-from vllm_specformer.training.packed_head import Objective, PackedHead, Rows
+from vllm_specformer.target.hidden_states import HookedTarget
+from vllm_specformer.training.packed_head import HookedRows, Objective, PackedHead
 from vllm_specformer.training.packing import collate
 
 # The issue's bound, for what is beyond the head's own size.
@@ -58,7 +58,7 @@ class PeakMemory(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 
-def plain(head: PackedHead, rows: Rows, target: HookedTarget, objective: Objective) -> None:
+def plain(head: PackedHead, rows: HookedRows, target: HookedTarget, objective: Objective) -> None:
     """The same loss with the logits of all slots at once."""
     slots = len(objective.slot_weights)
     states = head.slot_states(head._context(rows), rows, target, slice(None), slots)
@@ -66,11 +66,11 @@ def plain(head: PackedHead, rows: Rows, target: HookedTarget, objective: Objecti
     F.cross_entropy(logits.flatten(0, 2), rows.labels(slots).flatten()).backward()
 
 
-def ours(head: PackedHead, rows: Rows, target: HookedTarget, objective: Objective) -> None:
+def ours(head: PackedHead, rows: HookedRows, target: HookedTarget, objective: Objective) -> None:
     head(rows, target, len(objective.slot_weights), objective)[0].backward()
 
 
-Step = Callable[[PackedHead, Rows, HookedTarget, Objective], None]
+Step = Callable[[PackedHead, HookedRows, HookedTarget, Objective], None]
 
 
 def peak(step: Step, slots: int, vocabulary: int, memory: int) -> int:
@@ -92,7 +92,7 @@ def peak(step: Step, slots: int, vocabulary: int, memory: int) -> int:
     texts = make_texts(8, vocabulary, shortest=40, longest=60)
     fields = collate(texts, [[0, 1, 2, 3], [4, 5, 6, 7]], None, None)
     states, last = target(fields["input_ids"], fields["position_ids"])
-    rows = Rows(states, last, **fields)
+    rows = HookedRows(states, last, **fields)
     objective = Objective((1.0,) * slots, memory=memory)
     head.rotary(torch.device("cpu"))  # made once in a run
     with PeakMemory() as tracker:

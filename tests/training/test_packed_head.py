@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
-from vllm_specformer.training.hidden_states import HookedTarget
-from vllm_specformer.training.packed_head import IGNORED, Objective, PackedHead, Rows
+from vllm_specformer.target.hidden_states import HookedTarget
+from vllm_specformer.training.packed_head import IGNORED, HookedRows, Objective, PackedHead
 from vllm_specformer.training.packing import collate
 from vllm_specformer.training.texts import Texts
 
@@ -48,10 +48,10 @@ def target(head: PackedHead, target_model: PreTrainedModel) -> HookedTarget:
     return HookedTarget(target_model, head.config.aux_hidden_state_layer_ids)
 
 
-def rows_of(target: HookedTarget, texts: Texts, batch: list[list[int]]) -> Rows:
+def rows_of(target: HookedTarget, texts: Texts, batch: list[list[int]]) -> HookedRows:
     fields = collate(texts, batch, None, None)
     states, last = target(fields["input_ids"], fields["position_ids"])
-    return Rows(states, last, **fields)
+    return HookedRows(states, last, **fields)
 
 
 def gradients(head: PackedHead) -> dict[str, Tensor]:
@@ -60,7 +60,9 @@ def gradients(head: PackedHead) -> dict[str, Tensor]:
     return found
 
 
-def plain_losses(head: PackedHead, target: HookedTarget, rows: Rows, slots: Tensor) -> list[Tensor]:
+def plain_losses(
+    head: PackedHead, target: HookedTarget, rows: HookedRows, slots: Tensor
+) -> list[Tensor]:
     """Each slot's loss by the book, from all logits at once; slots [rows, A, 3, H]."""
     labels = rows.labels(3)
     logits = target.logits(slots)

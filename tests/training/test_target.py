@@ -27,15 +27,15 @@ from transformers import (
     Starcoder2Config,
 )
 
-from vllm_specformer.training.hidden_states import HookedTarget, logit_changes
-from vllm_specformer.training.target import (
+from vllm_specformer.target.hidden_states import HookedTarget, logit_changes
+from vllm_specformer.target.model import (
     UnsupportedTargetError,
     can_pack,
     check_decoder,
     check_parts,
     head_config,
     load_target,
-    read_config,
+    read_target_config,
 )
 
 SHAPE: dict[str, Any] = {
@@ -190,7 +190,7 @@ def test_decoders_that_keep_their_parts_elsewhere() -> None:
 def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of", "architectures": ["X"]}')
     with pytest.raises(UnsupportedTargetError, match="cannot read its configuration"):
-        read_config(tmp_path)
+        read_target_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
     with pytest.raises(UnsupportedTargetError, match="cannot load it as a causal language model"):
         load_target(tmp_path, torch.float32, torch.device("cpu"))

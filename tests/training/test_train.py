@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from training_runs import ENVIRONMENT, command, train
 
-from vllm_specformer.config import read_config
+from vllm_specformer.config import read_head_config
 from vllm_specformer.data.files import sha256_of
 from vllm_specformer.head import SpecFormerHead
-from vllm_specformer.weights import check_weights
+from vllm_specformer.pairing import check_weights
 
 # Weights are stored in bfloat16, and sums over two processes are rounded in another order.
 CLOSE = {"rtol": 0.02, "atol": 2e-3}
@@ -45,7 +45,7 @@ def finished(pair: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_result_is_a_head(pair: Path, finished: Path) -> None:
     assert {p.name for p in finished.iterdir()} == RESULT
-    config = read_config(finished)
+    config = read_head_config(finished)
     assert (config.num_draft_slots, config.markov_rank) == (3, 4)
     assert config.target_name_or_path == str(pair / "target")
     check_weights(finished, config)
@@ -111,7 +111,7 @@ def test_the_same_seed_gives_the_same_head(pair: Path, finished: Path, tmp_path:
 )
 def test_settings(pair: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     provenance = train(pair, tmp_path / "out", **changes)
-    config = read_config(tmp_path / "out")
+    config = read_head_config(tmp_path / "out")
     check_weights(tmp_path / "out", config)
     assert config.use_bonus_embedding is (changes.get("preset") != "paper")
     if "hooks" in changes:
@@ -130,7 +130,7 @@ def test_settings(pair: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
 def test_targets_that_cannot_pack_are_padded(
     pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vllm_specformer.training.run.can_pack", lambda target: False)
+    monkeypatch.setattr("vllm_specformer.training.train.can_pack", lambda target: False)
     provenance = train(pair, tmp_path / "out")
     assert provenance["packed"] is False
     assert "does not keep texts apart that share a row" in capsys.readouterr().out

@@ -9,8 +9,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from vllm_specformer.data.manifest import Manifest, PromptFile, Sampling, Settings
-from vllm_specformer.data.shards import Row, ShardWriter
-from vllm_specformer.data.target import target_record
+from vllm_specformer.data.shards import Conversation, ShardWriter
+from vllm_specformer.target.files import target_record
 from vllm_specformer.training.texts import Text, Texts
 
 
@@ -62,7 +62,7 @@ def write_distilled(directory: Path, texts: Texts, target: Path = TARGET, shards
     for number in range(settings.num_shards):
         first = number * settings.shard_size
         rows = [
-            Row(
+            Conversation(
                 id=int(texts.ids[i]),
                 input_ids=texts.input_ids(i).tolist(),
                 answer_starts=[start for start, _ in texts.answers(i)],

@@ -28,14 +28,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vllm_specformer.config import SpecFormerConfig, read_config
+from vllm_specformer.config import SpecFormerConfig, read_head_config
 from vllm_specformer.data.files import directory_lock, write_atomic
-from vllm_specformer.data.target import fingerprint, read_json
-from vllm_specformer.engine.checks import check_pair
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.pairing import WEIGHTS_FILE, check_pair
 from vllm_specformer.shapes import TargetShape
-from vllm_specformer.training.target import read_config as read_target_config
-from vllm_specformer.weights import WEIGHTS_FILE
+from vllm_specformer.target.files import fingerprint, read_json
+from vllm_specformer.target.model import read_target_config
 
 RECORD_FILE = "enlarged.json"
 DEFAULT_LAYERS = 16
@@ -87,7 +86,7 @@ def enlarge(
         EnlargeError: an architecture whose layers do more than add, or too small a size.
         HeadConfigError, SpeculativeConfigError: the pair does not fit.
     """
-    head_config = read_config(head)
+    head_config = read_head_config(head)
     check_pair(head_config, read_target_config(target), str(target))
     config = read_json(target / "config.json")
     larger = _larger_config(config, str(target), parameters, layers)

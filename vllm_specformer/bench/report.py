@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_specformer.bench.arms import NONE
-from vllm_specformer.bench.figures import COLUMNS, Figures, prediction_error, summarise
-from vllm_specformer.bench.run import Result
+from vllm_specformer.bench.compare import Result
+from vllm_specformer.bench.metrics import COLUMNS, Figures, prediction_error, summarise
 from vllm_specformer.data.files import write_atomic
 
 _WIDTH = 130

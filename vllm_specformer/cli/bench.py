@@ -103,9 +103,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure and report; exit code 0, 130 after Ctrl-C."""
+    from vllm_specformer.bench.compare import compare
     from vllm_specformer.bench.options import Options
     from vllm_specformer.bench.report import report
-    from vllm_specformer.bench.run import compare
     from vllm_specformer.errors import SpecFormerError
 
     named = dict(options.speculative_config)

@@ -20,7 +20,7 @@ from vllm_specformer.cli.common import INTERRUPTED, fields_of, say
 
 if TYPE_CHECKING:
     from vllm_specformer.data.manifest import Manifest
-    from vllm_specformer.distill.run import Options
+    from vllm_specformer.distill.distill import Options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Distill; exit code 0 when the directory is complete, 130 when interrupted."""
-    from vllm_specformer.distill.run import Options, distill, safe
+    from vllm_specformer.distill.distill import Options, distill, safe
     from vllm_specformer.errors import SpecFormerError
 
     request = Options(**fields_of(options, Options))
@@ -140,7 +140,7 @@ def _check(options: Options) -> None:
 
 def summary(options: Options, manifest: Manifest) -> str:
     """What the directory holds and what to do with it."""
-    from vllm_specformer.distill.run import in_words
+    from vllm_specformer.distill.distill import in_words
 
     counts = manifest.counts
     lines = [

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_specformer import __version__
-from vllm_specformer.engine.compat import (
+from vllm_specformer.engine.compat.versions import (
     IncompatibleVLLMError,
     check_version,
     installed_vllm,
@@ -161,9 +161,11 @@ def _examine_media(report: Report) -> None:
 
 def _examine_ledger(report: Report) -> None:
     try:
-        from vllm_specformer.engine.patches import LEDGER
+        from vllm_specformer.engine.patches.ledger import LEDGER
     except Exception as error:  # whatever it is, the report has to come out
-        report.problems.append(f"vllm_specformer.engine.patches cannot be imported: {error!r}")
+        report.problems.append(
+            f"vllm_specformer.engine.patches.ledger cannot be imported: {error!r}"
+        )
         return
     report.patches = [
         {"target": patch.target, "reason": patch.reason, "guard": patch.guard} for patch in LEDGER

@@ -87,8 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Evaluate; exit code 0, 1 if the engine disagrees with the replay, 130 after Ctrl-C."""
     from vllm_specformer.data.files import write_atomic
+    from vllm_specformer.evaluation.evaluate import Options, evaluate
     from vllm_specformer.evaluation.report import plot, print_report
-    from vllm_specformer.evaluation.run import Options, evaluate
 
     check_results([options.json, options.plot])
     try:

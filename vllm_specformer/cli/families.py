@@ -50,8 +50,8 @@ def make_list() -> Families:
     """Look at the installed vLLM and Transformers; half a minute."""
     import transformers
 
-    from vllm_specformer.engine.compat import installed_vllm, vllm_root
-    from vllm_specformer.engine.target_classes import target_classes
+    from vllm_specformer.engine.compat.target_classes import target_classes
+    from vllm_specformer.engine.compat.versions import installed_vllm, vllm_root
     from vllm_specformer.training.buildable import model_types, obstacles
 
     classes, types = target_classes(vllm_root()), model_types()

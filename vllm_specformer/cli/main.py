@@ -1,7 +1,8 @@
 """The command `specformer`: a table of subcommands, each in a module of its own.
 
-A module offers `add_arguments(parser)` and `run(options) -> exit code`. Only the module of the
-subcommand in use is imported, so `specformer doctor` never waits for what training needs.
+A module offers `add_arguments(parser)` and `run(options) -> exit code`; `serve` alone takes the
+arguments as they are, since they are vLLM's. Only the module of the subcommand in use is imported,
+so `specformer doctor` never waits for what training needs.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ from importlib import import_module
 
 from vllm_specformer import __version__
 from vllm_specformer.cli.extras import check_extras
+from vllm_specformer.cli.serve import serve
 from vllm_specformer.errors import SpecFormerError
+
+# Takes vLLM's arguments, so none is read here.
+SERVE = "serve"
 
 # Subcommand -> (module, one line of help).
 COMMANDS: dict[str, tuple[str, str]] = {
+    SERVE: ("vllm_specformer.cli.serve", "run `vllm serve`, with vLLM's CPU wheel too"),
     "doctor": ("vllm_specformer.cli.doctor", "check whether SpecFormer can run in this vLLM"),
     "families": ("vllm_specformer.cli.families", "list the models a head can be trained for"),
     "distill": ("vllm_specformer.cli.distill", "let the target answer prompts, for training"),
@@ -32,6 +38,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code, 2 when the user has something to put right."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == [SERVE]:
+        return serve(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="specformer", description="SpecFormer speculative decoding for vLLM."
     )
@@ -40,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     for name, (module, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary)
-        if name == chosen:
+        if name == chosen and name != SERVE:
             command = import_module(module)
             command.add_arguments(subparser)
             subparser.set_defaults(run=command.run)

@@ -131,8 +131,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the plan; exit code 0, 130 after Ctrl-C."""
     from vllm_specformer.data.files import write_atomic
+    from vllm_specformer.planning.plan import Options, make_plan
     from vllm_specformer.planning.report import plot, print_plan
-    from vllm_specformer.planning.run import Options, make_plan
 
     check_results([options.json, options.plot])
     chosen = Options(**fields_of(options, Options))

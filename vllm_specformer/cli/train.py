@@ -59,8 +59,8 @@ def _choices(annotation: Any) -> list[str]:
 
 def run(options: argparse.Namespace) -> int:
     """Train, or continue; exit code 0 when the head is there, 130 after Ctrl-C."""
-    from vllm_specformer.training.run import train
     from vllm_specformer.training.settings import TrainSettings
+    from vllm_specformer.training.train import train
 
     known = {n: v for n, v in vars(options).items() if n in TrainSettings.model_fields}
     settings = TrainSettings.read(**known)

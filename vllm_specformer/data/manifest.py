@@ -31,7 +31,7 @@ class TargetRecord(_Record):
     revision: str | None = Field(description="Commit of the model hub, null for a directory.")
     architecture: str = Field(description="First entry of `architectures` in its config.json.")
     vocab_size: int = Field(gt=0, description="Every token id lies below.")
-    fingerprint: str = Field(description="See data/target.py; equal for equal weights.")
+    fingerprint: str = Field(description="See target/files.py; equal for equal weights.")
 
 
 class Sampling(_Record):

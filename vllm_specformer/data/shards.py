@@ -28,8 +28,8 @@ from vllm_specformer.data.manifest import (
 
 __all__ = [
     "SCHEMA",
+    "Conversation",
     "Manifest",
-    "Row",
     "ShardWriter",
     "read_manifest",
     "read_rows",
@@ -51,7 +51,7 @@ _METADATA_KEY = b"specformer"
 
 
 @dataclass(frozen=True)
-class Row:
+class Conversation:
     """One conversation as the target saw and produced it.
 
     `id` is the prompt's place in the input; the target generated the half-open spans
@@ -80,7 +80,7 @@ class ShardWriter:
     def write(
         self,
         number: int,
-        rows: Sequence[Row],
+        rows: Sequence[Conversation],
         skipped: Mapping[str, int] | None = None,
         cut: Mapping[str, int] | None = None,
     ) -> ShardRecord:
@@ -148,11 +148,11 @@ def read_shards(directory: Path, manifest: Manifest) -> Iterator[pa.Table]:
         yield _read(directory / record.file, record.sha256)
 
 
-def read_rows(directory: Path, manifest: Manifest) -> Iterator[Row]:
+def read_rows(directory: Path, manifest: Manifest) -> Iterator[Conversation]:
     """Every conversation of a directory, in the order of their ids; raises as `read_shards`."""
     for table in read_shards(directory, manifest):
         for values in table.to_pylist():
-            yield Row(**values)
+            yield Conversation(**values)
 
 
 def _read(path: Path, sha256: str) -> pa.Table:

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from vllm_specformer.data.manifest import Sampling
 from vllm_specformer.data.prompts import Prompt, derive
-from vllm_specformer.data.shards import Row
+from vllm_specformer.data.shards import Conversation
 from vllm_specformer.distill.encode import Encoder, TemplateRefusedError
-from vllm_specformer.distill.engine import Answer, Request
 
 TOO_LONG = "prompt longer than the context"
 EMPTY = "prompt without a token"
 TEMPLATE = "refused by the chat template"
 ANSWER_CUT = "answer reached the maximum length"
 SEED_BITS = 31  # what every server takes
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt as token ids, and how to continue it; `seed` is None where nothing is drawn."""
+
+    prompt_ids: list[int]
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated tokens, the end token included."""
+
+    token_ids: Sequence[int]
+    finish_reason: Literal["stop", "length"]
 
 
 class Dialogue:
@@ -96,12 +116,12 @@ class Dialogue:
         else:
             self.skipped = why
 
-    def row(self) -> Row | None:
+    def row(self) -> Conversation | None:
         """The conversation so far; None when skipped."""
         if self.skipped:
             return None
         spans = [(s, e) for s, e in zip(self._starts, self._ends, strict=True) if e > s]
-        return Row(
+        return Conversation(
             id=self.prompt.id,
             input_ids=self._ids,
             answer_starts=[start for start, _ in spans],

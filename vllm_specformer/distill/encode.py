@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specformer.data.prompts import Message
-from vllm_specformer.data.target import TargetError, end_token_ids
+from vllm_specformer.target.files import TargetError, end_token_ids
 
 # Stands for an answer while the text after it is looked up. No template trims or escapes it.
 _ANSWER = "SPECFORMER7f3a9c52ANSWER"

@@ -12,8 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_specformer.distill.dialogue import Dialogue
-from vllm_specformer.distill.engine import Answer, EngineError, Progress, Request
+from vllm_specformer.distill.backend import EngineError, Progress
+from vllm_specformer.distill.dialogue import Answer, Dialogue, Request
 
 # Arguments of vLLM that have an option of their own -> that option.
 _OWN = {

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from vllm_specformer.distill.dialogue import Dialogue
+from vllm_specformer.distill.backend import EngineError, Progress
+from vllm_specformer.distill.dialogue import Answer, Dialogue, Request
 from vllm_specformer.distill.encode import Encoder
-from vllm_specformer.distill.engine import Answer, EngineError, Progress, Request
 
 REFUSED = "refused by the server"
 NOT_SAME = "answer's text does not give its tokens again"

@@ -28,7 +28,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
-from vllm_specformer.engine.cpu_pages import CpuContext, CpuPages, turned
+from vllm_specformer.engine.cpu.pages import CpuContext, CpuPages, rotated
 
 
 @dataclass
@@ -162,10 +162,10 @@ class DraftAttention(nn.Module, AttentionLayerBase):
             return query
         pages = self._cpu_pages()
         if pages is not None:
-            pages.store(turned(key, rotary_table, positions), value, slot_mapping)
+            pages.store(rotated(key, rotary_table, positions), value, slot_mapping)
             if query is None or query_positions is None:
                 return None
-            return turned(query, rotary_table, query_positions)
+            return rotated(query, rotary_table, query_positions)
         return kv_store(
             key,
             value,

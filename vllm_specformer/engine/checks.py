@@ -9,20 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from vllm_specformer.config import (
-    MIN_TARGET_LAYERS,
-    SPECULATORS_TYPE,
-    HeadConfigError,
-    SpecFormerConfig,
-    read_config,
-)
-from vllm_specformer.engine.patches import verifies_coupled
-from vllm_specformer.engine.speculative_fields import (
-    SpeculativeConfigError,
-    check_fields,
-    checked_tokens,
-)
-from vllm_specformer.weights import check_weights
+from vllm_specformer.config import SPECULATORS_TYPE, SpecFormerConfig, read_head_config
+from vllm_specformer.engine.speculative_config import check_fields, checked_tokens, verifies_coupled
+from vllm_specformer.errors import SpeculativeConfigError
+from vllm_specformer.pairing import check_pair, check_weights
 
 
 def is_specformer(speculative: dict[str, Any]) -> bool:
@@ -128,7 +118,7 @@ def _read_head(speculative: dict[str, Any]) -> SpecFormerConfig:
         )
     try:
         if Path(str(model)).exists():
-            return read_config(Path(str(model)))
+            return read_head_config(Path(str(model)))
         content, _ = PreTrainedConfig.get_config_dict(
             str(model), revision=speculative.get("revision")
         )
@@ -138,45 +128,6 @@ def _read_head(speculative: dict[str, Any]) -> SpecFormerConfig:
             f"nor a repository that can be read ({str(error).splitlines()[0][:200]})"
         ) from None
     return SpecFormerConfig.from_dict(content, _source=f" {model}")
-
-
-def check_pair(head: SpecFormerConfig, target: PreTrainedConfig, name: str) -> None:
-    """Refuse a target that the head's shapes do not fit.
-
-    Args:
-        target: the target's Hugging Face configuration.
-        name: of the target, for the message.
-
-    Raises:
-        SpeculativeConfigError, HeadConfigError: see their messages.
-    """
-    layers = target.get_text_config().num_hidden_layers
-    if layers < MIN_TARGET_LAYERS:
-        raise SpeculativeConfigError(
-            f"target {name}: num_hidden_layers={layers}, SpecFormer needs at least "
-            f"{MIN_TARGET_LAYERS} (its hooks coincide below that); serve it without speculation"
-        )
-    text = target.get_text_config()
-    found = {
-        "architecture": (target.architectures or [None])[0],
-        "hidden_size": text.hidden_size,
-        "num_hidden_layers": layers,
-        "vocab_size": text.vocab_size,
-    }
-    trained = {
-        "architecture": head.target_architecture,
-        "hidden_size": head.hidden_size,
-        "num_hidden_layers": head.target_num_layers,
-        "vocab_size": head.vocab_size,
-    }
-    wrong = [
-        f"{k} is {found[k]}, the head's is {trained[k]}" for k in found if found[k] != trained[k]
-    ]
-    if wrong:
-        raise HeadConfigError(
-            f"the head was trained for another target than {name}: "
-            f"{'; '.join(wrong)}; use the head of this target, or train one for it"
-        )
 
 
 def _check_states(head: SpecFormerConfig, model_config: Any) -> None:

@@ -1,9 +1,9 @@
 """Drafts that end where the head is no longer sure of them.
 
-At a large batch every drafted token is a row that the target pays for. The head's own odds say
-which are worth it: the product of its largest probabilities up to a slot estimates the chance that
-the draft is accepted that far. From the first slot on whose product is below the threshold nothing
-is drafted.
+At a large batch every drafted token is a row that the target pays for. The head's own
+probabilities say which are worth it: the product of its largest ones up to a slot estimates the
+chance that the draft is accepted that far. From the first slot on whose product is below the
+threshold nothing is drafted.
 
 The number of drafts must not tell what was sampled: verification assumes that a draft comes from
 its distribution, whatever its value. So a slot's largest probability counts, never that of the
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_specformer.engine.patches import confidence_ranges
-from vllm_specformer.engine.speculative_fields import CONFIDENCE, SpeculativeConfigError
+from vllm_specformer.engine.speculative_config import CONFIDENCE, confidence_ranges
+from vllm_specformer.errors import SpeculativeConfigError
 
 
 class ConfidenceCut:
@@ -57,8 +57,8 @@ class ConfidenceCut:
             tokens: drafts, int64 [R, n].
             largest: log of the largest probability of each slot, float32 [R, n].
         """
-        odds = largest.cumsum(1).exp()
-        kept = (odds >= self.at(len(tokens))).sum(1)  # odds fall from slot to slot
+        probability = largest.cumsum(1).exp()
+        kept = (probability >= self.at(len(tokens))).sum(1)  # it falls from slot to slot
         return [row[:n] for row, n in zip(tokens.tolist(), kept.tolist(), strict=True)]
 
 

@@ -18,14 +18,13 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_specformer.config import SpecFormerConfig
-from vllm_specformer.engine import cpu_norms
 from vllm_specformer.engine.attention import DraftAttention
-from vllm_specformer.engine.draft_vocabulary import CopiedRows, logits_of_some
-from vllm_specformer.engine.sharding import HeadShare
-from vllm_specformer.engine.without_adapters import without_adapters
+from vllm_specformer.engine.cpu import norms
+from vllm_specformer.engine.sharding import HeadShard
+from vllm_specformer.engine.target_logits import CopiedRows, logits_of_some, without_adapters
 from vllm_specformer.head import SpecFormerHead
-from vllm_specformer.parts import NORM_NAMES, find_part
-from vllm_specformer.weights import HeadWeightError, check_draft_tokens
+from vllm_specformer.pairing import HeadWeightError, check_draft_tokens
+from vllm_specformer.target.parts import NORM_NAMES, find_part
 
 # What decoders call their embedding, those of vLLM and those of Transformers that it runs.
 EMBEDDING_NAMES = ("embed_tokens", "embedding", "embeddings", "embed_in", "wte")
@@ -63,20 +62,20 @@ class SpecFormerDraftModel(nn.Module):
         self.head = SpecFormerHead(self.config)
         ranks = vllm_config.parallel_config.tensor_parallel_size
         wanted = speculative.draft_parallel_config.tensor_parallel_size
-        self.share = HeadShare(self.config, ranks, wanted)
+        self.shard = HeadShard(self.config, ranks, wanted)
         self.num_slots = self.config.num_draft_slots
         self.num_served = speculative.num_speculative_tokens
         layers = vllm_config.model_config.get_total_num_hidden_layers()
         self.attn = DraftAttention(
             prefix=f"model.layers.{layers}.self_attn.attn",
-            num_kv_heads=self.share.kv_heads,
+            num_kv_heads=self.shard.kv_heads,
             head_size=self.config.head_dim,
             scale=self.head.scale,
             max_requests=vllm_config.scheduler_config.max_num_seqs,
             block_widths=range(1, self.num_slots + 1),
         )
         self._target: dict[str, Callable[..., Tensor]] = {}
-        self._hook_norm: cpu_norms.HookNorm | None = None
+        self._hook_norm: norms.HookNorm | None = None
         self._is_prepared = False
 
     def bind_target(self, target: Any) -> None:
@@ -108,8 +107,8 @@ class SpecFormerDraftModel(nn.Module):
 
     def use_cpu_norms(self) -> None:
         """From now on norms are vLLM's CPU operation, for a runner without our Triton kernels."""
-        self._hook_norm = cpu_norms.HookNorm(self.head)
-        cpu_norms.use_for(self.head)
+        self._hook_norm = norms.HookNorm(self.head)
+        norms.use_for(self.head)
 
     def combine_hidden_states(self, hooked_states: Sequence[Tensor]) -> Tensor:
         """G hooked states [T, H] -> context states [T, H]."""
@@ -119,10 +118,10 @@ class SpecFormerDraftModel(nn.Module):
         return context
 
     def normalise(self, context: Tensor) -> Tensor:
-        """Context states [..., H] as `store_context` takes them."""
+        """Context states [..., H] as `store_context_and_query` takes them."""
         return self.head.context_norm(context)
 
-    def store_context(
+    def store_context_and_query(
         self,
         normed: Tensor,
         positions: Tensor,
@@ -162,7 +161,7 @@ class SpecFormerDraftModel(nn.Module):
 
         Args:
             anchors: context states [R, H] of each request's last accepted token.
-            queries: theirs, [R, heads, D], as `store_context` made them.
+            queries: theirs, [R, heads, D], as `store_context_and_query` made them.
             positions: int64 [R], their positions; the K/V up to them are in the cache.
             bonus_tokens: integer [R], the tokens the target has just sampled.
             block_table: int32 [R, blocks]; None only while no cache is bound.
@@ -229,7 +228,7 @@ class SpecFormerDraftModel(nn.Module):
             proj.weight = nn.Parameter(proj.weight[:rows].clone(), requires_grad=False)
             proj.bias = nn.Parameter(proj.bias[:rows].clone(), requires_grad=False)
             proj.out_features = rows
-        self.share.cut(self.head)
+        self.shard.cut(self.head)
         if self.head.fc.weight.device.type == "cpu":
             self._pack()
 

@@ -17,10 +17,9 @@ from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_specformer.engine.checks import check_target_class, check_v1_verification
 from vllm_specformer.engine.confidence import ConfidenceCut, largest_log_probs
-from vllm_specformer.engine.draft_time import DraftClock, timed
 from vllm_specformer.engine.kv_transfer import moving_pages
-from vllm_specformer.engine.late_store import Rows, has_time_between_steps
-from vllm_specformer.engine.monitor import AcceptanceMonitor
+from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
+from vllm_specformer.engine.patches.late_store import DeferredRows, has_time_between_steps
 
 
 class SpecFormerProposer(DFlashProposer):
@@ -33,7 +32,7 @@ class SpecFormerProposer(DFlashProposer):
         self.monitor = AcceptanceMonitor(device)
         self.clock = DraftClock(device, vllm_config.parallel_config)
         self.stores_late = device.type == "cpu" and has_time_between_steps(vllm_config)
-        self._left: Rows | None = None
+        self._left: DeferredRows | None = None
         self._num_drafted = 0
         self._last_draft_probs: Tensor | None = None
 
@@ -72,7 +71,7 @@ class SpecFormerProposer(DFlashProposer):
         positions = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
         context = self.model.combine_hidden_states(self._hooks(states))
         normed, first = self.model.normalise(context), positions[:requests]
-        queries = self.model.store_context(
+        queries = self.model.store_context_and_query(
             normed, positions, torch.full_like(positions, -1), normed[:requests], first
         )
         if not self.model.attn.is_bound:
@@ -121,7 +120,7 @@ class SpecFormerProposer(DFlashProposer):
 
     def _store(self, states: Tensor, positions: Tensor, slots: Tensor) -> None:
         context = self.model.combine_hidden_states(self._hooks(states))
-        self.model.store_context(self.model.normalise(context), positions, slots)
+        self.model.store_context_and_query(self.model.normalise(context), positions, slots)
 
     @moving_pages
     @timed
@@ -174,7 +173,7 @@ class SpecFormerProposer(DFlashProposer):
         if last is None:
             last = common.query_start_loc[1 : requests + 1] - 1
         positions = target_positions[last]
-        queries = self.model.store_context(
+        queries = self.model.store_context_and_query(
             normed, target_positions, slot_mapping, normed[last], positions
         )
         slots = self.model(
@@ -212,7 +211,8 @@ class SpecFormerProposer(DFlashProposer):
         """Slot by slot, each biased by the token chosen before it; logits [R, n, V or N].
 
         Returns:
-            Tokens [R, n]; their odds, if asked for; the logits, with their bias if drafts are cut.
+            Tokens [R, n]; their probabilities, if asked for; the logits, with their bias, if
+            drafts are cut.
         """
         previous, tokens, probs, biased = bonus_tokens, [], [], []
         for slot in logits.unbind(1):
@@ -230,9 +230,9 @@ class SpecFormerProposer(DFlashProposer):
         )
 
     def _choose(self, logits: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
-        """Target ids [rows] and, if asked for, their odds over the target's vocabulary [rows, V].
+        """Target ids [rows] and, if asked for, the probabilities [rows, V] they are drawn from.
 
-        Of logits [rows, V], or [rows, N] of a draft vocabulary: other tokens have the odds 0.
+        Of logits [rows, V], or [rows, N] of a draft vocabulary: other tokens have probability 0.
         """
         wants_probs = self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
         if self.device.type == "cpu" and not wants_probs:

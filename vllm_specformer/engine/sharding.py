@@ -26,7 +26,7 @@ from vllm_specformer.head import Projections, SpecFormerHead, SwiGLU
 logger = init_logger(__name__)
 
 
-class HeadShare:
+class HeadShard:
     """What part of a head this rank holds.
 
     Args:

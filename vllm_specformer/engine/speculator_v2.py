@@ -24,10 +24,9 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_specformer.engine.checks import check_target_class, check_v2_adapters
 from vllm_specformer.engine.confidence import check_no_cut
-from vllm_specformer.engine.draft_time import DraftClock, timed
 from vllm_specformer.engine.kv_transfer import moving_pages
-from vllm_specformer.engine.monitor import AcceptanceMonitor
-from vllm_specformer.engine.patches import verifies_coupled
+from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
+from vllm_specformer.engine.speculative_config import verifies_coupled
 
 
 def drafts_by_batch_size(vllm_config: VllmConfig) -> list[int]:
@@ -72,7 +71,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         self.anchor_rows = torch.zeros(requests, dtype=torch.int64, device=device)
         self.anchor_positions = torch.zeros(requests, dtype=torch.int64, device=device)
         self.bonus_tokens = torch.zeros(requests, dtype=torch.int64, device=device)
-        self.context_slots = torch.full(
+        self.slot_mapping = torch.full(
             (self.max_num_tokens,), PAD_SLOT_ID, dtype=torch.int64, device=device
         )
         self.slot_offsets = torch.arange(self.num_speculative_steps, device=device)
@@ -145,12 +144,12 @@ class SpecFormerSpeculator(DFlashSpeculator):
         """Context rows a captured step stores: one whole verification per request."""
         return min(num_reqs * (self._num_graph_drafts(num_reqs) + 1), self.max_num_tokens)
 
-    def _store_context(self, start: int, end: int, *anchors: Tensor) -> Tensor | None:
+    def _store_context_and_query(self, start: int, end: int, *anchors: Tensor) -> Tensor | None:
         """Store rows of the buffers; with normalised anchors and their positions, their queries."""
-        return self.model.store_context(
+        return self.model.store_context_and_query(
             self.model.normalise(self.hidden_states[start:end]),
             self.context_positions[start:end],
-            self.context_slots[start:end],
+            self.slot_mapping[start:end],
             *anchors,
         )
 
@@ -162,7 +161,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         """
         (old_reqs, old_tokens), self._live_rows = self._live_rows, (num_reqs, num_tokens)
         if old_tokens > num_tokens:
-            self.context_slots[num_tokens:old_tokens].fill_(PAD_SLOT_ID)
+            self.slot_mapping[num_tokens:old_tokens].fill_(PAD_SLOT_ID)
         if old_reqs > num_reqs:
             requests = slice(num_reqs, old_reqs)
             self.anchor_rows[requests].zero_()
@@ -193,7 +192,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         if dummy_run:
             return
         assert slot_mappings is not None
-        self.context_slots[:tokens].copy_(slot_mappings[self.model.attn.layer_name][:tokens])
+        self.slot_mapping[:tokens].copy_(slot_mappings[self.model.attn.layer_name][:tokens])
 
         rows = batch.query_start_loc[1 : requests + 1] - 1 - num_rejected[:requests]
         state = batch.idx_mapping[:requests].long()
@@ -261,7 +260,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
             dummy_run,
         )
         if num_speculative_tokens == 0:
-            self._store_context(0, tokens)
+            self._store_context_and_query(0, tokens)
             return self.draft_tokens[:requests]
         wanted = num_speculative_tokens or self.num_speculative_steps
         if dummy_run and skip_attn_for_dummy_run:
@@ -303,7 +302,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         # The graph stores the first rows; what a prefill brings beyond them is stored before it.
         captured = self._num_graph_context_tokens(batch_desc.num_reqs)
         if tokens > captured:
-            self._store_context(captured, tokens)
+            self._store_context_and_query(captured, tokens)
         self.query_cudagraph_manager.run_fullgraph(batch_desc)
 
     def _generate_draft(
@@ -329,7 +328,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         positions = self.anchor_positions[:num_reqs]
         anchors = self.hidden_states[self.anchor_rows[:num_reqs]]
         normed = self.model.normalise(anchors)
-        queries = self._store_context(0, num_context, normed, positions)
+        queries = self._store_context_and_query(0, num_context, normed, positions)
         table = None if self._block_table is None else self._block_table[:num_reqs]
         slots = self.model(anchors, queries, positions, bonus, table, wanted)
         logits = self.model.compute_logits(slots.flatten(0, 1))
@@ -358,7 +357,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
 
         Drawn tokens meet the noise of their target ids, and vLLM verifies them by cached logits of
         the whole vocabulary. So a draft vocabulary's logits are spread over it first, where the
-        drafts are not simply the best ones; tokens outside have the odds 0.
+        drafts are not simply the best ones; tokens outside have probability 0.
         """
         head = self.model.head
         is_drawn = self.draws_with_target or self.draft_logits is not None

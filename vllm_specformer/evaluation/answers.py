@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from vllm_specformer.distill.engine import Request
+from vllm_specformer.distill.dialogue import Request
 from vllm_specformer.training.texts import Text
 
 _BATCH = 64

@@ -19,8 +19,8 @@ import torch
 from vllm_specformer.evaluation.agreement import Agreement, Step, engine_steps
 from vllm_specformer.evaluation.replay import Alter, draft_texts
 from vllm_specformer.evaluation.served import Served
-from vllm_specformer.training.hidden_states import HookedTarget
-from vllm_specformer.training.packed_head import PackedHead, Rows
+from vllm_specformer.target.hidden_states import HookedTarget
+from vllm_specformer.training.packed_head import HookedRows, PackedHead
 from vllm_specformer.training.texts import Texts
 
 # A hypothesis is named if it explains this share of the engine's steps, and so much of what the
@@ -91,16 +91,16 @@ def _mistakes(head: PackedHead, target: HookedTarget) -> Iterator[_Mistake]:
         yield _Mistake("the Markov term is left out", target, config={"markov_rank": 0})
 
 
-def _normed(rows: Rows) -> Rows:
+def _normed(rows: HookedRows) -> HookedRows:
     return replace(rows, hooked_states=[*rows.hooked_states[:-1], rows.last_states])
 
 
-def _spread(rows: Rows, chosen: list[int]) -> Rows:
+def _spread(rows: HookedRows, chosen: list[int]) -> HookedRows:
     """As many states as the head wants, where shifted hooks coincide."""
     return replace(rows, hooked_states=[rows.hooked_states[i] for i in chosen])
 
 
-def _without_context(rows: Rows) -> Rows:
+def _without_context(rows: HookedRows) -> HookedRows:
     """Every token a text of its own, so that an anchor sees itself only."""
     tokens = torch.arange(rows.segments.shape[1], device=rows.segments.device)
     return replace(rows, segments=tokens.expand_as(rows.segments))

@@ -14,25 +14,24 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 from vllm_specformer import __version__
-from vllm_specformer.config import SpecFormerConfig
-from vllm_specformer.config import read_config as read_head
+from vllm_specformer.config import SpecFormerConfig, read_head_config
 from vllm_specformer.data.manifest import TargetRecord
-from vllm_specformer.data.target import find_target, read_json, target_record
 from vllm_specformer.distill.encode import load_encoder
-from vllm_specformer.engine.checks import check_pair, checked_tokens
-from vllm_specformer.engine.compat import (
+from vllm_specformer.engine.checks import checked_tokens
+from vllm_specformer.engine.compat.target_classes import INTERFACE, target_classes
+from vllm_specformer.engine.compat.versions import (
     IncompatibleVLLMError,
     check_version,
     installed_vllm,
     supported_range,
     vllm_root,
 )
-from vllm_specformer.engine.target_classes import INTERFACE, target_classes
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.evaluation.provenance import read_provenance
+from vllm_specformer.pairing import check_pair, check_weights, expected_shapes
+from vllm_specformer.target.files import find_target, read_json, target_record
+from vllm_specformer.target.model import read_target_config
 from vllm_specformer.training.report import kind_of_head
-from vllm_specformer.training.target import read_config as read_target
-from vllm_specformer.weights import check_weights, expected_shapes
 
 Status = Literal["ok", "warning", "misfit"]
 OK: Status = "ok"
@@ -63,7 +62,7 @@ def examine(
     What depends on a file that cannot be used is left out.
     """
     findings: list[Finding] = []
-    config = _try(findings, "configuration", lambda: read_head(head))
+    config = _try(findings, "configuration", lambda: read_head_config(head))
     if config is None:
         return findings
     findings.append(Finding("configuration", OK, kind_of_head(config)))
@@ -75,7 +74,7 @@ def examine(
     if place is None:
         return findings
     directory, commit = place
-    hf_config = _try(findings, "target", lambda: read_target(directory))
+    hf_config = _try(findings, "target", lambda: read_target_config(directory))
     if hf_config is not None:
         findings += _shapes(config, hf_config, name)
         findings += _context(config, hf_config)

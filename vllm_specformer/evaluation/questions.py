@@ -13,9 +13,8 @@ import numpy as np
 from vllm_specformer.data.manifest import Sampling, read_manifest
 from vllm_specformer.data.prompts import Prompt, derive, scan, shortened
 from vllm_specformer.data.shards import read_shards
-from vllm_specformer.distill.dialogue import SEED_BITS, Dialogue
+from vllm_specformer.distill.dialogue import SEED_BITS, Dialogue, Request
 from vllm_specformer.distill.encode import Encoder
-from vllm_specformer.distill.engine import Request
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.training.result import data_digest
 from vllm_specformer.training.texts import Texts, held_out_texts, read_texts

@@ -18,10 +18,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.acceptance import Acceptance, Drafter, Lookup, repeated_fraction
-from vllm_specformer.training.evaluation import drafts_at, drafts_by_text, run_target
-from vllm_specformer.training.hidden_states import HookedTarget
-from vllm_specformer.training.packed_head import DEFAULT_MEMORY, PackedHead, Rows
+from vllm_specformer.training.heldout import drafts_at, drafts_by_text, run_target
+from vllm_specformer.training.packed_head import DEFAULT_MEMORY, HookedRows, PackedHead
 from vllm_specformer.training.packing import Budget, collate, plan_all
 from vllm_specformer.training.texts import Texts
 
@@ -30,7 +30,7 @@ HEAD, LOOKUP_3, LOOKUP_2_3, BOUND = "head", "lookup_3", "lookup_2_3", "bound"
 LOOKUPS = (LOOKUP_3, LOOKUP_2_3)
 
 # Changes the rows before the head sees them; see `causes.py`.
-Alter = Callable[[Rows], Rows]
+Alter = Callable[[HookedRows], HookedRows]
 
 
 @dataclass

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_specformer.evaluation.agreement import TOLERANCE
-from vllm_specformer.evaluation.figures import ALL, HALF, Figures
+from vllm_specformer.evaluation.metrics import ALL, HALF, Figures
 from vllm_specformer.evaluation.replay import BOUND, HEAD, LOOKUP_2_3, LOOKUP_3, LOOKUPS
 
 _TITLES = {

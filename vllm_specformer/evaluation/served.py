@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_specformer.distill.engine import EngineError, Request
+from vllm_specformer.distill.backend import EngineError
+from vllm_specformer.distill.dialogue import Request
 from vllm_specformer.evaluation.answers import cut
 from vllm_specformer.training.texts import Text
 

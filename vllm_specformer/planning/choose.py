@@ -22,7 +22,7 @@ MARGIN = 0.02
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """One batch size and number of drafted tokens; times are of one step, in seconds.
 
     Attributes:
@@ -46,7 +46,7 @@ class Row:
         return self.tokens_per_step * self.plain / self.step
 
 
-def best_count(rows: Sequence[Row], margin: float = MARGIN) -> int:
+def best_count(rows: Sequence[PlanRow], margin: float = MARGIN) -> int:
     """The K of one batch size that gains most, 0 unless it gains `margin` more than 0 does.
 
     What K = 0 costs is part of the choice: where it is much, drafting at a small loss is better.
@@ -56,7 +56,7 @@ def best_count(rows: Sequence[Row], margin: float = MARGIN) -> int:
     return best.count if best.ratio > without * (1 + margin) else 0
 
 
-def between(rows: Sequence[Row], batch: int) -> list[Row]:
+def between(rows: Sequence[PlanRow], batch: int) -> list[PlanRow]:
     """The rows of a batch size, by straight lines between those that are there."""
     found = []
     for count in sorted({row.count for row in rows}):
@@ -65,21 +65,21 @@ def between(rows: Sequence[Row], batch: int) -> list[Row]:
     return found
 
 
-def _interpolated(known: Sequence[Row], batch: int) -> Row:
+def _interpolated(known: Sequence[PlanRow], batch: int) -> PlanRow:
     place = bisect_left([row.batch for row in known], batch)
     if place == len(known):
         return _at(known[-1], known[-1], batch)
     return _at(known[max(0, place - 1)], known[place], batch)
 
 
-def _at(low: Row, high: Row, batch: int) -> Row:
+def _at(low: PlanRow, high: PlanRow, batch: int) -> PlanRow:
     width = high.batch - low.batch
     share = min(1.0, max(0.0, (batch - low.batch) / width)) if width else 0.0
 
     def mix(a: float, b: float) -> float:
         return a + share * (b - a)
 
-    return Row(
+    return PlanRow(
         batch,
         low.count,
         mix(low.tokens_per_step, high.tokens_per_step),
@@ -91,7 +91,7 @@ def _at(low: Row, high: Row, batch: int) -> Row:
     )
 
 
-def schedule(rows: Sequence[Row], margin: float = MARGIN) -> list[list[int]]:
+def schedule(rows: Sequence[PlanRow], margin: float = MARGIN) -> list[list[int]]:
     """The best K for every batch size up to the largest, as vLLM takes it.
 
     Returns:
@@ -100,7 +100,7 @@ def schedule(rows: Sequence[Row], margin: float = MARGIN) -> list[list[int]]:
     return _ranges(rows, lambda batch: best_count(batch, margin))
 
 
-def break_even(rows: Sequence[Row]) -> float:
+def break_even(rows: Sequence[PlanRow]) -> float:
     """Chance of acceptance from which on a draft is worth verifying, at one batch size.
 
     A row takes its share of a step, and in that time the batch would have emitted tokens: it pays
@@ -111,7 +111,7 @@ def break_even(rows: Sequence[Row]) -> float:
     return min(1.0, max(0.0, _seconds_per_row(rows) * tokens_per_second))
 
 
-def _seconds_per_row(rows: Sequence[Row]) -> float:
+def _seconds_per_row(rows: Sequence[PlanRow]) -> float:
     """What one more row of every request adds to a step of one batch size."""
     counts = [row.count for row in rows]
     if len(set(counts)) < 2:
@@ -119,7 +119,7 @@ def _seconds_per_row(rows: Sequence[Row]) -> float:
     return statistics.linear_regression(counts, [row.step - row.draft for row in rows]).slope
 
 
-def best_count_with_cut(rows: Sequence[Row], margin: float = MARGIN) -> int:
+def best_count_with_cut(rows: Sequence[PlanRow], margin: float = MARGIN) -> int:
     """The K of one batch size where drafts are cut by confidence, 0 where it cannot pay.
 
     As if the cut were perfect: of K slots that are drafted, only what is accepted is verified. So
@@ -128,7 +128,7 @@ def best_count_with_cut(rows: Sequence[Row], margin: float = MARGIN) -> int:
     per_row = max(0.0, _seconds_per_row(rows))
     bare = min(rows, key=lambda row: row.count)
 
-    def tokens_per_second(row: Row) -> float:
+    def tokens_per_second(row: PlanRow) -> float:
         verified = bare.step - bare.draft + (row.tokens_per_step - 1) * per_row
         return row.tokens_per_step / (verified + row.draft)
 
@@ -136,12 +136,12 @@ def best_count_with_cut(rows: Sequence[Row], margin: float = MARGIN) -> int:
     return best.count if tokens_per_second(best) > tokens_per_second(bare) * (1 + margin) else 0
 
 
-def cut_schedule(rows: Sequence[Row], margin: float = MARGIN) -> list[list[int]]:
+def cut_schedule(rows: Sequence[PlanRow], margin: float = MARGIN) -> list[list[int]]:
     """`best_count_with_cut` of every batch size up to the largest, as vLLM takes it."""
     return _ranges(rows, lambda batch: best_count_with_cut(batch, margin))
 
 
-def thresholds(rows: Sequence[Row]) -> list[list[float]]:
+def thresholds(rows: Sequence[PlanRow]) -> list[list[float]]:
     """`break_even` of every batch size up to the largest, in steps of 0.05.
 
     Returns:
@@ -150,7 +150,7 @@ def thresholds(rows: Sequence[Row]) -> list[list[float]]:
     return _ranges(rows, lambda batch: round(20 * break_even(batch)) / 20)
 
 
-def _ranges(rows: Sequence[Row], value: Callable[[list[Row]], float]) -> list[list[Any]]:
+def _ranges(rows: Sequence[PlanRow], value: Callable[[list[PlanRow]], float]) -> list[list[Any]]:
     """[[first batch size, last, value], ...] up to the largest, inclusive and without gaps."""
     ranges: list[list[Any]] = []
     for batch in range(1, max(row.batch for row in rows) + 1):
@@ -168,7 +168,7 @@ def combine(
     drafts: Mapping[tuple[int, int], float],
     tokens_per_step: Mapping[int, float],
     prompts: Mapping[int, tuple[float, float]] | None = None,
-) -> list[Row]:
+) -> list[PlanRow]:
     """Rows out of costs by batch size, or by batch size and count, and acceptance by count.
 
     Args:
@@ -178,5 +178,5 @@ def combine(
     for (batch, count), seconds in sorted(steps.items()):
         costs = (plain[batch], seconds, drafts[batch, count])
         reading = (prompts or {}).get(batch, (0.0, 0.0))
-        found.append(Row(batch, count, tokens_per_step[count], *costs, *reading))
+        found.append(PlanRow(batch, count, tokens_per_step[count], *costs, *reading))
     return found

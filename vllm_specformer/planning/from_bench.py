@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.planning.choose import Row
+from vllm_specformer.planning.choose import PlanRow
 
 _NONE = "none"
 _SCHEDULE = "num_speculative_tokens_per_batch_size"
 
 
-def rows_from_bench(path: Path) -> tuple[list[Row], dict[str, Any]]:
+def rows_from_bench(path: Path) -> tuple[list[PlanRow], dict[str, Any]]:
     """The arms with one K at every batch size, as rows; and what the file says of itself.
 
     `plain` and `step` are the seconds from one token (or step) of a request to the next, reading
-    prompts included, so that `Row.ratio` is the ratio measured. Where no arm drafted nothing, K = 0
-    counts as no speculation.
+    prompts included, so that `PlanRow.ratio` is the ratio measured. Where no arm drafted nothing,
+    K = 0 counts as no speculation.
 
     Raises:
         SpecFormerError: not such a file, no such arms, or not all of them at every concurrency.
@@ -51,12 +51,12 @@ def rows_from_bench(path: Path) -> tuple[list[Row], dict[str, Any]]:
             )
         plain = size / measured[size, _NONE]["tokens_per_second"]
         if 0 not in counts.values():
-            rows.append(Row(size, 0, 1.0, plain, plain, 0.0))
+            rows.append(PlanRow(size, 0, 1.0, plain, plain, 0.0))
         for arm, count in counts.items():
             line = measured[size, arm]
             gain = line["tokens_per_step"]
             step = gain * plain / line["ratio_to_none"]
-            rows.append(Row(size, count, gain, plain, step, (line["draft_ms"] or 0.0) / 1000))
+            rows.append(PlanRow(size, count, gain, plain, step, (line["draft_ms"] or 0.0) / 1000))
     return sorted(rows, key=lambda row: (row.batch, row.count)), about
 
 

@@ -1,7 +1,7 @@
 """What a plan's costs make of a whole load: requests come, are read, answered and leave.
 
-`Row.ratio` is about steps that only decode, at one batch size. A measured run reads prompts too,
-which no way of decoding makes faster, and its last answers end in batches smaller than its
+`PlanRow.ratio` is about steps that only decode, at one batch size. A measured run reads prompts
+too, which no way of decoding makes faster, and its last answers end in batches smaller than its
 concurrency. Here the same costs run through the whole of it: the steps of an engine that is given
 the next request as soon as one leaves.
 """
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from vllm_specformer.planning.choose import Row, between
+from vllm_specformer.planning.choose import PlanRow, between
 
 
 def seconds_under_load(
-    rows: Sequence[Row],
+    rows: Sequence[PlanRow],
     answers: Sequence[int],
     concurrency: int,
     count_at: Callable[[int], int] | None,
@@ -44,10 +44,10 @@ def seconds_under_load(
 class _Costs:
     """A plan's rows by batch size, with or without speculation; looked up once each."""
 
-    def __init__(self, rows: Sequence[Row], count_at: Callable[[int], int] | None) -> None:
+    def __init__(self, rows: Sequence[PlanRow], count_at: Callable[[int], int] | None) -> None:
         self.rows, self.count_at = rows, count_at
         self.largest = max(row.batch for row in rows)
-        self._at: dict[int, Row] = {}
+        self._at: dict[int, PlanRow] = {}
 
     def step(self, batch: int) -> tuple[float, float]:
         """Tokens that each request gains in a step, and its seconds."""
@@ -65,7 +65,7 @@ class _Costs:
         row = self._row(self.largest if beside else new)
         return new * (row.plain_prompt if self.count_at is None else row.prompt)
 
-    def _row(self, batch: int) -> Row:
+    def _row(self, batch: int) -> PlanRow:
         if batch not in self._at:
             found = between(self.rows, batch)
             # What a server without speculation takes stands in the rows of every count.

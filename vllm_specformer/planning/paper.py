@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vllm_specformer.planning.chips import Chip
-from vllm_specformer.planning.choose import Row, combine
+from vllm_specformer.planning.choose import PlanRow, combine
 from vllm_specformer.planning.roofline import draft_step, target_step
 from vllm_specformer.shapes import HeadShape, TargetShape
 
@@ -20,7 +20,7 @@ def rows_on_paper(
     *,
     weight_bytes: float = 2,
     kv_bytes: float = 2,
-) -> list[Row]:
+) -> list[PlanRow]:
     """What each batch size and number of drafted tokens costs and brings.
 
     Args:

@@ -1,165 +1,204 @@
-"""A plan: predicted rows, the schedule that follows, and what they rest on; as a JSON file."""
+"""One plan from options to rows: `specformer plan` without the command line."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.planning.choose import (
-    MARGIN,
-    Row,
-    between,
-    cut_schedule,
-    schedule,
-    thresholds,
-)
-from vllm_specformer.planning.load import seconds_under_load
+from transformers import AutoTokenizer, PreTrainedConfig
 
-KIND = "specformer plan"
+from vllm_specformer.config import HeadFields, SpecFormerConfig, read_head_config
+from vllm_specformer.data.openings import read_prompts
+from vllm_specformer.environment import hardware, versions
+from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.pairing import check_pair, check_weights
+from vllm_specformer.planning.acceptance import from_evaluation, from_shares
+from vllm_specformer.planning.chips import Chip, find_chip
+from vllm_specformer.planning.choose import MARGIN, combine
+from vllm_specformer.planning.from_bench import rows_from_bench
+from vllm_specformer.planning.measure import Machine, Settings
+from vllm_specformer.planning.paper import rows_on_paper
+from vllm_specformer.planning.plan_file import Plan
+from vllm_specformer.shapes import HeadShape, TargetShape
+from vllm_specformer.target.files import find_target
+from vllm_specformer.target.model import read_target_config
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+COUNTS = (2, 4, 8)
+_OWN = ("model", "speculative_config", "disable_log_stats")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to draft at which batch size; `rows` are empty for a schedule written by hand.
+class Options:
+    """The command's arguments; see `cli/plan.py` for their meaning."""
 
-    `margin` is what drafting has to gain over K = 0, as a share.
-    """
-
-    schedule: list[list[int]]
-    rows: list[Row] = field(default_factory=list)
-    about: dict[str, Any] = field(default_factory=dict)
+    head: Path | None
+    target: str | None = None
+    revision: str | None = None
+    prompts: Sequence[Path] = ()
+    eval: Path | None = None
+    accepted: Sequence[float] = ()
+    temperature: float = 0.0
+    batch: Sequence[int] = BATCHES
+    num_speculative_tokens: Sequence[int] = COUNTS
+    cycles: int = 3
+    steps: int = 8
+    seconds: float = 0.5
+    max_tokens: int = 128
+    max_prompts: int = 64
     margin: float = MARGIN
-
-    @classmethod
-    def of(cls, rows: list[Row], about: dict[str, Any], margin: float) -> Plan:
-        return cls(schedule(rows, margin), rows, about, margin)
-
-    @property
-    def pays(self) -> bool:
-        """Whether speculation is expected to gain at any batch size."""
-        if not self.rows:
-            return any(count for _, _, count in self.schedule)
-        return any(gain > 1 for gain in self.gains().values())
-
-    def gains(self) -> dict[int, float]:
-        """Expected tokens/s of the schedule over no speculation, by batch size."""
-        batches = sorted({row.batch for row in self.rows})
-        return {
-            batch: gain
-            for batch in batches
-            if (gain := self.predicted(batch, self.count_at(batch))) is not None
-        }
-
-    def count_at(self, batch: int) -> int:
-        """Drafted tokens at a batch size; the last range goes on."""
-        for _, last, count in self.schedule:
-            if batch <= last:
-                return count
-        return self.schedule[-1][2]
-
-    def predicted(self, batch: int, count: int) -> float | None:
-        """Expected tokens/s over no speculation, if such a count was looked at."""
-        found = [row for row in between(self.rows, batch) if row.count == count]
-        return found[0].ratio if found else None
-
-    def expected_ratio(
-        self, answers: Sequence[int], concurrency: int, count_at: Callable[[int], int]
-    ) -> float | None:
-        """Expected tokens/s over no speculation of a whole load (see load.py).
-
-        Args:
-            answers: tokens of each answer.
-            count_at: drafted tokens by batch size.
-
-        Returns:
-            None where a batch size would draft a count that was not looked at.
-        """
-        if not {count_at(batch) for batch in range(1, concurrency + 1)} <= self.counts:
-            return None
-        without = seconds_under_load(self.rows, answers, concurrency, None)
-        return without / seconds_under_load(self.rows, answers, concurrency, count_at)
-
-    @property
-    def counts(self) -> set[int]:
-        """The numbers of drafted tokens that were looked at."""
-        return {row.count for row in self.rows}
-
-    def speculative_config(self, head: str) -> dict[str, Any]:
-        """The dictionary for `--speculative-config`."""
-        return {
-            "method": "specformer",
-            "model": head,
-            **_counts(self.schedule),
-        }
-
-    def confident_config(self, head: str) -> dict[str, Any]:
-        """The same for the V1 runner with drafts cut where the head is not sure (choosing-k.md)."""
-        return {
-            "method": "specformer",
-            "model": head,
-            **_counts(cut_schedule(self.rows, self.margin)),
-            "draft_confidence_threshold": thresholds(self.rows),
-        }
-
-    def to_json(self, head: str) -> dict[str, Any]:
-        return {
-            "kind": KIND,
-            "schedule": self.schedule,
-            "margin": self.margin,
-            "speculative_config": self.speculative_config(head) if self.pays else None,
-            "confident_config": self.confident_config(head) if self.pays else None,
-            "rows": [asdict(row) | {"ratio": round(row.ratio, 4)} for row in self.rows],
-            "about": self.about,
-        }
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
+    bench: Path | None = None
+    chip: str | None = None
+    bandwidth: float = 1.0
+    arithmetic: float = 1.0
+    context: int = 1024
+    weight_bytes: float = 2.0
 
 
-def _counts(ranges: list[list[int]]) -> dict[str, Any]:
-    """The fields that make vLLM draft by batch size; it wants a K above 0 beside them."""
-    return {
-        "num_speculative_tokens": max(1, *(count for _, _, count in ranges)),
-        "num_speculative_tokens_per_batch_size": ranges,
-    }
-
-
-def read_plan(path: Path) -> Plan:
-    """A plan that `specformer plan --json` wrote, or a file with a schedule alone.
+def make_plan(options: Options, say: Callable[[str], None]) -> Plan:
+    """Measure, take what was measured under load, or compute on paper, and choose.
 
     Raises:
-        SpecFormerError: the file is neither.
+        SpecFormerError: anything the user can put right.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise SpecFormerError(f"--schedule {path}: not readable as JSON ({error})") from None
-    if isinstance(content, list):
-        return Plan(checked_schedule(content, f"--schedule {path}"))
-    if not isinstance(content, dict) or content.get("kind") != KIND:
+    if options.bench is not None:
+        return _under_load(options, options.bench)
+    if options.chip is not None:
+        return _on_paper(options, find_chip(options.chip))
+    if options.head is None:
+        raise SpecFormerError("HEAD: needed to measure with; or plan on paper with --chip")
+    config = read_head_config(options.head)
+    name = options.target or config.target_name_or_path
+    place, _ = find_target(name, options.revision)
+    check_pair(config, read_target_config(place), name)
+    return _measured(options, options.head, config, place, name, say)
+
+
+def _under_load(options: Options, bench: Path) -> Plan:
+    if options.chip is not None or options.prompts:
         raise SpecFormerError(
-            f"--schedule {path}: expected what `specformer plan --json` writes, or a schedule such "
-            "as [[1, 8, 4], [9, 64, 0]]"
+            "--bench: has costs of its own; leave "
+            f"{'--prompts' if options.prompts else '--chip'} out"
         )
-    rows = [Row(**{k: v for k, v in row.items() if k != "ratio"}) for row in content["rows"]]
-    ranges = checked_schedule(content["schedule"], f"--schedule {path}")
-    return Plan(ranges, rows, content["about"], content.get("margin", MARGIN))
+    rows, about = rows_from_bench(bench)
+    source = f"measured under load by `specformer bench` ({bench}, {about['rounds']} rounds)"
+    kept = {name: about[name] for name in ("target", "head", "versions", "hardware")}
+    return Plan.of(rows, kept | {"costs": source}, options.margin)
 
 
-def checked_schedule(value: Any, source: str) -> list[list[int]]:
-    """A schedule as vLLM takes it: [[first batch size, last, K], ...] from 1 upwards, no gaps.
+def _on_paper(options: Options, chip: Chip) -> Plan:
+    """Needs no weights, and no head either: then one of the default shape is taken."""
+    config = read_head_config(options.head) if options.head is not None else None
+    name = options.target or (config.target_name_or_path if config is not None else None)
+    if name is None:
+        raise SpecFormerError("--chip: needs HEAD or --target, to know whose step it is about")
+    target = TargetShape.from_config(_configuration(name, options.revision))
+    head = HeadShape.default_for(target)
+    if config is not None:
+        fields = {field: getattr(config, field) for field in HeadFields.model_fields}
+        head = HeadShape.from_fields(fields)
+    accepted = _given_acceptance(options, _counts(options, head.slots))
+    if accepted is None:
+        raise SpecFormerError(
+            "--chip: needs --eval or --accepted, since nothing runs that could show acceptance"
+        )
+    rows = rows_on_paper(
+        chip.derated(options.bandwidth, options.arithmetic),
+        target,
+        head,
+        options.batch,
+        accepted,
+        options.context,
+        weight_bytes=options.weight_bytes,
+    )
+    shares = f"{options.bandwidth:.0%} of its bandwidth, {options.arithmetic:.0%} of its arithmetic"
+    about = {
+        "target": name,
+        "head": str(options.head) if options.head is not None else "a head of the default shape",
+        "versions": versions(),
+        "costs": f"on paper: {chip.name} at {shares}; {options.context} tokens of context; "
+        f"{chip.source}",
+    }
+    return Plan.of(rows, about, options.margin)
 
-    Raises:
-        SpecFormerError: anything else.
-    """
-    wanted = f"{source}: expected a schedule such as [[1, 8, 4], [9, 64, 0]], found {value!r}"
-    if not isinstance(value, list) or not value:
-        raise SpecFormerError(wanted)
-    last = 0
-    for entry in value:
-        whole = isinstance(entry, list) and [type(n) for n in entry] == [int] * 3
-        if not whole or entry[0] != last + 1 or entry[1] < entry[0] or entry[2] < 0:
-            raise SpecFormerError(wanted)
-        last = entry[1]
-    return value
+
+def _configuration(name: str, revision: str | None) -> dict[str, Any]:
+    """A target's config.json alone, of a directory or of the hub."""
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    except OSError as error:
+        raise SpecFormerError(
+            f"target {name}: neither a directory with a config.json nor a model whose "
+            f"configuration could be fetched ({str(error).strip().splitlines()[0]}); check the name"
+        ) from None
+    return dict(content)
+
+
+def _counts(options: Options, slots: int) -> list[int]:
+    counts = sorted({0, *options.num_speculative_tokens})
+    if counts[-1] > slots:
+        raise SpecFormerError(
+            f"--num-speculative-tokens {counts[-1]}: this head drafts 1 to {slots}"
+        )
+    return counts
+
+
+def _given_acceptance(options: Options, counts: Sequence[int]) -> dict[int, float] | None:
+    """Tokens per step by count, where the options tell; None where they must be measured."""
+    if options.eval is not None:
+        return from_evaluation(options.eval, counts, options.temperature)
+    return from_shares(options.accepted, counts) if options.accepted else None
+
+
+def _measured(
+    options: Options,
+    head: Path,
+    config: SpecFormerConfig,
+    place: Path,
+    name: str,
+    say: Callable[[str], None],
+) -> Plan:
+    for argument in options.engine_args:
+        if argument in _OWN:
+            raise SpecFormerError(f"--engine-args: {argument!r} is set by the plan; leave it out")
+    counts = _counts(options, config.num_draft_slots)
+    accepted = _given_acceptance(options, counts)
+    if not options.prompts:
+        raise SpecFormerError("--prompts: needed to measure with; or plan on paper with --chip")
+    check_weights(head, config)
+    settings = Settings(
+        options.batch,
+        counts,
+        options.cycles,
+        options.steps,
+        least_seconds=options.seconds,
+        max_tokens=options.max_tokens,
+    )
+    # A visit goes on past the end of the answers, so its texts grow with the steps.
+    grown = sum(counts) + len(counts)
+    longest = max(options.max_tokens, grown * (options.steps + 2) + 1)
+    context = int(options.engine_args.get("max_model_len", config.max_position_embeddings))
+    texts = read_prompts(options.prompts, place, longest, context)[: options.max_prompts]
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    ids = [list(tokenizer(text)["input_ids"]) for text in texts]
+    engine = {"model": str(place), **options.engine_args}
+    with tempfile.TemporaryDirectory(prefix="specformer-plan-") as logs:
+        machine = Machine(engine, head, ids, settings, Path(logs), say)
+        costs, live = machine.measure(live=accepted is None)
+    rows = combine(costs.plain, costs.steps, costs.drafts, accepted or live, costs.prompts)
+    source = (
+        f"a live run of {len(ids)} prompts" if accepted is None else str(options.eval or "given")
+    )
+    about = {
+        "target": name,
+        "head": str(head),
+        "versions": versions(),
+        "costs": f"measured on this machine; acceptance: {source}",
+        "hardware": hardware(),
+        "engine_args": dict(options.engine_args),
+    }
+    return Plan.of(rows, about, options.margin)

@@ -9,8 +9,8 @@ import shlex
 from rich.console import Console
 from rich.table import Table
 
-from vllm_specformer.planning.choose import Row
-from vllm_specformer.planning.plan import Plan
+from vllm_specformer.planning.choose import PlanRow
+from vllm_specformer.planning.plan_file import Plan
 
 _WIDTH = 110
 
@@ -56,7 +56,7 @@ def _table(plan: Plan) -> Table:
     return table
 
 
-def _cell(row: Row, best: bool) -> str:
+def _cell(row: PlanRow, best: bool) -> str:
     text = f"{row.ratio:.2f} ({1000 * row.draft:.2g} ms)"
     return f"[bold]{text}[/]" if best else text
 

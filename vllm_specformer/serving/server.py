@@ -46,12 +46,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def vllm_command() -> list[str]:
-    """How to call vLLM's command line in this environment (see engine/vllm_command.py)."""
+def serve_command() -> list[str]:
+    """How to call `vllm serve` in this environment (see cli/serve.py)."""
     python, here = Path(sys.executable), Path.cwd()
     # Relative where possible: what is printed and recorded should work in another checkout.
     shown = python.relative_to(here) if python.is_relative_to(here) else python
-    return [str(shown), "-m", "vllm_specformer.engine.vllm_command"]
+    return [str(shown), "-m", "vllm_specformer.cli.main", "serve"]
 
 
 def server_environment() -> dict[str, str]:
@@ -98,7 +98,7 @@ def serving(
         ServerError: the server ended, or did not answer /health within `timeout_s`.
     """
     port = free_port()
-    base = [*vllm_command(), "serve"] if command is None else list(command)
+    base = serve_command() if command is None else list(command)
     arguments = [*base, *options, "--host", HOST, "--port", str(port)]
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.training.target import check_decoder, head_config
+from vllm_specformer.target.model import check_decoder, head_config
 
 
 def model_types() -> dict[str, str]:

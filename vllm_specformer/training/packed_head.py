@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_specformer.head import SpecFormerHead
-from vllm_specformer.training.hidden_states import HookedTarget
+from vllm_specformer.target.hidden_states import HookedTarget
 
 DEFAULT_MEMORY = 256 << 20
 IGNORED = -100  # the label of a slot that has none
@@ -41,7 +41,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Rows:
+class HookedRows:
     """Packed rows and what the target made of them.
 
     `hooked_states` G x [rows, T, H] and `last_states` [rows, T, H], after the final norm;
@@ -120,7 +120,7 @@ class PackedHead(SpecFormerHead):
 
     def forward(  # type: ignore[override]
         self,
-        rows: Rows,
+        rows: HookedRows,
         target: HookedTarget,
         num_slots: int,
         objective: Objective,
@@ -140,18 +140,18 @@ class PackedHead(SpecFormerHead):
         parameters = [p for p in self.parameters() if p.requires_grad]
         return cast(tuple[Tensor, Tensor], _Accumulated.apply(run, 4, *leaves, *parameters))
 
-    def _labels(self, rows: Rows, num_slots: int) -> _Labels:
+    def _labels(self, rows: HookedRows, num_slots: int) -> _Labels:
         tokens = rows.labels(num_slots)
         before = [rows.bonus_tokens.unsqueeze(-1), tokens[..., :-1].clamp(min=0)]
         return _Labels(self.to_indices(tokens, IGNORED), torch.cat(before, dim=-1))
 
-    def _context(self, rows: Rows) -> _Context:
+    def _context(self, rows: HookedRows) -> _Context:
         context = self.combine(rows.hooked_states)
         query, key, value = self.context_qkv(context, rows.position_ids)
         return _Context(rows.at(context, rows.anchors), rows.at(query, rows.anchors), key, value)
 
     def slot_states(
-        self, context: _Context, rows: Rows, target: HookedTarget, part: slice, num_slots: int
+        self, context: _Context, rows: HookedRows, target: HookedTarget, part: slice, num_slots: int
     ) -> Tensor:
         """What `SpecFormerHead.forward` gives for some of the anchors: [rows, part, K, H].
 
@@ -170,7 +170,7 @@ class PackedHead(SpecFormerHead):
         attend = self._attend_slots(context.key, context.value, visible)
         return self.run_slots(slots, rows.at(rows.position_ids, anchors), attend)
 
-    def _parts(self, rows: Rows, num_slots: int, logits: int, memory: int) -> Iterator[slice]:
+    def _parts(self, rows: HookedRows, num_slots: int, logits: int, memory: int) -> Iterator[slice]:
         """Split the anchors so that each part's activations take `memory` bytes, about.
 
         Args:
@@ -193,7 +193,7 @@ class PackedHead(SpecFormerHead):
         self,
         context: _Context,
         gradients: _Gradients,
-        rows: Rows,
+        rows: HookedRows,
         target: HookedTarget,
         labels: _Labels,
         objective: Objective,
@@ -232,7 +232,7 @@ class PackedHead(SpecFormerHead):
         self,
         states: Tensor,
         slot: int,
-        rows: Rows,
+        rows: HookedRows,
         target: HookedTarget,
         labels: _Labels,
         part: slice,
@@ -259,7 +259,7 @@ class PackedHead(SpecFormerHead):
 
     @torch.no_grad()
     def drafts(
-        self, rows: Rows, target: HookedTarget, wanted: int, memory: int = DEFAULT_MEMORY
+        self, rows: HookedRows, target: HookedTarget, wanted: int, memory: int = DEFAULT_MEMORY
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Greedy drafts as the engine makes them when asked for `wanted` tokens.
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from vllm_specformer.training.texts import Texts
 
-Row = list[int]  # indices of texts that lie side by side
-Batch = list[Row]
+PackedRow = list[int]  # indices of texts that lie side by side
+Batch = list[PackedRow]
 
 # Texts are sorted by length among so many batches' worth: enough for little padding, few enough
 # that batches stay random samples.

@@ -18,7 +18,7 @@ from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.data.files import write_atomic
 from vllm_specformer.training.run_directory import RunDirectory
 
-Rows = list[dict[str, Any]]
+History = list[dict[str, Any]]
 _WIDTH = 98
 _SECONDS_BETWEEN_PLOTS = 30.0
 
@@ -83,22 +83,22 @@ def _in_words(row: dict[str, Any]) -> str:
     return f"step {row['step']}: tokens per step {steps}; accepted per position {accepted}"
 
 
-def write_log(path: Path, history: Rows) -> None:
+def write_log(path: Path, history: History) -> None:
     """The whole log anew, a JSON object per line."""
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in history).encode())
 
 
-def write_table(directory: Path, history: Rows) -> None:
+def write_table(directory: Path, history: History) -> None:
     """`log.csv`, one line per logged step with lists spread over columns."""
     write_atomic(directory / "log.csv", as_csv(history).encode())
 
 
-def write_plot(directory: Path, history: Rows) -> None:
+def write_plot(directory: Path, history: History) -> None:
     """`training.png`; drawing takes about half a second."""
     write_atomic(directory / "training.png", plot(history))
 
 
-def as_csv(history: Rows) -> str:
+def as_csv(history: History) -> str:
     """The log as a table; an evaluation stands in the line of its step."""
     lines: dict[int, dict[str, Any]] = {}
     for row in history:
@@ -118,7 +118,7 @@ def as_csv(history: Rows) -> str:
     return text.getvalue()
 
 
-def plot(history: Rows) -> bytes:
+def plot(history: History) -> bytes:
     """Loss per slot, tokens per step and acceptance per position over the steps, as PNG."""
     from matplotlib.figure import Figure
 
@@ -141,7 +141,7 @@ def plot(history: Rows) -> bytes:
     return content.getvalue()
 
 
-def _curves(axes: Any, rows: Rows, field: str, label: str, title: str) -> None:
+def _curves(axes: Any, rows: History, field: str, label: str, title: str) -> None:
     for index in range(len(rows[0][field]) if rows else 0):
         values = [math.nan if row[field][index] is None else row[field][index] for row in rows]
         axes.plot([row["step"] for row in rows], values, label=label.format(index))

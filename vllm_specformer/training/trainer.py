@@ -19,10 +19,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.head import SpecFormerHead
-from vllm_specformer.training.evaluation import Evaluation, evaluate, run_target
-from vllm_specformer.training.hidden_states import HookedTarget
+from vllm_specformer.target.hidden_states import HookedTarget
+from vllm_specformer.training.heldout import Evaluation, evaluate, run_target
 from vllm_specformer.training.optimizers import build_optimizer
-from vllm_specformer.training.packed_head import Objective, PackedHead, Rows
+from vllm_specformer.training.packed_head import HookedRows, Objective, PackedHead
 from vllm_specformer.training.packing import Batch, Batches
 from vllm_specformer.training.run_directory import RunDirectory, disk_errors
 from vllm_specformer.training.settings import COSINE_FLOOR, DECAY_SHARE, TrainSettings
@@ -139,7 +139,7 @@ class HeadTrainer(Trainer):
         self.optimizer = optimizer
         return optimizer
 
-    def rows(self, fields: dict[str, Tensor]) -> Rows:
+    def rows(self, fields: dict[str, Tensor]) -> HookedRows:
         """Run the target over a batch."""
         return run_target(self.target, fields, self.packed)
 

@@ -50,9 +50,9 @@ def block_attention(
         ValueError: a shape or dtype breaks the contract; the message names the argument.
     """
     if query.is_cuda:
-        from specformer_kernels.block_attention import triton_kernel
+        from specformer_kernels.block_attention import launch
 
-        implementation = triton_kernel.block_attention
+        implementation = launch.block_attention
     else:
         implementation = reference.block_attention
     return implementation(

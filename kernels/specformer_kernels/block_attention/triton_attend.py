@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from specformer_kernels.block_attention.triton_units import find_unit, load_lens, longest_unit
+from specformer_kernels.block_attention.triton_splits import find_split, load_lens, longest_split
 
 
 @triton.jit
@@ -109,11 +109,11 @@ def attend_context(
     return b_max, b_sum, b_out
 
 
-@triton.jit(do_not_specialize=["num_requests", "target_units"])
+@triton.jit(do_not_specialize=["num_requests", "target_splits"])
 def _block_attention_kernel(
     out_ptr,  # [T, num_heads, head_size]
     partial_out_ptr,  # [partials, num_kv_heads, max_rows, head_size] float32, not normalised
-    partial_max_ptr,  # [partials, num_kv_heads, max_rows] float32, in units of log 2
+    partial_max_ptr,  # [partials, num_kv_heads, max_rows] float32, in splits of log 2
     partial_sum_ptr,  # [partials, num_kv_heads, max_rows] float32
     query_ptr,  # [T, num_heads, head_size]
     key_ptr,  # [T, num_kv_heads, head_size]
@@ -124,7 +124,7 @@ def _block_attention_kernel(
     block_start_loc_ptr,  # [R + 1]
     block_mask_ptr,  # [T] int64 words
     num_requests,
-    target_units,
+    target_splits,
     max_rows,  # rows of the longest block x query heads of one KV head
     scale_log2,  # softmax scale * log2(e)
     out_stride_t,
@@ -139,28 +139,28 @@ def _block_attention_kernel(
     cache_stride_h,
     cache_stride_s,
     table_stride_r,
-    IS_SPLIT: tl.constexpr,  # a program stands for a unit of a request, not for the request
+    IS_SPLIT: tl.constexpr,  # a program stands for a split of a request, not for the request
     MIN_TOKENS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads per KV head
     HEAD_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # requests per step of the search for a unit
+    BLOCK_R: tl.constexpr,  # requests per step of the search for a split
     BLOCK_M: tl.constexpr,  # rows of a tile: block rows x query heads of one KV head
     BLOCK_N: tl.constexpr,  # columns per step: tokens of the context or of the block
     BLOCK_D: tl.constexpr,  # head size, padded to a power of two
 ):
-    # The tiles of a unit follow each other, so that all but the first find its K/V in the L2 cache.
+    # The tiles of a split follow each other: all but the first find its K/V in the L2 cache.
     num_tiles = tl.cdiv(max_rows, BLOCK_M)
     index = tl.program_id(0) // num_tiles
     first_m = (tl.program_id(0) % num_tiles) * BLOCK_M
     kv_head = tl.program_id(1).to(tl.int64)
     num_kv_heads = tl.num_programs(1)
     if IS_SPLIT:
-        unit_tokens = longest_unit(
-            context_lens_ptr, num_requests, target_units, MIN_TOKENS, BLOCK_N, BLOCK_R
+        split_tokens = longest_split(
+            context_lens_ptr, num_requests, target_splits, MIN_TOKENS, BLOCK_N, BLOCK_R
         )
-        request, part, partial = find_unit(
-            index, unit_tokens, context_lens_ptr, num_requests, False, BLOCK_R
+        request, part, partial = find_split(
+            index, split_tokens, context_lens_ptr, num_requests, False, BLOCK_R
         )
         if request >= num_requests:
             return
@@ -175,7 +175,7 @@ def _block_attention_kernel(
     context_len = load_lens(context_lens_ptr, request, num_requests)
     first_token, num_tokens, num_columns, num_parts = 0, context_len, num_rows, 1
     if IS_SPLIT:
-        num_parts = tl.cdiv(context_len, unit_tokens)
+        num_parts = tl.cdiv(context_len, split_tokens)
         # Of even size: a last part of a few tokens would cost a program and a partial result too.
         part_tokens = tl.cdiv(tl.cdiv(context_len, tl.maximum(num_parts, 1)), BLOCK_N) * BLOCK_N
         first_token = part * part_tokens

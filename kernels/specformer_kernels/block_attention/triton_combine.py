@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from specformer_kernels.block_attention.triton_units import find_unit, load_lens, longest_unit
+from specformer_kernels.block_attention.triton_splits import find_split, load_lens, longest_split
 
 
-@triton.jit(do_not_specialize=["num_requests", "target_units"])
+@triton.jit(do_not_specialize=["num_requests", "target_splits"])
 def _combine_kernel(
     out_ptr,  # [T, num_heads, head_size]
     partial_out_ptr,  # [partials, num_kv_heads, max_rows, head_size] float32
@@ -21,7 +21,7 @@ def _combine_kernel(
     context_lens_ptr,  # [R]
     block_start_loc_ptr,  # [R + 1]
     num_requests,
-    target_units,
+    target_splits,
     max_rows,  # rows of the longest block x query heads of one KV head
     out_stride_t,
     out_stride_h,
@@ -35,17 +35,19 @@ def _combine_kernel(
 ):
     # One program per partial result and not per request: a grid the host can know, and the longer
     # a request's list of partial results is, the more programs share its rows.
-    unit_tokens = longest_unit(
-        context_lens_ptr, num_requests, target_units, MIN_TOKENS, BLOCK_N, BLOCK_R
+    split_tokens = longest_split(
+        context_lens_ptr, num_requests, target_splits, MIN_TOKENS, BLOCK_N, BLOCK_R
     )
     index = tl.program_id(0)
-    request, part, _ = find_unit(index, unit_tokens, context_lens_ptr, num_requests, True, BLOCK_R)
+    request, part, _ = find_split(
+        index, split_tokens, context_lens_ptr, num_requests, True, BLOCK_R
+    )
     if request >= num_requests:
         return
 
     first_row = tl.load(block_start_loc_ptr + request).to(tl.int64)
     num_rows = (tl.load(block_start_loc_ptr + request + 1) - first_row).to(tl.int32)
-    num_parts = tl.cdiv(load_lens(context_lens_ptr, request, num_requests), unit_tokens)
+    num_parts = tl.cdiv(load_lens(context_lens_ptr, request, num_requests), split_tokens)
     kv_head = tl.program_id(1).to(tl.int64)
     num_kv_heads = tl.num_programs(1)
     first_partial = (index - part).to(tl.int64)

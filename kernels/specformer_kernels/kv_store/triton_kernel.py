@@ -28,9 +28,9 @@ def rotated(
     b_cos = tl.load(angles_ptr + b_i, mask=b_i < HALF, other=0.0)[None, :]
     b_sin = tl.load(angles_ptr + HALF + b_i, mask=b_i < HALF, other=0.0)[None, :]
     b_x, b_y = b_first.to(tl.float32), b_second.to(tl.float32)
-    b_first_turned = (b_x * b_cos - b_y * b_sin).to(b_first.dtype)
-    b_second_turned = (b_y * b_cos + b_x * b_sin).to(b_second.dtype)
-    return b_first_turned, b_second_turned
+    b_first_rotated = (b_x * b_cos - b_y * b_sin).to(b_first.dtype)
+    b_second_rotated = (b_y * b_cos + b_x * b_sin).to(b_second.dtype)
+    return b_first_rotated, b_second_rotated
 
 
 @triton.jit

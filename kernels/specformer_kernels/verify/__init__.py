@@ -69,9 +69,9 @@ def verify(
         ValueError: a shape, dtype or choice breaks the contract; the message names the argument.
     """
     if logits.is_cuda:
-        from specformer_kernels.verify import triton_kernel
+        from specformer_kernels.verify import launch
 
-        implementation = triton_kernel.verify
+        implementation = launch.verify
     else:
         implementation = reference.verify
     return implementation(
@@ -116,9 +116,9 @@ def follow(
         ValueError: a shape or dtype breaks the contract; the message names the argument.
     """
     if sampled.is_cuda:
-        from specformer_kernels.verify import triton_kernel
+        from specformer_kernels.verify import launch
 
-        implementation = triton_kernel.follow
+        implementation = launch.follow
     else:
         implementation = reference.follow
     return implementation(sampled, tokens, row_start_loc, max_rows, parents)

@@ -18,7 +18,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
-from vllm_specformer.training.hidden_states import HookedTarget
+from vllm_specformer.target.hidden_states import HookedTarget
 
 ROOT = Path(__file__).parents[3]
 TARGET = ROOT / "examples" / "models" / "python-target"

@@ -9,7 +9,7 @@ from typing import Any
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from vllm_specformer.config import ARCHITECTURE
-from vllm_specformer.engine.carried_drafts import receive_with_output, send_with_output
+from vllm_specformer.engine.patches.carried_drafts import receive_with_output, send_with_output
 
 from .engines import Job, counting, drafting, engine, greedy, prompts, run_plain, token_ids
 

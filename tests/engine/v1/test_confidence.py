@@ -10,12 +10,8 @@ import pytest
 import torch
 
 from vllm_specformer.engine.confidence import ConfidenceCut, check_no_cut, largest_log_probs
-from vllm_specformer.engine.speculative_fields import (
-    CONFIDENCE,
-    SCHEDULE,
-    SpeculativeConfigError,
-    split_own_fields,
-)
+from vllm_specformer.engine.speculative_config import CONFIDENCE, SCHEDULE, split_own_fields
+from vllm_specformer.errors import SpeculativeConfigError
 
 from .drafts import Watch, compare, truth, watching
 from .engines import (
@@ -83,20 +79,20 @@ def test_drafts_are_the_dense_heads_up_to_the_threshold(cut: tuple[Watch, dict[s
     assert result.wrong == []
     assert result.compared > 200
     ends = [(d, confidence(reference, d.text, d.slots)) for d in watch.drafted[:200]]
-    for drafted, odds in ends:
+    for drafted, probabilities in ends:
         kept = len(drafted.drafts)
-        assert all(o > SURE - 1e-3 for o in odds[:kept])
-        assert kept == len(odds) or odds[kept] < SURE + 1e-3
+        assert all(o > SURE - 1e-3 for o in probabilities[:kept])
+        assert kept == len(probabilities) or probabilities[kept] < SURE + 1e-3
 
 
 def confidence(reference: DenseReference, text: Tokens, slots: int) -> list[float]:
-    """Product of the largest odds up to each slot, by the dense head."""
+    """Product of the largest probabilities up to each slot, by the dense head."""
     (logits,) = reference.slot_logits(text, [len(text) - 2], slots)
-    previous, odds, found = text[-1], 1.0, []
+    previous, product, found = text[-1], 1.0, []
     for slot in logits:
         scores = reference.biased(slot, previous)
-        odds *= float(scores.softmax(-1).max())
-        found.append(odds)
+        product *= float(scores.softmax(-1).max())
+        found.append(product)
         previous = int(scores.argmax())
     return found
 

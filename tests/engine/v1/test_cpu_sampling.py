@@ -67,6 +67,6 @@ def test_top_k_of_no_rows() -> None:
 
 
 def test_repairs_are_in_place() -> None:
-    from vllm_specformer.engine.cpu_sampling import expand
+    from vllm_specformer.engine.patches.cpu_sampling import expand
 
     assert sys.modules["vllm.utils.cpu_triton_utils"]._expand_kernel_impl is expand

@@ -17,7 +17,7 @@ import torch
 from vllm import LLM, SamplingParams
 
 from vllm_specformer.config import SpecFormerConfig
-from vllm_specformer.engine.speculative_fields import CONFIDENCE
+from vllm_specformer.engine.speculative_config import CONFIDENCE
 from vllm_specformer.head import SpecFormerHead
 
 from .drafts import truth, watching
@@ -108,8 +108,8 @@ def lawful_head(
     """A head whose slots say, whatever the context, how often a token stands at their depth.
 
     So a good share of its drafts is accepted, and each slot has a distribution of its own: drafts
-    verified with another slot's odds would bend the law. `restricted` heads have a Markov term and
-    a draft vocabulary that lacks every third token of the law.
+    verified with another slot's probabilities would bend the law. `restricted` heads have a Markov
+    term and a draft vocabulary that lacks every third token of the law.
     """
     said = sorted({token for text in laws[DEPTH] for token in text})
     scored = torch.tensor([token for place, token in enumerate(said) if place % 3])
@@ -215,7 +215,7 @@ def test_greedy_drafts(laws: dict[int, Law], prompt: Tokens) -> None:
 def test_sampled_drafts(
     tmp_path: Path, reference: DenseReference, laws: dict[int, Law], prompt: Tokens, kind: str
 ) -> None:
-    """`draft_sample_method: probabilistic`: drafts are drawn, and verified with their odds.
+    """`draft_sample_method: probabilistic`: drafts are drawn, and verified as such.
 
     "cut" leaves drafts out by confidence: how many there are hangs on those drawn before.
     """

@@ -13,8 +13,8 @@ import torch
 import vllm.logger  # noqa: F401  its import makes folders, which one test here forbids
 from prometheus_client import CollectorRegistry
 
-from vllm_specformer.engine import draft_time
-from vllm_specformer.engine.draft_time import FOLDER, DraftClock, DraftTimeCollector, publish
+from vllm_specformer.engine import metrics
+from vllm_specformer.engine.metrics import FOLDER, DraftClock, DraftTimeCollector, publish
 
 CPU = torch.device("cpu")
 FIRST = SimpleNamespace(rank=0, data_parallel_index=0)
@@ -74,14 +74,14 @@ def test_serving_goes_on_without_the_folder(
     assert DraftClock(CPU, FIRST).timed(lambda: 7) == 7
     (tmp_path / "no-folder").touch()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no-folder"))
-    monkeypatch.setattr(draft_time, "_published", False)
+    monkeypatch.setattr(metrics, "_published", False)
     publish()
     assert FOLDER not in os.environ
 
 
 def test_the_folder_goes_with_the_process(tmp_path: Path) -> None:
     code = (
-        "import os; from vllm_specformer.engine.draft_time import FOLDER, publish; "
+        "import os; from vllm_specformer.engine.metrics import FOLDER, publish; "
         "publish(); publish(); print(os.environ[FOLDER], os.path.isdir(os.environ[FOLDER]))"
     )
     environment = os.environ | {FOLDER: str(tmp_path)}

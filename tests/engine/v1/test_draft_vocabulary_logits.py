@@ -13,7 +13,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from vllm_specformer.engine.draft_vocabulary import logits_of_some
+from vllm_specformer.engine.target_logits import logits_of_some
 
 SIZE, VOCAB, PADDED = 32, 40, 64
 SCORED = torch.tensor([1, 7, 8, 30, 39])

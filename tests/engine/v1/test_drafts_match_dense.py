@@ -14,7 +14,7 @@ import pytest
 from torch import Tensor
 from vllm import SamplingParams
 
-from vllm_specformer.engine.cpu_pages import CpuPages
+from vllm_specformer.engine.cpu.pages import CpuPages
 
 from .drafts import Watch, compare, truth, watching
 from .engines import (
@@ -106,12 +106,12 @@ def test_a_wrong_cache_would_be_seen(
     """The comparison itself is worth something: K/V one position off give other drafts."""
     from vllm_specformer.engine.model import SpecFormerDraftModel
 
-    store = SpecFormerDraftModel.store_context
+    store = SpecFormerDraftModel.store_context_and_query
 
     def store_shifted(model: Any, context: Any, positions: Any, *rest: Any) -> Any:
         return store(model, context, positions + 1, *rest)
 
-    monkeypatch.setattr(SpecFormerDraftModel, "store_context", store_shifted)
+    monkeypatch.setattr(SpecFormerDraftModel, "store_context_and_query", store_shifted)
     watch, _ = drafts_of(TEXTS[:4], greedy(8), answers, drafting(4, head), oracle=False)
     assert compare(reference, watch.drafted).wrong
 

@@ -21,21 +21,17 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_specformer.config import HeadConfigError, SpecFormerConfig
-from vllm_specformer.engine.checks import (
-    SpeculativeConfigError,
-    check_target_class,
-    check_v1_verification,
-)
-from vllm_specformer.engine.compat import (
+from vllm_specformer.engine.checks import check_target_class, check_v1_verification
+from vllm_specformer.engine.compat.versions import (
     ALLOW_UNTESTED,
     IncompatibleVLLMError,
     installed_vllm,
 )
-from vllm_specformer.engine.patches import confidence_ranges
-from vllm_specformer.engine.speculative_fields import SCHEDULE
+from vllm_specformer.engine.speculative_config import SCHEDULE, confidence_ranges
+from vllm_specformer.errors import SpeculativeConfigError
 from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.pairing import HeadWeightError
 from vllm_specformer.plugin import register
-from vllm_specformer.weights import HeadWeightError
 
 from .engines import HEAD, TARGET
 

@@ -15,14 +15,14 @@ from vllm.config import ModelConfig, ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
-from vllm_specformer.config import read_config
+from vllm_specformer.config import read_head_config
 from vllm_specformer.engine.checks import is_specformer
-from vllm_specformer.engine.speculative_fields import CONFIDENCE, SCHEDULE, SpeculativeConfigError
-from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.engine.speculative_config import CONFIDENCE, SCHEDULE
+from vllm_specformer.errors import SpecFormerError, SpeculativeConfigError
 
 from .engines import HEAD, TARGET
 
-SLOTS = read_config(HEAD).num_draft_slots
+SLOTS = read_head_config(HEAD).num_draft_slots
 GOOD: dict[str, Any] = {
     "method": "specformer",
     "model": str(HEAD),

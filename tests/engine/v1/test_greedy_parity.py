@@ -72,9 +72,9 @@ def test_one_by_one_equals_batch(llm: LLM, plain: Plain) -> None:
 
 
 def all_slots() -> int:
-    from vllm_specformer.config import read_config
+    from vllm_specformer.config import read_head_config
 
-    return read_config(HEAD).num_draft_slots
+    return read_head_config(HEAD).num_draft_slots
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_specformer.engine.late_store import has_time_between_steps, store_when_sent
+from vllm_specformer.engine.patches.late_store import has_time_between_steps, store_when_sent
 
 
 def worker_of(model_runner: Any, done: list[str]) -> Any:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from vllm import LLM
 
 from vllm_specformer.engine.model import SpecFormerDraftModel
-from vllm_specformer.weights import HeadWeightError
+from vllm_specformer.pairing import HeadWeightError
 
 from .drafts import watching
 from .engines import Job, drafting, engine, greedy, make_head, prompts

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_specformer.engine.cpu_synthetic import accept
+from vllm_specformer.engine.patches.cpu_synthetic import accept
 
 from . import synthetic
 from .engines import engine, prompts

@@ -14,7 +14,7 @@ from v1.engines import HEAD, Job, Tokens, counting, drafting, prompts, run_plain
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
-from vllm_specformer.config import read_config
+from vllm_specformer.config import read_head_config
 from vllm_specformer.engine.coupled import CoupledSampler
 
 from .support import SMALL, K, engine, runner
@@ -88,7 +88,7 @@ def test_text_does_not_depend_on_speculation(
     # Drafts were accepted, and drafts were rejected.
     drafted = counted["spec_decode_num_draft_tokens"]
     assert 0.05 * drafted < counted["spec_decode_num_accepted_tokens"] < 0.95 * drafted
-    assert num_tokens or read_config(HEAD).num_draft_slots > K
+    assert num_tokens or read_head_config(HEAD).num_draft_slots > K
 
 
 def test_vllms_own_rule_changes_the_text(plain: list[list[Tokens]]) -> None:

@@ -1,4 +1,4 @@
-"""Drafts out of a draft vocabulary: target ids, the target's noise, odds of 0 for all the rest."""
+"""Drafts out of a draft vocabulary: target ids, the target's noise, probability 0 for the rest."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def one_by_one(
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["greedy", "probabilistic", "coupled"])
 def test_drafts_are_those_over_the_whole_vocabulary(head: SpecFormerHead, kind: str) -> None:
-    """With -inf for what is not scored: the same noise, by target id, and the same odds."""
+    """With -inf for what is not scored: the same noise, by target id, the same probability."""
     ours = speculator(head, kind)
     logits, bonus = 2 * torch.randn(ROWS, SCORED), torch.tensor([5, 6, 7])
     expected, full = one_by_one(ours, head, kind, logits, bonus)

@@ -84,7 +84,7 @@ def test_steps_without_drafts_store_the_context(
         assert_all_equal(reference, watch, at_least=20)
 
         skipping = [False]
-        store = SpecFormerDraftModel.store_context
+        store = SpecFormerDraftModel.store_context_and_query
 
         def store_unless_skipping(self: SpecFormerDraftModel, *args: Any) -> Tensor | None:
             return None if skipping[0] else store(self, *args)
@@ -93,7 +93,7 @@ def test_steps_without_drafts_store_the_context(
             skipping[0] = step % 3 != 2
             return skipping[0]
 
-        monkeypatch.setattr(SpecFormerDraftModel, "store_context", store_unless_skipping)
+        monkeypatch.setattr(SpecFormerDraftModel, "store_context_and_query", store_unless_skipping)
         with watching(llm, answers, skip_drafting=skip) as holes:
             outputs = llm.generate(TEXTS[8:12], greedy(MAX_TOKENS), use_tqdm=False)
     assert continuations(outputs).items() <= answers.items()

@@ -88,7 +88,7 @@ def test_a_moved_storage_would_be_seen() -> None:
 STABLE_BUFFERS = (
     "hidden_states",
     "context_positions",
-    "context_slots",
+    "slot_mapping",
     "anchor_rows",
     "anchor_positions",
     "bonus_tokens",
@@ -158,8 +158,8 @@ class FakeGraphs:
     def _check_writes(self, before: Tensor, logits: Tensor | None) -> None:
         """Nothing changed in the caches but what the batch's own rows wrote."""
         ours = self.ours
-        slots = ours.context_slots[: self._tokens]
-        assert (ours.context_slots[self._tokens :] < 0).all()
+        slots = ours.slot_mapping[: self._tokens]
+        assert (ours.slot_mapping[self._tokens :] < 0).all()
         assert (slots >= 0).all()
         pages, size = before.shape[0], before.shape[2]
         written = torch.zeros(pages * size, dtype=torch.bool)
@@ -361,7 +361,9 @@ def test_choice_of_graph(
         run_fullgraph=lambda d: done.append(f"graph {d.num_reqs}")
     )
     monkeypatch.setattr(
-        SpecFormerSpeculator, "_store_context", lambda _, a, b: done.append(f"store {a}:{b}")
+        SpecFormerSpeculator,
+        "_store_context_and_query",
+        lambda _, a, b: done.append(f"store {a}:{b}"),
     )
     monkeypatch.setattr(
         SpecFormerSpeculator,

@@ -18,8 +18,8 @@ from v1.engines import (
 )
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-from vllm_specformer.config import read_config
-from vllm_specformer.engine.compat import installed_vllm
+from vllm_specformer.config import read_head_config
+from vllm_specformer.engine.compat.versions import installed_vllm
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
 from .support import MAX_TOKENS, TEXTS, K, assert_all_equal, engine, runner, watching
@@ -54,7 +54,7 @@ def test_four_drafts(answers: dict[Tokens, Tokens]) -> None:
 
 @pytest.mark.parametrize("slots", [1, None], ids=["one", "all-slots"])
 def test_other_numbers_of_drafts(slots: int | None, answers: dict[Tokens, Tokens]) -> None:
-    wanted = slots or read_config(HEAD).num_draft_slots
+    wanted = slots or read_head_config(HEAD).num_draft_slots
     with engine(drafting(slots)) as llm, watching(llm, answers) as watch:
         outputs = llm.generate(TEXTS[:8], greedy(MAX_TOKENS), use_tqdm=False)
     assert continuations(outputs).items() <= answers.items()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from specformer_kernels.verify import Verification, triton_kernel
+from specformer_kernels.verify import Verification, launch
 from torch import Tensor
 from v1.engines import (
     HEAD,
@@ -141,8 +141,8 @@ def test_no_host_read_in_a_step(
     reads.patch(monkeypatch)
     launches = use_triton(monkeypatch, reads.pausing)
     propose, steps = SpecFormerSpeculator.propose, Counter[bool]()
-    kernel = Launched(triton_kernel._follow_kernel, reads.pausing, launches)
-    monkeypatch.setattr(triton_kernel, "_follow_kernel", kernel)
+    kernel = Launched(launch._follow_kernel, reads.pausing, launches)
+    monkeypatch.setattr(launch, "_follow_kernel", kernel)
 
     def counted(self: SpecFormerSpeculator, batch: Any, *args: Any, **kwargs: Any) -> Tensor:
         steps[bool((args[4] == 0).any())] += 1
@@ -153,7 +153,7 @@ def test_no_host_read_in_a_step(
 
     def follow(*args: Any) -> Verification:
         with reads.counting():
-            return triton_kernel.follow(*args)
+            return launch.follow(*args)
 
     monkeypatch.setattr(SpecFormerSpeculator, "propose", counted)
     monkeypatch.setattr(coupled, "follow", follow)

@@ -45,12 +45,12 @@ def use_triton(
 ) -> Counter[str]:
     """Let the head run on its Triton kernels, as on a GPU; returns the count of their launches."""
     launches: Counter[str] = Counter()
-    for module, operation in (
-        (attention, "block_attention"),
-        (attention, "kv_store"),
-        (head_module, "grouped_rms_norm"),
+    for module, operation, file in (
+        (attention, "block_attention", "launch"),
+        (attention, "kv_store", "triton_kernel"),
+        (head_module, "grouped_rms_norm", "triton_kernel"),
     ):
-        launcher = import_module(f"specformer_kernels.{operation}.triton_kernel")
+        launcher = import_module(f"specformer_kernels.{operation}.{file}")
         kernel = getattr(launcher, f"_{operation}_kernel")
         monkeypatch.setattr(launcher, f"_{operation}_kernel", Launched(kernel, pausing, launches))
         monkeypatch.setattr(module, operation, getattr(launcher, operation))

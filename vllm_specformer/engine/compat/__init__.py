@@ -1,0 +1,1 @@
+"""Which vLLM this package runs on, and every symbol of it that the package relies on."""

@@ -1,0 +1,363 @@
+"""Everything inside vLLM that this package relies on, each with its user and its reason.
+
+A callable lists the parameters we pass (or accept, where we override it) under exactly these
+names; vLLM may have further ones only if they have defaults. Parameters that one supported version
+lacks are not listed, since nothing of ours may need them: `sample_draft` gained `num_steps` in
+0.33, `dispatch_cg_and_sync_dp` gained `allow_skip_drafts`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CLASS = ("class",)
+VALUE = ("value",)
+ATTRIBUTE = ("attribute",)
+FUNCTION = ("function",)
+IMPORT = ("import", "class")
+
+
+@dataclass(frozen=True)
+class Reliance:
+    """One symbol ("module:Qualified.name"), which of our modules needs it, and what for.
+
+    `overridden` marks methods our subclasses replace: vLLM calls them by position, so the order of
+    the parameters counts too.
+    """
+
+    symbol: str
+    needed_by: str
+    reason: str
+    kinds: tuple[str, ...] = FUNCTION
+    parameters: tuple[str, ...] = ()
+    overridden: bool = False
+    bases: tuple[str, ...] = ()
+    contains: tuple[str, ...] = ()
+
+
+def members(owner: str, needed_by: str, reason: str, names: str) -> tuple[Reliance, ...]:
+    """One entry per attribute of `owner` in the space-separated `names`."""
+    return tuple(Reliance(f"{owner}.{n}", needed_by, reason, ATTRIBUTE) for n in names.split())
+
+
+def call(symbol: str, needed_by: str, reason: str, parameters: str = "") -> Reliance:
+    return Reliance(symbol, needed_by, reason, parameters=tuple(parameters.split()))
+
+
+def override(symbol: str, needed_by: str, reason: str, parameters: str = "") -> Reliance:
+    return Reliance(
+        symbol, needed_by, reason, parameters=tuple(parameters.split()), overridden=True
+    )
+
+
+PLUGIN = "plugin.py"
+PATCHES = "engine/patches/ledger.py"
+MODEL = "engine/model.py"
+CHECKS = "engine/checks.py"
+ATTENTION = "engine/attention.py"
+CPU_PAGES = "engine/cpu/pages.py"
+SHARDING = "engine/sharding.py"
+V1 = "engine/proposer_v1.py"
+V2 = "engine/speculator_v2.py"
+CPU_SAMPLING = "engine/patches/cpu_sampling.py"
+CPU_SYNTHETIC = "engine/patches/cpu_synthetic.py"
+REQUESTS = "engine/patches/requests.py"
+DRAFT_TIME = "engine/metrics.py"
+KV_TRANSFER = "engine/kv_transfer.py"
+COUPLED = "engine/coupled.py"
+VOCABULARY = "engine/target_logits.py"
+CONFIDENCE = "engine/confidence.py"
+CARRIED = "engine/patches/carried_drafts.py"
+DRAFTLESS = "engine/patches/draftless_steps.py"
+LATE_STORE = "engine/patches/late_store.py"
+CPU_NORMS = "engine/cpu/norms.py"
+
+_SPEC = "vllm.config.speculative"
+_ARGS = "vllm.engine.arg_utils:EngineArgs"
+_BACKEND = "vllm.v1.attention.backend"
+_LAYER = "vllm.model_executor.layers.attention_layer_base:AttentionLayerBase"
+_EAGLE = "vllm.model_executor.models.interfaces"
+_ENDS = "vllm.model_executor.layers"
+_RANKS = "vllm.distributed.parallel_state"
+_TOGETHER = "vllm.distributed.communication_op"
+
+_OPS = "vllm._custom_ops"
+_CPU_BACKEND = "vllm.v1.attention.backends.cpu_attn"
+
+REGISTRATION: tuple[Reliance, ...] = (
+    Reliance("vllm.model_executor.models.registry:ModelRegistry", PLUGIN, "registry", VALUE),
+    call(
+        "vllm.model_executor.models.registry:_ModelRegistry.register_model",
+        PLUGIN,
+        "makes the draft architecture known",
+        "model_arch model_cls",
+    ),
+    Reliance(
+        "vllm.transformers_utils.configs.speculators.algos:SUPPORTED_SPECULATORS_TYPES",
+        PATCHES,
+        "takes the converter of head checkpoints",
+        VALUE,
+    ),
+    call(
+        f"{_ARGS}.create_speculative_config",
+        PATCHES,
+        'wrapped to turn method "specformer" into "dflash"',
+        "target_model_config target_parallel_config",
+    ),
+    *members(
+        _ARGS,
+        PATCHES,
+        "where the method is written",
+        "speculative_config spec_method spec_model spec_tokens",
+    ),
+    Reliance(
+        f"{_SPEC}:SpeculativeMethod",
+        PATCHES,
+        'the method that "specformer" stands for',
+        VALUE,
+        contains=("dflash",),
+    ),
+    *members(
+        f"{_SPEC}:SpeculativeConfig",
+        V1 + ", " + V2,
+        "read to set up drafting",
+        "method num_speculative_tokens draft_model_config draft_sample_method "
+        "use_local_argmax_reduction parallel_drafting disable_eagle_block_drop "
+        "draft_parallel_config",
+    ),
+    call(f"{_SPEC}:SpeculativeConfig.use_dflash", PATCHES, "chooses vLLM's DFlash path"),
+    call(f"{_SPEC}:SpeculativeConfig.use_eagle", PATCHES, "turns auxiliary states on"),
+)
+
+LAYERS: tuple[Reliance, ...] = (
+    Reliance(_LAYER, ATTENTION, "base of the draft layer", CLASS, bases=("ABC",)),
+    override(f"{_LAYER}.get_attn_backend", ATTENTION, "names our backend"),
+    override(f"{_LAYER}.get_kv_cache_spec", ATTENTION, "asks for K/V blocks", "vllm_config"),
+    override(f"{_LAYER}.bind_kv_cache", ATTENTION, "hands over the cache", "kv_cache"),
+    *members(_LAYER, ATTENTION, "set by load_model on draft layers", "is_draft_layer"),
+    Reliance(f"{_BACKEND}:AttentionBackend", ATTENTION, "base of our backend", CLASS),
+    override(f"{_BACKEND}:AttentionBackend.get_name", ATTENTION, "names it"),
+    override(f"{_BACKEND}:AttentionBackend.get_impl_cls", ATTENTION, "abstract"),
+    override(f"{_BACKEND}:AttentionBackend.get_builder_cls", ATTENTION, "abstract"),
+    override(
+        f"{_BACKEND}:AttentionBackend.get_supported_kernel_block_sizes",
+        ATTENTION,
+        "we accept any block size",
+        "kv_cache_spec",
+    ),
+    override(f"{_BACKEND}:AttentionBackend.supported_kv_cache_layouts", ATTENTION, "all of them"),
+    *members(
+        f"{_BACKEND}:AttentionBackend",
+        ATTENTION,
+        "set by our backend",
+        "forward_includes_kv_cache_update supported_dtypes",
+    ),
+    Reliance(f"{_BACKEND}:MultipleOf", ATTENTION, "we accept any block size", CLASS),
+    Reliance(f"{_BACKEND}:AttentionCGSupport", ATTENTION, "we allow graphs", CLASS),
+    Reliance(f"{_BACKEND}:AttentionMetadataBuilder", ATTENTION, "base of our builder", CLASS),
+    *members(
+        f"{_BACKEND}:AttentionMetadataBuilder", ATTENTION, "we allow graphs", "_cudagraph_support"
+    ),
+    override(
+        f"{_BACKEND}:AttentionMetadataBuilder.__init__",
+        ATTENTION,
+        "called by the runners",
+        "kv_cache_spec layer_names vllm_config device",
+    ),
+    override(
+        f"{_BACKEND}:AttentionMetadataBuilder.build",
+        ATTENTION,
+        "hands on the common metadata",
+        "common_prefix_len common_attn_metadata fast_build",
+    ),
+    call(
+        f"{_BACKEND}:AttentionMetadataBuilder.get_cudagraph_support",
+        ATTENTION,
+        "read to decide about graphs",
+        "vllm_config kv_cache_spec",
+    ),
+    *members(
+        f"{_BACKEND}:CommonAttentionMetadata",
+        ATTENTION + ", " + V1,
+        "what the kernels read",
+        "query_start_loc seq_lens num_reqs num_actual_tokens max_seq_len block_table_tensor "
+        "slot_mapping",
+    ),
+    Reliance(
+        "vllm.v1.kv_cache_interface:FullAttentionSpec",
+        ATTENTION,
+        "puts the head in the target's KV group",
+        CLASS,
+        bases=("AttentionSpec",),
+    ),
+    *members(
+        "vllm.v1.kv_cache_interface:AttentionSpec",
+        ATTENTION,
+        "shape of the head's K/V",
+        "num_kv_heads head_size dtype",
+    ),
+    Reliance("vllm.v1.kv_cache_interface:KVCacheLayout", ATTENTION, "all layouts", IMPORT),
+    call("vllm.config.vllm:get_current_vllm_config", ATTENTION, "configs during load"),
+    *members(
+        "vllm.config.compilation:CompilationConfig",
+        ATTENTION,
+        "where layers register",
+        "static_forward_context",
+    ),
+    call(
+        "vllm.forward_context:set_forward_context",
+        V1 + ", " + V2,
+        "hands metadata to the draft layer",
+        "attn_metadata vllm_config num_tokens num_tokens_across_dp cudagraph_runtime_mode "
+        "slot_mapping",
+    ),
+    Reliance(f"{_EAGLE}:EagleModelMixin", MODEL, "order of the hidden states", CLASS),
+    call(
+        f"{_EAGLE}:EagleModelMixin._maybe_add_hidden_state",
+        MODEL,
+        "meaning of a layer id",
+        "aux_hidden_states layer_idx hidden_states residual",
+    ),
+    Reliance(f"{_EAGLE}:SupportsEagle3", MODEL, "what a target must be", CLASS),
+    call(f"{_EAGLE}:SupportsEagle3.set_aux_hidden_state_layers", MODEL, "hooks", "layers"),
+    call(
+        "vllm.model_executor.model_loader:get_model",
+        V1 + ", " + V2,
+        "builds and loads the head",
+        "vllm_config model_config prefix load_config",
+    ),
+    call(
+        "vllm.model_executor.model_loader.utils:get_draft_load_config",
+        V2,
+        "loads the head",
+        "vllm_config",
+    ),
+    call(
+        "vllm.model_executor.model_loader.utils:get_model_cls",
+        CHECKS,
+        "class of the target",
+        "model_config",
+    ),
+    *members("vllm.config.model:ModelConfig", CHECKS, "kind of positions", "uses_mrope"),
+    call(
+        "vllm.config.model:ModelConfig.using_transformers_backend",
+        CHECKS,
+        "whether the target has a state 0",
+    ),
+    call(f"{_EAGLE}:supports_eagle3", CHECKS, "whether the target can be hooked", "model"),
+    Reliance(f"{_ENDS}.logits_processor:LogitsProcessor", VOCABULARY, "target's logits", CLASS),
+    call(
+        f"{_ENDS}.logits_processor:LogitsProcessor.forward",
+        VOCABULARY,
+        "logits over some rows of the lm_head",
+        "lm_head hidden_states embedding_bias",
+    ),
+    Reliance(
+        f"{_ENDS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod",
+        VOCABULARY,
+        "what makes an lm_head a plain matrix",
+        CLASS,
+    ),
+    call(
+        f"{_ENDS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod.apply",
+        VOCABULARY,
+        "called by the logits processor with our rows",
+        "layer x bias",
+    ),
+    call(
+        f"{_ENDS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod"
+        ".process_weights_after_loading",
+        VOCABULARY,
+        "packs our rows on a CPU",
+        "layer",
+    ),
+    Reliance(
+        f"{_ENDS}.linear:UnquantizedLinearMethod",
+        VOCABULARY,
+        "what makes an lm_head a plain matrix",
+        CLASS,
+    ),
+    Reliance(
+        f"{_ENDS}.vocab_parallel_embedding:VocabParallelEmbedding",
+        MODEL,
+        "the target's table under LoRA wrappers and scales",
+        CLASS,
+    ),
+    *members(
+        f"{_ENDS}.vocab_parallel_embedding:VocabParallelEmbedding",
+        VOCABULARY,
+        "whether the lm_head is whole",
+        "tp_size quant_method",
+    ),
+    call(f"{_RANKS}:get_tensor_model_parallel_rank", SHARDING, "which share of the head"),
+    *members("vllm.config.parallel:ParallelConfig", MODEL, "how many", "tensor_parallel_size"),
+    call(f"{_TOGETHER}:tensor_model_parallel_all_gather", SHARDING, "parts side by side", "input_"),
+    call(f"{_TOGETHER}:tensor_model_parallel_all_reduce", SHARDING, "sum of parts", "input_"),
+    Reliance("vllm.v1.attention.backends.utils:PAD_SLOT_ID", V2, "marks rows to skip", VALUE),
+    call("vllm.compilation.backends:set_model_tag", V1 + ", " + V2, "cache key", "tag"),
+)
+
+CPU_KERNELS: tuple[Reliance, ...] = (
+    call(
+        f"{_OPS}:cpu_attn_get_scheduler_metadata",
+        CPU_PAGES,
+        "plans an attention over pages",
+        "num_reqs num_heads num_kv_heads head_dim seq_lens dtype query_start_loc causal "
+        "sliding_window_size isa enable_kv_split",
+    ),
+    call(
+        f"{_OPS}:cpu_attention_with_kv_cache",
+        CPU_PAGES,
+        "attends to pages",
+        "query key_cache value_cache output query_start_loc seq_lens scale causal alibi_slopes "
+        "sliding_window block_table softcap scheduler_metadata s_aux",
+    ),
+    call(
+        f"{_OPS}:cpu_attn_reshape_and_cache",
+        CPU_PAGES,
+        "writes pages",
+        "key value key_cache value_cache slot_mapping isa",
+    ),
+    call(
+        f"{_OPS}:rotary_embedding",
+        CPU_PAGES,
+        "rotates K before it is stored",
+        "positions query key head_size cos_sin_cache is_neox",
+    ),
+    call(
+        f"{_OPS}:rms_norm",
+        CPU_NORMS,
+        "the head's norms",
+        "out input weight epsilon",
+    ),
+    call(
+        f"{_CPU_BACKEND}:_get_attn_isa",
+        CPU_PAGES,
+        "names the kernels",
+        "dtype block_size head_size",
+    ),
+    *members(
+        f"{_CPU_BACKEND}:CPUAttentionBackend", CPU_PAGES, "what they take", "supported_dtypes"
+    ),
+    call(f"{_CPU_BACKEND}:CPUAttentionBackend.get_supported_head_sizes", CPU_PAGES, "the same"),
+    call(
+        f"{_CPU_BACKEND}:CPUAttentionBackend.get_supported_kernel_block_sizes",
+        CPU_PAGES,
+        "the same",
+    ),
+    *members(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner", V1, "which pages are whose", "input_batch"
+    ),
+    *members(
+        "vllm.v1.worker.gpu_input_batch:InputBatch", V1, "which pages are whose", "block_table"
+    ),
+    call(
+        "vllm.v1.worker.block_table:MultiGroupBlockTable.__getitem__",
+        V1,
+        "which pages are whose",
+        "idx",
+    ),
+    *members(
+        "vllm.v1.worker.block_table:BlockTable", V1, "which pages are whose", "num_blocks_per_row"
+    ),
+)

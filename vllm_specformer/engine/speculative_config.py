@@ -1,0 +1,213 @@
+"""What a user writes into the speculative config, judged field by field."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from vllm_specformer.config import ARCHITECTURE
+from vllm_specformer.errors import SpeculativeConfigError
+
+# What decides about a draft: vLLM's own rejection sampler, or the request's own noise.
+DEFAULT_VERIFICATION = "vllm"
+VERIFICATIONS = (DEFAULT_VERIFICATION, "coupled")
+
+SCHEDULE = "num_speculative_tokens_per_batch_size"
+CONFIDENCE = "draft_confidence_threshold"
+
+# Ranges of batch sizes with a threshold each: (first, last, threshold), without gaps.
+Thresholds = tuple[tuple[int, int, float], ...]
+
+
+@dataclass(frozen=True)
+class OwnFields:
+    """What our own fields of a speculative config ask for; see `split_own_fields`."""
+
+    verification: str = DEFAULT_VERIFICATION
+    confidence: Thresholds | None = None
+
+
+# Field -> values that ask for nothing, and why any other cannot be had.
+_WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "quantization": ((None,), "a head's weights are not quantised"),
+    "use_local_argmax_reduction": (
+        (None, False),
+        "a head computes whole rows of logits, there is no local argmax to reduce",
+    ),
+    "disable_padded_drafter_batch": (
+        (None, False),
+        "vLLM drafts for the whole, padded batch with every method that drafts in one pass",
+    ),
+    "enable_adaptive_verification": (
+        (None, False),
+        f"vLLM documents it for its method 'dspark' alone; {SCHEDULE!r} adapts drafts to load",
+    ),
+}
+
+
+def as_dictionary(given: Any) -> dict[str, Any]:
+    """A user's speculative config with fields spelled as vLLM's: `_` for `-`.
+
+    Raises:
+        SpeculativeConfigError: it is no object, or a name is no text.
+    """
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise SpeculativeConfigError(
+            f"speculative config: {reprlib.repr(given)} is not an object of named fields; write "
+            '{"method": "specformer", "model": HEAD, "num_speculative_tokens": 4}'
+        )
+    return {key.replace("-", "_"): value for key, value in given.items()}
+
+
+def split_own_fields(speculative: dict[str, Any]) -> tuple[dict[str, Any], OwnFields]:
+    """Take our own fields out of a speculative config, which vLLM would refuse.
+
+    Raises:
+        SpeculativeConfigError: unknown value, or one that contradicts another field.
+    """
+    own = OwnFields(_verification(speculative), _thresholds(speculative.get(CONFIDENCE)))
+    names = ("verification", CONFIDENCE)
+    return {key: value for key, value in speculative.items() if key not in names}, own
+
+
+def _verification(speculative: dict[str, Any]) -> str:
+    verification = speculative.get("verification", DEFAULT_VERIFICATION)
+    if verification not in VERIFICATIONS:
+        raise SpeculativeConfigError(
+            f"speculative config: verification={verification!r} must be one of "
+            f"{', '.join(map(repr, VERIFICATIONS))}"
+        )
+    rule = speculative.get("rejection_sample_method", "standard")
+    if rule == "block":
+        raise SpeculativeConfigError(
+            "speculative config: rejection_sample_method='block' does not keep the target's "
+            "distribution in this vLLM (it meets the same noise twice, see docs/kernels.md); leave "
+            "it out, or set verification='coupled'"
+        )
+    if verification == "coupled" and rule != "standard":
+        raise SpeculativeConfigError(
+            f"speculative config: rejection_sample_method={rule!r} is a rule of vLLM's own "
+            "verification; leave it out, or set verification='vllm'"
+        )
+    return str(verification)
+
+
+_SIZES_BEYOND = 1 << 30
+
+
+def _thresholds(value: Any) -> Thresholds | None:
+    """A threshold for all batch sizes, or ranges with one each."""
+    if value is None:
+        return None
+    if _is_threshold(value):
+        return ((1, _SIZES_BEYOND, float(value)),)
+    problem = _ranges_problem(value, "threshold", _is_threshold)
+    if problem:
+        raise SpeculativeConfigError(
+            f"speculative config: {CONFIDENCE}={reprlib.repr(value)}: {problem}; write a number "
+            "from 0 to 1, or ranges of batch sizes with one each, such as "
+            "[[1, 8, 0.1], [9, 64, 0.4]]"
+        )
+    return tuple(sorted((first, last, float(bar)) for first, last, bar in value))
+
+
+def _is_threshold(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def checked_tokens(tokens: Any, slots: int) -> int:
+    """`num_speculative_tokens` as given, or all slots of the head where it is not.
+
+    Raises:
+        SpeculativeConfigError: no whole number from 1 to `slots`.
+    """
+    if tokens is None:
+        return slots
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= slots:
+        raise SpeculativeConfigError(
+            f"speculative config: num_speculative_tokens={tokens!r} must be a whole number from 1 "
+            f"to {slots}, the draft slots this head has"
+        )
+    return tokens
+
+
+def check_fields(speculative: dict[str, Any]) -> None:
+    """Refuse fields that cannot work with a head, and a schedule that vLLM would refuse too late.
+
+    vLLM reads the schedule when the scheduler is built, after the weights are loaded, and looks
+    for what `use_local_argmax_reduction` needs in the loaded head.
+
+    Raises:
+        SpeculativeConfigError: names field, value and remedy.
+    """
+    for field, (harmless, reason) in _WITHOUT_EFFECT.items():
+        value = speculative.get(field)
+        if value not in harmless:
+            raise SpeculativeConfigError(
+                f"speculative config: {field}={reprlib.repr(value)} has no meaning for a "
+                f"SpecFormer head ({reason}); leave it out"
+            )
+    _check_schedule(speculative.get(SCHEDULE))
+
+
+def _check_schedule(schedule: Any) -> None:
+    """Ranges of batch sizes `[[first, last, tokens], ...]`: whole numbers, from 1 on, in order."""
+    if schedule is None:
+        return
+    problem = _ranges_problem(schedule, "tokens", _is_count)
+    if problem:
+        raise SpeculativeConfigError(
+            f"speculative config: {SCHEDULE}={reprlib.repr(schedule)}: {problem}; write ranges of "
+            "batch sizes with the tokens to draft, such as [[1, 8, 4], [9, 64, 2], [65, 256, 0]]"
+        )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_whole(value) and value >= 0
+
+
+def _ranges_problem(ranges: Any, name: str, fits: Callable[[Any], bool]) -> str:
+    """What is wrong with ranges of batch sizes `[first, last, value]`, "" where nothing is."""
+    if not isinstance(ranges, (list, tuple)) or not ranges:
+        return "it is no list of ranges"
+    for entry in ranges:
+        if not isinstance(entry, (list, tuple)) or len(entry) != 3:
+            return f"{reprlib.repr(entry)} is not [first, last, {name}]"
+        first, last, value = entry
+        if not _is_whole(first) or not _is_whole(last) or not 1 <= first <= last:
+            return f"{reprlib.repr(entry)} must have whole numbers 1 <= first <= last"
+        if not fits(value):
+            return f"{reprlib.repr(entry)} has {reprlib.repr(value)} for its {name}"
+    ranges = sorted((first, last) for first, last, _ in ranges)
+    if ranges[0][0] != 1:
+        return "the first range must start at 1"
+    for (_, last), (first, _) in pairwise(ranges):
+        if first <= last:
+            return f"two ranges hold the batch size {first}"
+    return ""
+
+
+def drafts_with_head(speculative_config: Any) -> bool:
+    """Whether vLLM's speculative config, if there is one, drafts with a SpecFormer head."""
+    return ARCHITECTURE in (getattr(_head_config(speculative_config), "architectures", None) or [])
+
+
+def verifies_coupled(speculative_config: Any) -> bool:
+    """Whether the user asked for coupled verification."""
+    return getattr(_head_config(speculative_config), "specformer_verification", "") == "coupled"
+
+
+def confidence_ranges(speculative_config: Any) -> Any:
+    """Thresholds below which drafts are left out, by batch size; None where nobody asked."""
+    return getattr(_head_config(speculative_config), "specformer_confidence", None)
+
+
+def _head_config(speculative_config: Any) -> Any:
+    return getattr(getattr(speculative_config, "draft_model_config", None), "hf_config", None)

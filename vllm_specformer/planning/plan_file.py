@@ -1,0 +1,165 @@
+"""A plan: predicted rows, the schedule that follows, and what they rest on; as a JSON file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.planning.choose import (
+    MARGIN,
+    PlanRow,
+    between,
+    cut_schedule,
+    schedule,
+    thresholds,
+)
+from vllm_specformer.planning.load import seconds_under_load
+
+KIND = "specformer plan"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to draft at which batch size; `rows` are empty for a schedule written by hand.
+
+    `margin` is what drafting has to gain over K = 0, as a share.
+    """
+
+    schedule: list[list[int]]
+    rows: list[PlanRow] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+    margin: float = MARGIN
+
+    @classmethod
+    def of(cls, rows: list[PlanRow], about: dict[str, Any], margin: float) -> Plan:
+        return cls(schedule(rows, margin), rows, about, margin)
+
+    @property
+    def pays(self) -> bool:
+        """Whether speculation is expected to gain at any batch size."""
+        if not self.rows:
+            return any(count for _, _, count in self.schedule)
+        return any(gain > 1 for gain in self.gains().values())
+
+    def gains(self) -> dict[int, float]:
+        """Expected tokens/s of the schedule over no speculation, by batch size."""
+        batches = sorted({row.batch for row in self.rows})
+        return {
+            batch: gain
+            for batch in batches
+            if (gain := self.predicted(batch, self.count_at(batch))) is not None
+        }
+
+    def count_at(self, batch: int) -> int:
+        """Drafted tokens at a batch size; the last range goes on."""
+        for _, last, count in self.schedule:
+            if batch <= last:
+                return count
+        return self.schedule[-1][2]
+
+    def predicted(self, batch: int, count: int) -> float | None:
+        """Expected tokens/s over no speculation, if such a count was looked at."""
+        found = [row for row in between(self.rows, batch) if row.count == count]
+        return found[0].ratio if found else None
+
+    def expected_ratio(
+        self, answers: Sequence[int], concurrency: int, count_at: Callable[[int], int]
+    ) -> float | None:
+        """Expected tokens/s over no speculation of a whole load (see load.py).
+
+        Args:
+            answers: tokens of each answer.
+            count_at: drafted tokens by batch size.
+
+        Returns:
+            None where a batch size would draft a count that was not looked at.
+        """
+        if not {count_at(batch) for batch in range(1, concurrency + 1)} <= self.counts:
+            return None
+        without = seconds_under_load(self.rows, answers, concurrency, None)
+        return without / seconds_under_load(self.rows, answers, concurrency, count_at)
+
+    @property
+    def counts(self) -> set[int]:
+        """The numbers of drafted tokens that were looked at."""
+        return {row.count for row in self.rows}
+
+    def speculative_config(self, head: str) -> dict[str, Any]:
+        """The dictionary for `--speculative-config`."""
+        return {
+            "method": "specformer",
+            "model": head,
+            **_counts(self.schedule),
+        }
+
+    def confident_config(self, head: str) -> dict[str, Any]:
+        """The same for the V1 runner with drafts cut where the head is not sure (choosing-k.md)."""
+        return {
+            "method": "specformer",
+            "model": head,
+            **_counts(cut_schedule(self.rows, self.margin)),
+            "draft_confidence_threshold": thresholds(self.rows),
+        }
+
+    def to_json(self, head: str) -> dict[str, Any]:
+        return {
+            "kind": KIND,
+            "schedule": self.schedule,
+            "margin": self.margin,
+            "speculative_config": self.speculative_config(head) if self.pays else None,
+            "confident_config": self.confident_config(head) if self.pays else None,
+            "rows": [asdict(row) | {"ratio": round(row.ratio, 4)} for row in self.rows],
+            "about": self.about,
+        }
+
+
+def _counts(ranges: list[list[int]]) -> dict[str, Any]:
+    """The fields that make vLLM draft by batch size; it wants a K above 0 beside them."""
+    return {
+        "num_speculative_tokens": max(1, *(count for _, _, count in ranges)),
+        "num_speculative_tokens_per_batch_size": ranges,
+    }
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan that `specformer plan --json` wrote, or a file with a schedule alone.
+
+    Raises:
+        SpecFormerError: the file is neither.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SpecFormerError(f"--schedule {path}: not readable as JSON ({error})") from None
+    if isinstance(content, list):
+        return Plan(checked_schedule(content, f"--schedule {path}"))
+    if not isinstance(content, dict) or content.get("kind") != KIND:
+        raise SpecFormerError(
+            f"--schedule {path}: expected what `specformer plan --json` writes, or a schedule such "
+            "as [[1, 8, 4], [9, 64, 0]]"
+        )
+    rows = [PlanRow(**{k: v for k, v in row.items() if k != "ratio"}) for row in content["rows"]]
+    ranges = checked_schedule(content["schedule"], f"--schedule {path}")
+    return Plan(ranges, rows, content["about"], content.get("margin", MARGIN))
+
+
+def checked_schedule(value: Any, source: str) -> list[list[int]]:
+    """A schedule as vLLM takes it: [[first batch size, last, K], ...] from 1 upwards, no gaps.
+
+    Raises:
+        SpecFormerError: anything else.
+    """
+    wanted = f"{source}: expected a schedule such as [[1, 8, 4], [9, 64, 0]], found {value!r}"
+    if not isinstance(value, list) or not value:
+        raise SpecFormerError(wanted)
+    last = 0
+    for entry in value:
+        whole = isinstance(entry, list) and [type(n) for n in entry] == [int] * 3
+        if not whole or entry[0] != last + 1 or entry[1] < entry[0] or entry[2] < 0:
+            raise SpecFormerError(wanted)
+        last = entry[1]
+    return value

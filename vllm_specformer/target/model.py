@@ -1,0 +1,200 @@
+"""Load a frozen target, and find out by running it whether a head can be trained for it.
+
+Families differ in ways that a configuration does not tell reliably: scaled embeddings, softcapped
+logits, masks of their own. So the loaded model is asked: do its parts, put together as the head
+uses them, give what the whole gives?
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from vllm_specformer.config import HeadConfigError, SpecFormerConfig, paper_hooks
+from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.families import read_families
+from vllm_specformer.target.hidden_states import HookedTarget, find_decoder
+from vllm_specformer.target.parts import LAYER_NAMES, NORM_NAMES, find_part
+
+# The same operation on the same values; only another order of summation may differ.
+_SAME = 1e-4
+# States of a text whose neighbour in the row changed. A mask makes them equal; a mixture of experts
+# may sum in another order. Attention that reaches the neighbour moves them by tens of per cent.
+_UNMOVED = 1e-2
+_PROBE_LENGTH = 12
+
+
+class UnsupportedTargetError(SpecFormerError):
+    """A head cannot be trained for this target; the message says why."""
+
+
+def head_config(
+    preset: str, target: PreTrainedConfig, name: str, **changes: object
+) -> SpecFormerConfig:
+    """`SpecFormerConfig.preset`, with what stands against a head for this target named.
+
+    Raises:
+        UnsupportedTargetError: the target is unsuitable, or a field is out of range.
+    """
+    try:
+        config = SpecFormerConfig.preset(preset, target, name, **changes)
+    except HeadConfigError as error:
+        raise UnsupportedTargetError(f"target {name}: {error}") from None
+    except AttributeError as error:
+        raise UnsupportedTargetError(
+            f"target {name}: its configuration ({type(target).__name__}) has no {error.name!r}, "
+            "which the head's shape is taken from; this family is not supported"
+        ) from None
+    if "mrope_section" in (getattr(target.get_text_config(), "rope_parameters", None) or {}):
+        raise UnsupportedTargetError(
+            f"target {name}: its positions have several dimensions (M-RoPE), but a head counts its "
+            "context in tokens; this family is not supported"
+        )
+    _check_served(config, name)
+    return config
+
+
+def _check_served(config: SpecFormerConfig, name: str) -> None:
+    """Refuse what is known not to work when it is served (see `families.py`)."""
+    known = read_families()
+    family = known.find(config.target_architecture)
+    if family is None:
+        return
+    if not family.hands_out_states:
+        raise UnsupportedTargetError(
+            f"target {name}: vLLM {known.vllm} serves {family.architecture} with a class "
+            f"({family.served_by}) that cannot return hidden states, which heads draft from; "
+            "`specformer families` lists the models that can have one"
+        )
+    if family.wraps_transformers and config.aux_hidden_state_layer_ids[0] == 0:
+        rest = ",".join(map(str, paper_hooks(config.target_num_layers)[1:]))
+        raise UnsupportedTargetError(
+            f"target {name}: vLLM {known.vllm} runs {family.architecture} by its Transformers "
+            f"code and hands out no state 0; leave it out of --hooks, as in --hooks {rest}"
+        )
+
+
+def read_target_config(directory: Path) -> PreTrainedConfig:
+    """The target's configuration.
+
+    Raises:
+        UnsupportedTargetError: this release of Transformers does not know the family.
+    """
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedTargetError(
+            f"target {directory}: Transformers {transformers.__version__} cannot read its "
+            f"configuration ({reason}); a newer release may know the family"
+        ) from None
+
+
+def load_target(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The target's causal language model, frozen.
+
+    Raises:
+        UnsupportedTargetError: Transformers cannot build it as one, or it has no stack of layers.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedTargetError(
+            f"target {directory}: Transformers cannot load it as a causal language model ({reason})"
+        ) from None
+    check_decoder(model, str(directory))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def check_decoder(model: PreTrainedModel, name: str) -> None:
+    """The decoder must have layers and a final norm to hook.
+
+    Raises:
+        UnsupportedTargetError: it has not.
+    """
+    for part in (LAYER_NAMES, NORM_NAMES):
+        try:
+            find_part(find_decoder(model), part)
+        except AttributeError as error:
+            raise UnsupportedTargetError(
+                f"target {name}: its decoder keeps its parts elsewhere ({error}); hidden states "
+                "cannot be hooked there, this family is not supported"
+            ) from None
+
+
+@torch.no_grad()
+def check_parts(target: HookedTarget, name: str) -> None:
+    """Embedding, final norm and lm_head must be all there is around the layers.
+
+    Raises:
+        UnsupportedTargetError: naming what is different.
+    """
+    tokens = _probe_tokens(target)[:, :_PROBE_LENGTH]
+    states, last = target(tokens)
+    whole = target.target(input_ids=tokens, use_cache=False).logits
+    if not _close(target.lm_head(last), whole, _SAME):
+        raise UnsupportedTargetError(
+            f"target {name}: its logits are not lm_head(norm(state)), scaled or capped; it does "
+            "something more to them, which the head's drafts would lack; this family is not "
+            "supported"
+        )
+    if target.hook_ids[0] == 0 and not _parallel(target.embed(tokens), states[0]):
+        raise UnsupportedTargetError(
+            f"target {name}: its first layer does not read the embedding, up to one factor (a "
+            "position is added, or a norm comes first); this family is not supported"
+        )
+    if target.hook_ids[-1] == len(target.layers) and not _close(
+        target.norm(states[-1]), last, _SAME
+    ):
+        raise UnsupportedTargetError(
+            f"target {name}: its last state does not pass through its final norm alone; this "
+            "family is not supported"
+        )
+
+
+@torch.no_grad()
+def can_pack(target: HookedTarget) -> bool:
+    """Whether texts that share a row do not see each other in this target.
+
+    The second text of every row stays, the first one changes: the second one's states must stay
+    too. Two rows, because some attentions take a row for packed only when it is alone.
+    """
+    tokens = _probe_tokens(target)
+    positions = torch.arange(_PROBE_LENGTH, device=tokens.device).repeat(2, 2)
+    changed = tokens.clone()
+    changed[:, :_PROBE_LENGTH] = tokens[:, :_PROBE_LENGTH].roll(1, dims=1)
+    try:
+        one, _ = target(tokens, positions)
+        other, _ = target(changed, positions)
+    except (TypeError, ValueError, RuntimeError):  # no position_ids, or not of this shape
+        target.forget()
+        return False
+    return all(
+        _close(a[:, _PROBE_LENGTH:], b[:, _PROBE_LENGTH:], _UNMOVED)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _probe_tokens(target: HookedTarget) -> Tensor:
+    """Two rows of two texts of random tokens."""
+    vocabulary = target.target.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (2, 2 * _PROBE_LENGTH), generator=generator)
+    return tokens.to(target.target.device)
+
+
+def _parallel(a: Tensor, b: Tensor) -> bool:
+    """Whether one is the other times a positive factor."""
+    a, b = a.float(), b.float()
+    factor = (a * b).sum() / a.square().sum()
+    return bool(factor > 0) and _close(factor * a, b, _SAME)
+
+
+def _close(a: Tensor, b: Tensor, share: float) -> bool:
+    """Whether the difference's norm is below this share of the norm."""
+    return bool((a.float() - b.float()).norm() <= share * b.float().norm())
