@@ -18,7 +18,7 @@ import torch
 
 
 def kernel_modules() -> list[ModuleType]:
-    """The modules with kernels and device functions: those called `triton_*`."""
+    """The modules that hold kernels or launch them: `triton_*` and `launch`."""
     names = (
         module.name
         for module in pkgutil.walk_packages(specformer_kernels.__path__, "specformer_kernels.")
@@ -26,7 +26,7 @@ def kernel_modules() -> list[ModuleType]:
     return [
         importlib.import_module(name)
         for name in names
-        if name.rpartition(".")[2].startswith("triton_")
+        if name.rpartition(".")[2].startswith(("triton_", "launch"))
     ]
 
 
