@@ -14,11 +14,14 @@ just sampled, slot `i` predicts `t+2+i`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from specformer_kernels.grouped_rms_norm import grouped_rms_norm
 from specformer_kernels.kv_store import rotate
+from specformer_kernels.rotate_slots import rotate_slots
+from specformer_kernels.swiglu import swiglu
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -53,18 +56,18 @@ class Projections(nn.Module):
         self.o_proj = nn.Linear(self.heads[0] * config.head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, table: Tensor | None = None, positions: Tensor | None = None
+        self, x: Tensor, rotation: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """[..., H] -> query [..., heads, D] and key, value [..., K/V heads, D].
 
-        With a rotary `table`, query and key are rotated to `positions` [...].
+        Args:
+            rotation: rotary embedding of queries and keys, [..., heads + K/V heads, D] -> the same.
         """
         heads, kv_heads = self.heads
         rows = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         query_key, value = rows.split([heads + kv_heads, kv_heads], dim=-2)
-        if table is not None:
-            assert positions is not None
-            query_key = rotate(query_key, table, positions)
+        if rotation is not None:
+            query_key = rotation(query_key)
         query, key = query_key.split([heads, kv_heads], dim=-2)
         return query, key, value
 
@@ -100,8 +103,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class SlotLayer(nn.Module):
@@ -207,8 +209,8 @@ class SpecFormerHead(PreTrainedModel):
         token), which makes them exact under prefix caching. The engine makes them apart from the
         queries, which only its anchors need, and rotates as it stores: see `Projections`.
         """
-        table = self.rotary(context.device)
-        return self.context_attn(self.context_norm(context), table, positions)
+        rotation = partial(rotate, table=self.rotary(context.device), positions=positions)
+        return self.context_attn(self.context_norm(context), rotation)
 
     def slots_to_run(self, wanted: int) -> int:
         """Slots a pass must compute to draft `wanted` tokens (see `nested_slots`)."""
@@ -265,9 +267,9 @@ class SpecFormerHead(PreTrainedModel):
         normed = layer.slot_norm(slots)
         if not self.mixed:
             return layer.slot_attn(normed)
-        offsets = torch.arange(1, slots.shape[-2] + 1, device=slots.device)
         table = self.rotary(slots.device)
-        return layer.slot_attn(normed, table, anchor_positions.unsqueeze(-1) + offsets)
+        rotation = partial(rotate_slots, table=table, anchor_positions=anchor_positions)
+        return layer.slot_attn(normed, rotation)
 
     def finish(self, layer: SlotLayer, slots: Tensor, attended: Tensor) -> Tensor:
         """Slots and their attention output in a layer -> the layer's result [..., K, H]."""

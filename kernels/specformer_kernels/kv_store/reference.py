@@ -96,9 +96,9 @@ def rotate(x: Tensor, table: Tensor, positions: Tensor) -> Tensor:
     cos, sin = table[positions].to(wide).unsqueeze(-2).chunk(2, dim=-1)
     first, second = x.to(wide).chunk(2, dim=-1)
     # first * cos - second * sin and second * cos + first * sin, in fewer passes
-    turned_first = torch.addcmul(first * cos, second, sin, value=-1)
-    turned_second = torch.addcmul(second * cos, first, sin)
-    return torch.cat((turned_first, turned_second), dim=-1).to(x.dtype)
+    rotated_first = torch.addcmul(first * cos, second, sin, value=-1)
+    rotated_second = torch.addcmul(second * cos, first, sin)
+    return torch.cat((rotated_first, rotated_second), dim=-1).to(x.dtype)
 
 
 def kv_store(
