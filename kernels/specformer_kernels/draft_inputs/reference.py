@@ -40,8 +40,14 @@ class DraftBuffers(NamedTuple):
 
 
 _INT32 = frozenset(
-    "query_start_loc idx_mapping num_sampled num_rejected next_prefill_tokens "
-    "sample_idx_mapping".split()
+    [
+        "query_start_loc",
+        "idx_mapping",
+        "num_sampled",
+        "num_rejected",
+        "next_prefill_tokens",
+        "sample_idx_mapping",
+    ]
 )
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from specformer_kernels.kv_store.triton_kernel import rotated
 from specformer_kernels.rotate_slots.reference import check_arguments
 
-# Elements per program: 32 registers a thread at four warps.
-_TILE_ELEMENTS = 4096
+# Elements per program: 16 registers a thread at four warps, and programs enough for few slots.
+_TILE_ELEMENTS = 2048
 
 
 @triton.jit(do_not_specialize=["num_slots"])
