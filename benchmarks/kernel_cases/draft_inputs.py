@@ -83,4 +83,4 @@ def _filled(
     fill: Callable[..., None], step: StepInputs, buffers: DraftBuffers, requests: int, rows: int
 ) -> torch.Tensor:
     fill(step, buffers, requests, rows)
-    return torch.cat([buffer.double() for buffer in buffers])
+    return torch.cat([buffer.float() for buffer in buffers])

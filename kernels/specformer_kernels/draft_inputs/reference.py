@@ -39,16 +39,8 @@ class DraftBuffers(NamedTuple):
     seeds: Tensor  # int64 [S], by state row
 
 
-_INT32 = frozenset(
-    [
-        "query_start_loc",
-        "idx_mapping",
-        "num_sampled",
-        "num_rejected",
-        "next_prefill_tokens",
-        "sample_idx_mapping",
-    ]
-)
+_INT32 = ("query_start_loc", "idx_mapping", "num_sampled", "num_rejected")
+_INT32_BY_STATE = ("next_prefill_tokens", "sample_idx_mapping")
 
 
 def check_arguments(
@@ -78,7 +70,7 @@ def check_arguments(
 
 def _check(name: str, tensor: Tensor, least: int) -> None:
     wanted = torch.float32 if name == "temperature" else torch.int64
-    wanted = torch.int32 if name in _INT32 else wanted
+    wanted = torch.int32 if name in (*_INT32, *_INT32_BY_STATE) else wanted
     if tensor.dtype != wanted:
         raise ValueError(f"{name}: expected {wanted}, found {tensor.dtype}")
     if tensor.dim() != 1 or len(tensor) < least or not tensor.is_contiguous():
