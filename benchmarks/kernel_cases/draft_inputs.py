@@ -12,7 +12,7 @@ from kernel_cases import BenchCase
 
 NUM_SLOTS, MAX_REQUESTS, MAX_TOKENS = 8, 256, 8192
 # Read and written: a context row, a request's sampling entries per slot, a request.
-TOKEN_BYTES, SAMPLE_BYTES, REQUEST_BYTES = 4 * 8, 8 + 4, 100
+TOKEN_BYTES, SAMPLE_BYTES, REQUEST_BYTES = 4 * 8, 8 + 8, 100
 
 
 def aot_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -71,8 +71,8 @@ def _random_inputs(
         *(empty(max_tokens) for _ in range(2)),
         *(empty(max_requests) for _ in range(4)),
         sample_pos=empty(samples),
-        sample_idx_mapping=empty(samples, torch.int32),
-        idx_mapping=empty(max_requests, torch.int32),
+        sample_idx_mapping=empty(samples),
+        idx_mapping=empty(max_requests),
         temperature=empty(max_requests, torch.float32),
         seeds=empty(max_requests),
     )

@@ -53,8 +53,8 @@ def make_buffers() -> DraftBuffers:
         context_lens=poisoned(MAX_REQUESTS),
         bonus_tokens=poisoned(MAX_REQUESTS),
         sample_pos=poisoned(MAX_REQUESTS * SLOTS),
-        sample_idx_mapping=poisoned(MAX_REQUESTS * SLOTS, torch.int32),
-        idx_mapping=poisoned(MAX_REQUESTS, torch.int32),
+        sample_idx_mapping=poisoned(MAX_REQUESTS * SLOTS),
+        idx_mapping=poisoned(MAX_REQUESTS),
         temperature=poisoned(STATES, torch.float32),
         seeds=poisoned(STATES),
     )
@@ -121,8 +121,8 @@ def test_a_smaller_batch_leaves_nothing_of_a_larger_one(kernel_device: str) -> N
 @pytest.mark.parametrize(
     ("part", "field", "change", "named"),
     [
-        ("step", "positions", lambda t: t.int(), "positions: expected torch.int64"),
-        ("step", "num_sampled", lambda t: t.long(), "num_sampled: expected torch.int32"),
+        ("step", "positions", lambda t: t.float(), "positions: expected torch.int32 or"),
+        ("buffers", "seeds", lambda t: t.int(), "seeds: expected torch.int64"),
         ("step", "temperature", lambda t: t.double(), "temperature: expected torch.float32"),
         ("step", "query_start_loc", lambda t: t[:2], "query_start_loc: expected at least"),
         ("step", "last_sampled", lambda t: t[:, None], "last_sampled: expected at least"),

@@ -153,6 +153,7 @@ class SpecFormerDraftModel(nn.Module):
         anchors: Tensor,
         queries: Tensor,
         positions: Tensor,
+        context_lens: Tensor,
         bonus_tokens: Tensor,
         block_table: Tensor | None,
         num_tokens: int,
@@ -163,6 +164,7 @@ class SpecFormerDraftModel(nn.Module):
             anchors: context states [R, H] of each request's last accepted token.
             queries: theirs, [R, heads, D], as `store_context_and_query` made them.
             positions: int64 [R], their positions; the K/V up to them are in the cache.
+            context_lens: int64 [R], `positions + 1`.
             bonus_tokens: integer [R], the tokens the target has just sampled.
             block_table: int32 [R, blocks]; None only while no cache is bound.
             num_tokens: tokens to draft, n.
@@ -172,7 +174,7 @@ class SpecFormerDraftModel(nn.Module):
         """
         head = self.head
         num_slots = head.slots_to_run(num_tokens)
-        context = self.attn.begin(block_table, positions + 1)
+        context = self.attn.begin(block_table, context_lens)
         attended = context.anchors(queries)
         bonus = self._target["embed"](bonus_tokens) if self.config.use_bonus_embedding else None
         slots = head.expand(anchors, attended, bonus, num_slots)

@@ -76,7 +76,7 @@ class SpecFormerProposer(DFlashProposer):
         )
         if not self.model.attn.is_bound:
             slots = self.model(
-                context[:requests], queries, first, first, None, self.num_speculative_tokens
+                context[:requests], queries, first, first, first, None, self.num_speculative_tokens
             )
             self.model.compute_logits(slots.flatten(0, 1))
 
@@ -180,6 +180,7 @@ class SpecFormerProposer(DFlashProposer):
             context[last],
             queries,
             positions,
+            positions + 1,
             next_token_ids,
             common.block_table_tensor[:requests],
             num_speculative_tokens,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from specformer_kernels.draft_inputs import DraftBuffers, StepInputs, draft_inputs
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
@@ -67,17 +68,30 @@ class SpecFormerSpeculator(DFlashSpeculator):
         self.num_query_per_req = 1
         self.monitor = AcceptanceMonitor(device)
         self.clock = DraftClock(device, vllm_config.parallel_config)
-        requests = self.max_num_reqs
-        self.anchor_rows = torch.zeros(requests, dtype=torch.int64, device=device)
-        self.anchor_positions = torch.zeros(requests, dtype=torch.int64, device=device)
-        self.bonus_tokens = torch.zeros(requests, dtype=torch.int64, device=device)
-        self.slot_mapping = torch.full(
-            (self.max_num_tokens,), PAD_SLOT_ID, dtype=torch.int64, device=device
-        )
-        self.slot_offsets = torch.arange(self.num_speculative_steps, device=device)
-        # Requests and context rows of the last batch: rows past them are inert in all buffers.
-        self._live_rows = (0, 0)
+        self.inputs = self._input_buffers()
         self._block_table: Tensor | None = None
+
+    def _input_buffers(self) -> DraftBuffers:
+        """What a draft step reads beside the hidden states: vLLM's buffers and our own, inert."""
+        requests = self.max_num_reqs
+        anchor_rows, anchor_positions, bonus_tokens = torch.zeros(
+            (3, requests), dtype=torch.int64, device=self.device
+        )
+        return DraftBuffers(
+            context_positions=self.context_positions,
+            slot_mapping=torch.full(
+                (self.max_num_tokens,), PAD_SLOT_ID, dtype=torch.int64, device=self.device
+            ),
+            anchor_rows=anchor_rows,
+            anchor_positions=anchor_positions,
+            context_lens=torch.ones(requests, dtype=torch.int64, device=self.device),
+            bonus_tokens=bonus_tokens,
+            sample_pos=self.sample_pos,
+            sample_idx_mapping=self.sample_idx_mapping,
+            idx_mapping=self.idx_mapping,
+            temperature=self.temperature,
+            seeds=self.seeds,
+        )
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -115,7 +129,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
 
     def capture(self) -> None:
         """Capture the step for every batch size, with all rows inert."""
-        self._pad(0, 0)
+        self._make_inert()
         self.query_cudagraph_manager.capture(
             self._generate_draft,
             self.input_buffers,
@@ -149,28 +163,19 @@ class SpecFormerSpeculator(DFlashSpeculator):
         return self.model.store_context_and_query(
             self.model.normalise(self.hidden_states[start:end]),
             self.context_positions[start:end],
-            self.slot_mapping[start:end],
+            self.inputs.slot_mapping[start:end],
             *anchors,
         )
 
-    def _pad(self, num_reqs: int, num_tokens: int) -> None:
-        """Make every row past the batch inert: no K/V written, no draft logits cached.
-
-        Only rows of the batch before are not inert already, so a batch that stays as large, or
-        grows, launches nothing here.
-        """
-        (old_reqs, old_tokens), self._live_rows = self._live_rows, (num_reqs, num_tokens)
-        if old_tokens > num_tokens:
-            self.slot_mapping[num_tokens:old_tokens].fill_(PAD_SLOT_ID)
-        if old_reqs > num_reqs:
-            requests = slice(num_reqs, old_reqs)
-            self.anchor_rows[requests].zero_()
-            self.anchor_positions[requests].zero_()
-            self.bonus_tokens[requests].zero_()
-            steps = self.num_speculative_steps
-            samples = slice(num_reqs * steps, old_reqs * steps)
-            self.sample_pos[samples].zero_()
-            self.sample_idx_mapping[samples].fill_(-1)
+    def _make_inert(self) -> None:
+        """No row writes K/V, draws or caches logits."""
+        inputs = self.inputs
+        for tensor in (inputs.slot_mapping, inputs.sample_idx_mapping, inputs.idx_mapping):
+            tensor.fill_(PAD_SLOT_ID)
+        inputs.context_lens.fill_(1)
+        for tensor in (inputs.anchor_rows, inputs.anchor_positions, inputs.bonus_tokens):
+            tensor.zero_()
+        inputs.sample_pos.zero_()
 
     def _stage(
         self,
@@ -181,38 +186,33 @@ class SpecFormerSpeculator(DFlashSpeculator):
         num_rejected: Tensor,
         last_sampled: Tensor,
         next_prefill_tokens: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
         dummy_run: bool,
     ) -> None:
-        """Copy the step's inputs into the buffers the captured part reads."""
+        """Copy the step's inputs into the buffers the captured part reads; rows past them inert."""
         requests, tokens = batch.num_reqs, batch.num_tokens
         hooks = [state[:tokens] for state in aux_hidden_states]
         self.hidden_states[:tokens].copy_(self.model.combine_hidden_states(hooks))
-        self.context_positions[:tokens].copy_(batch.positions[:tokens])
-        self._pad(0 if dummy_run else requests, 0 if dummy_run else tokens)
         if dummy_run:
-            return
-        assert slot_mappings is not None
-        self.slot_mapping[:tokens].copy_(slot_mappings[self.model.attn.layer_name][:tokens])
-
-        rows = batch.query_start_loc[1 : requests + 1] - 1 - num_rejected[:requests]
-        state = batch.idx_mapping[:requests].long()
-        # A request in the middle of its prompt has sampled nothing: its next token is known.
-        bonus = torch.where(
-            num_sampled[:requests] > 0,
-            last_sampled.flatten()[state],
-            next_prefill_tokens.flatten()[state],
+            # Its rows name state rows and pages of others, so none of them may act.
+            slots, requests, tokens = batch.positions, 0, 0
+        else:
+            assert slot_mappings is not None
+            slots = slot_mappings[self.model.attn.layer_name]
+        step = StepInputs(
+            query_start_loc=batch.query_start_loc,
+            positions=batch.positions,
+            slot_mapping=slots,
+            idx_mapping=batch.idx_mapping,
+            num_sampled=num_sampled,
+            num_rejected=num_rejected,
+            last_sampled=last_sampled.flatten(),
+            next_prefill_tokens=next_prefill_tokens.flatten(),
+            temperature=temperature,
+            seeds=seeds,
         )
-        self.anchor_rows[:requests].copy_(rows)
-        positions = batch.positions[self.anchor_rows[:requests]]
-        self.anchor_positions[:requests].copy_(positions)
-        self.bonus_tokens[:requests].copy_(bonus)
-
-        steps = self.num_speculative_steps
-        samples = requests * steps
-        # A draw is keyed by the position before the sampled token; slot i samples t + 2 + i.
-        keys = positions[:, None] + 1 + self.slot_offsets
-        self.sample_pos[:samples].copy_(keys.flatten())
-        self.sample_idx_mapping[:samples].copy_(state.repeat_interleave(steps))
+        draft_inputs(step, self.inputs, requests, tokens)
 
     @moving_pages
     @timed
@@ -248,7 +248,6 @@ class SpecFormerSpeculator(DFlashSpeculator):
         requests, tokens = input_batch.num_reqs, input_batch.num_tokens
         if not dummy_run:
             self.monitor.observe(input_batch.num_draft_tokens, num_rejected[:requests])
-        self._copy_request_inputs(requests, input_batch.idx_mapping, temperature, seeds, dummy_run)
         self._stage(
             input_batch,
             slot_mappings,
@@ -257,6 +256,8 @@ class SpecFormerSpeculator(DFlashSpeculator):
             num_rejected,
             last_sampled,
             next_prefill_tokens,
+            temperature,
+            seeds,
             dummy_run,
         )
         if num_speculative_tokens == 0:
@@ -324,13 +325,14 @@ class SpecFormerSpeculator(DFlashSpeculator):
         Fills `draft_tokens[:num_reqs, :wanted]`. Rows past `num_context` must be in the cache
         already.
         """
-        bonus = self.bonus_tokens[:num_reqs]
-        positions = self.anchor_positions[:num_reqs]
-        anchors = self.hidden_states[self.anchor_rows[:num_reqs]]
+        bonus = self.inputs.bonus_tokens[:num_reqs]
+        positions = self.inputs.anchor_positions[:num_reqs]
+        anchors = self.hidden_states[self.inputs.anchor_rows[:num_reqs]]
+        lens = self.inputs.context_lens[:num_reqs]
         normed = self.model.normalise(anchors)
         queries = self._store_context_and_query(0, num_context, normed, positions)
         table = None if self._block_table is None else self._block_table[:num_reqs]
-        slots = self.model(anchors, queries, positions, bonus, table, wanted)
+        slots = self.model(anchors, queries, positions, lens, bonus, table, wanted)
         logits = self.model.compute_logits(slots.flatten(0, 1))
         if self.model.config.markov_rank:
             self._sample_in_order(logits.unflatten(0, (num_reqs, -1)), bonus)

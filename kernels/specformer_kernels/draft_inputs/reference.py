@@ -9,18 +9,21 @@ from torch import Tensor
 
 
 class StepInputs(NamedTuple):
-    """A verified batch of r requests and t rows; S state rows. Tensors may be longer than that."""
+    """A verified batch of r requests and t rows; S state rows. Tensors may be longer than that.
 
-    query_start_loc: Tensor  # int32 [r + 1], first row of each request, then t
-    positions: Tensor  # int64 [t]
-    slot_mapping: Tensor  # int64 [t], slots of the paged cache
-    idx_mapping: Tensor  # int32 [r], state row of each request
-    num_sampled: Tensor  # int32 [r], tokens that the step added to the text
-    num_rejected: Tensor  # int32 [r], drafts that it refused
-    last_sampled: Tensor  # int64 [S], by state row
-    next_prefill_tokens: Tensor  # int32 [S], by state row
+    All but `temperature` are int32 or int64.
+    """
+
+    query_start_loc: Tensor  # [r + 1], first row of each request, then t
+    positions: Tensor  # [t]
+    slot_mapping: Tensor  # [t], slots of the paged cache
+    idx_mapping: Tensor  # [r], state row of each request
+    num_sampled: Tensor  # [r], tokens that the step added to the text
+    num_rejected: Tensor  # [r], drafts that it refused
+    last_sampled: Tensor  # [S], by state row
+    next_prefill_tokens: Tensor  # [S], by state row
     temperature: Tensor  # float32 [S], by state row
-    seeds: Tensor  # int64 [S], by state row
+    seeds: Tensor  # [S], by state row
 
 
 class DraftBuffers(NamedTuple):
@@ -33,14 +36,10 @@ class DraftBuffers(NamedTuple):
     context_lens: Tensor  # int64 [R], tokens up to the anchor, itself included
     bonus_tokens: Tensor  # int64 [R]
     sample_pos: Tensor  # int64 [R * K]
-    sample_idx_mapping: Tensor  # int32 [R * K]
-    idx_mapping: Tensor  # int32 [R]
+    sample_idx_mapping: Tensor  # int64 [R * K]
+    idx_mapping: Tensor  # int64 [R]
     temperature: Tensor  # float32 [S], by state row
     seeds: Tensor  # int64 [S], by state row
-
-
-_INT32 = ("query_start_loc", "idx_mapping", "num_sampled", "num_rejected")
-_INT32_BY_STATE = ("next_prefill_tokens", "sample_idx_mapping")
 
 
 def check_arguments(
@@ -60,19 +59,21 @@ def check_arguments(
     least |= dict.fromkeys(("idx_mapping", "num_sampled", "num_rejected"), num_reqs)
     least |= dict.fromkeys(("last_sampled", "next_prefill_tokens", "temperature", "seeds"), states)
     for name, tensor in step._asdict().items():
-        _check(name, tensor, least[name])
+        _check(name, tensor, least[name], _INTEGERS)
     least = dict.fromkeys(DraftBuffers._fields, requests)
     least |= {"context_positions": rows, "slot_mapping": rows, "seeds": states}
     least |= {"sample_pos": samples, "sample_idx_mapping": samples}
     for name, tensor in buffers._asdict().items():
-        _check(name, tensor, least[name])
+        _check(name, tensor, least[name], (torch.int64,))
 
 
-def _check(name: str, tensor: Tensor, least: int) -> None:
-    wanted = torch.float32 if name == "temperature" else torch.int64
-    wanted = torch.int32 if name in (*_INT32, *_INT32_BY_STATE) else wanted
-    if tensor.dtype != wanted:
-        raise ValueError(f"{name}: expected {wanted}, found {tensor.dtype}")
+_INTEGERS = (torch.int32, torch.int64)
+
+
+def _check(name: str, tensor: Tensor, least: int, integers: tuple[torch.dtype, ...]) -> None:
+    wanted = (torch.float32,) if name == "temperature" else integers
+    if tensor.dtype not in wanted:
+        raise ValueError(f"{name}: expected {' or '.join(map(str, wanted))}, found {tensor.dtype}")
     if tensor.dim() != 1 or len(tensor) < least or not tensor.is_contiguous():
         raise ValueError(
             f"{name}: expected at least {least} contiguous entries, found shape "
@@ -90,11 +91,11 @@ def draft_inputs(step: StepInputs, buffers: DraftBuffers, num_reqs: int, num_tok
     buffers.slot_mapping[num_tokens:].fill_(-1)
 
     state = step.idx_mapping[:num_reqs].long()
-    rows = step.query_start_loc[1 : num_reqs + 1].long() - 1 - step.num_rejected[:num_reqs]
+    rows = (step.query_start_loc[1 : num_reqs + 1] - 1 - step.num_rejected[:num_reqs]).long()
     positions = step.positions[rows]
     bonus = torch.where(
         step.num_sampled[:num_reqs] > 0,
-        step.last_sampled[state],
+        step.last_sampled[state].long(),
         step.next_prefill_tokens[state].long(),
     )
     slots = len(buffers.sample_pos) // len(buffers.anchor_rows)

@@ -26,16 +26,16 @@ BLOCK = 256  # rows per program
     ],
 )  # fmt: skip
 def _draft_inputs_kernel(
-    query_start_loc_ptr,  # int32 [num_reqs + 1]
-    positions_ptr,  # int64 [num_tokens]
-    slot_mapping_ptr,  # int64 [num_tokens]
-    idx_mapping_ptr,  # int32 [num_reqs]
-    num_sampled_ptr,  # int32 [num_reqs]
-    num_rejected_ptr,  # int32 [num_reqs]
-    last_sampled_ptr,  # int64 [num_states]
-    next_prefill_tokens_ptr,  # int32 [num_states]
+    query_start_loc_ptr,  # [num_reqs + 1]
+    positions_ptr,  # [num_tokens]
+    slot_mapping_ptr,  # [num_tokens]
+    idx_mapping_ptr,  # [num_reqs]
+    num_sampled_ptr,  # [num_reqs]
+    num_rejected_ptr,  # [num_reqs]
+    last_sampled_ptr,  # [num_states]
+    next_prefill_tokens_ptr,  # [num_states]
     temperature_ptr,  # float32 [num_states]
-    seeds_ptr,  # int64 [num_states]
+    seeds_ptr,  # [num_states]
     context_positions_out_ptr,  # int64 [max_tokens]
     slot_mapping_out_ptr,  # int64 [max_tokens]
     anchor_rows_out_ptr,  # int64 [max_reqs]
@@ -43,8 +43,8 @@ def _draft_inputs_kernel(
     context_lens_out_ptr,  # int64 [max_reqs]
     bonus_tokens_out_ptr,  # int64 [max_reqs]
     sample_pos_out_ptr,  # int64 [max_reqs * num_slots]
-    sample_idx_mapping_out_ptr,  # int32 [max_reqs * num_slots]
-    idx_mapping_out_ptr,  # int32 [max_reqs]
+    sample_idx_mapping_out_ptr,  # int64 [max_reqs * num_slots]
+    idx_mapping_out_ptr,  # int64 [max_reqs]
     temperature_out_ptr,  # float32 [num_states]
     seeds_out_ptr,  # int64 [num_states]
     num_reqs,
@@ -69,13 +69,13 @@ def _draft_inputs_kernel(
     tl.store(seeds_out_ptr + b_row, tl.load(seeds_ptr + b_row, mask=is_state), mask=is_state)
 
     is_request, is_written = b_row < num_reqs, b_row < max_reqs
-    b_state = tl.load(idx_mapping_ptr + b_row, mask=is_request, other=-1)
+    b_state = tl.load(idx_mapping_ptr + b_row, mask=is_request, other=-1).to(tl.int64)
     tl.store(idx_mapping_out_ptr + b_row, b_state, mask=is_written)
     b_end = tl.load(query_start_loc_ptr + 1 + b_row, mask=is_request, other=1)
     b_rejected = tl.load(num_rejected_ptr + b_row, mask=is_request, other=0)
-    b_anchor = b_end - 1 - b_rejected
-    b_anchor_position = tl.load(positions_ptr + b_anchor, mask=is_request, other=0)
-    tl.store(anchor_rows_out_ptr + b_row, b_anchor.to(tl.int64), mask=is_written)
+    b_anchor = (b_end - 1 - b_rejected).to(tl.int64)
+    b_anchor_position = tl.load(positions_ptr + b_anchor, mask=is_request, other=0).to(tl.int64)
+    tl.store(anchor_rows_out_ptr + b_row, b_anchor, mask=is_written)
     tl.store(anchor_positions_out_ptr + b_row, b_anchor_position, mask=is_written)
     tl.store(context_lens_out_ptr + b_row, b_anchor_position + 1, mask=is_written)
 
@@ -85,7 +85,7 @@ def _draft_inputs_kernel(
     b_prompt = tl.load(
         next_prefill_tokens_ptr + b_state, mask=is_request & (b_num_sampled <= 0), other=0
     )
-    b_bonus = tl.where(has_sampled, b_sampled, b_prompt.to(tl.int64))
+    b_bonus = tl.where(has_sampled, b_sampled.to(tl.int64), b_prompt.to(tl.int64))
     tl.store(bonus_tokens_out_ptr + b_row, b_bonus, mask=is_written)
 
     for slot in range(num_slots):

@@ -85,22 +85,10 @@ def test_a_moved_storage_would_be_seen() -> None:
     assert seen == [{fixed_address, o.untyped_storage().data_ptr()} for o in others]
 
 
-STABLE_BUFFERS = (
-    "hidden_states",
-    "context_positions",
-    "slot_mapping",
-    "anchor_rows",
-    "anchor_positions",
-    "bonus_tokens",
-    "sample_pos",
-    "sample_idx_mapping",
-    "sample_col",
-    "draft_tokens",
-    "temperature",
-    "seeds",
-    "idx_mapping",
-    "_block_table",
-)
+def stable_buffers(ours: SpecFormerSpeculator) -> list[Tensor]:
+    """All that a captured step reads and writes from outside."""
+    own = (ours.hidden_states, ours.sample_col, ours.draft_tokens, ours._block_table)
+    return [buffer for buffer in (*own, *ours.inputs) if buffer is not None]
 
 
 class FakeGraphs:
@@ -153,13 +141,13 @@ class FakeGraphs:
             ours._prepare_graph_forward(padded)
             ours._generate_draft(padded, padded)
         self.storages.setdefault(padded, []).append(storages)
-        self.addresses.add(tuple(getattr(ours, name).data_ptr() for name in STABLE_BUFFERS))
+        self.addresses.add(tuple(buffer.data_ptr() for buffer in stable_buffers(ours)))
 
     def _check_writes(self, before: Tensor, logits: Tensor | None) -> None:
         """Nothing changed in the caches but what the batch's own rows wrote."""
         ours = self.ours
-        slots = ours.slot_mapping[: self._tokens]
-        assert (ours.slot_mapping[self._tokens :] < 0).all()
+        slots = ours.inputs.slot_mapping[: self._tokens]
+        assert (ours.inputs.slot_mapping[self._tokens :] < 0).all()
         assert (slots >= 0).all()
         pages, size = before.shape[0], before.shape[2]
         written = torch.zeros(pages * size, dtype=torch.bool)
@@ -197,7 +185,7 @@ def test_padded_steps_draft_the_same(
     assert_all_equal(reference, watch, at_least=60)
 
     assert len(graphs.addresses) == 1, "a buffer has moved"
-    named = {getattr(graphs.ours, name).untyped_storage().data_ptr() for name in STABLE_BUFFERS}
+    named = {buffer.untyped_storage().data_ptr() for buffer in stable_buffers(graphs.ours)}
     # How often a size occurs depends on what the head gets accepted; two steps can be compared.
     assert any(len(steps) >= 2 for steps in graphs.storages.values())
     for steps in graphs.storages.values():

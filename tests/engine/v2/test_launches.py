@@ -30,6 +30,8 @@ NO_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_str
 NO_LAUNCH |= {"promote_types"}
 # The target's final norm in plain operators on a CPU: one kernel on a GPU, counted as `mul`.
 TARGET_NORM = {"pow", "mean", "rsqrt"}
+# Of all that a draft step does, the monitor of accepted drafts included.
+MOST_LAUNCHES = 40
 # Attention splits its context over programs on a GPU and joins the parts, in two launches.
 JOINED = "_block_attention_kernel"
 
@@ -51,7 +53,7 @@ class Launches(TorchDispatchMode):
 
 
 def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of a default head; a batch that shrinks also pads, so the smallest number of all steps."""
+    """Of a default head; the largest number of all steps."""
     kernels = use_triton(monkeypatch, _disable_current_modes)
     found: dict[str, Counter[str]] = {}
 
@@ -63,13 +65,14 @@ def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
             with Launches() as launches:
                 result = method(self, *args, **kwargs)
             counted = launches.found + (kernels - before)
-            found[phase] = min(counted, found.get(phase, counted), key=Counter.total)
+            found[phase] = max(counted, found.get(phase, counted), key=Counter.total)
             return result
 
         monkeypatch.setattr(SpecFormerSpeculator, phase, watched)
 
     watch("_stage")
     watch("_draft")
+    watch("propose")
     head = make_head(tmp_path / "head", "default")
     with engine(drafting(K, head)) as llm:
         llm.generate(TEXTS[:3], greedy(6), use_tqdm=False)
@@ -77,3 +80,4 @@ def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         print(f"{phase}: {launches.total()}: {dict(launches)}")
     assert found["_stage"].total() <= STAGE_LAUNCHES
     assert found["_draft"].total() + found["_draft"][JOINED] <= DRAFT_LAUNCHES
+    assert found["propose"].total() + found["propose"][JOINED] <= MOST_LAUNCHES

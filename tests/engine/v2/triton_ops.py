@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from vllm_specformer import head as head_module
-from vllm_specformer.engine import attention
+from vllm_specformer.engine import attention, speculator_v2
 
 
 class Launched:
@@ -49,6 +49,9 @@ def use_triton(
         (attention, "block_attention", "launch"),
         (attention, "kv_store", "triton_kernel"),
         (head_module, "grouped_rms_norm", "triton_kernel"),
+        (head_module, "rotate_slots", "triton_kernel"),
+        (head_module, "swiglu", "triton_kernel"),
+        (speculator_v2, "draft_inputs", "triton_kernel"),
     ):
         launcher = import_module(f"specformer_kernels.{operation}.{file}")
         kernel = getattr(launcher, f"_{operation}_kernel")
@@ -60,4 +63,11 @@ def use_triton(
     return launches
 
 
-OUR_KERNELS = {"_block_attention_kernel", "_kv_store_kernel", "_grouped_rms_norm_kernel"}
+OUR_KERNELS = {
+    "_block_attention_kernel",
+    "_kv_store_kernel",
+    "_grouped_rms_norm_kernel",
+    "_rotate_slots_kernel",
+    "_swiglu_kernel",
+    "_draft_inputs_kernel",
+}

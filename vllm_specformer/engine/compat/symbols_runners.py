@@ -201,12 +201,6 @@ RUNNER_V2: tuple[Reliance, ...] = (
         "spec_step_idx",
     ),
     call(
-        f"{_DRAFT_V2}._copy_request_inputs",
-        V2,
-        "stable sampling inputs",
-        "num_reqs idx_mapping temperature seeds dummy_run",
-    ),
-    call(
         f"{_DRAFT_V2}._build_uniform_batch_dp_sync",
         V2,
         "agrees on the batch across data-parallel ranks",
