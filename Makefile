@@ -40,7 +40,7 @@ test: setup  ## run the tests, without the slow and the statistical ones
 	$(BIN)/python -m pytest $(SUITE)
 
 test-next-vllm: setup  ## the tests that vLLM takes part in, on one without a CPU wheel (NEXT_VLLM=)
-	$(BIN)/python tests/engine/next_vllm.py $(NEXT_VLLM) tests/engine tests/cli tests/bench \
+	$(BIN)/python tests/support/next_vllm.py $(NEXT_VLLM) tests/engine tests/cli tests/bench \
 		tests/planning $(SUITE)
 
 test-slow: setup  ## run the slow tests
@@ -56,7 +56,7 @@ test-matrix: export OMP_NUM_THREADS = 1
 test-matrix: export VLLM_CPU_OMP_THREADS_BIND = nobind
 test-matrix: setup  ## vLLM's features beside speculation, both runners (docs/compatibility.md)
 	$(BIN)/python -m pytest -q -m matrix
-	cd tests/engine && ../../$(BIN)/python -m matrix.document
+	cd tests && ../$(BIN)/python -m support.matrix.document
 
 soak: setup  ## twice 10,000 requests to a server, half an hour each at most (build/soak.json; REQUESTS=, MINUTES=)
 	$(BIN)/python -m pytest -q -s -m soak

@@ -140,7 +140,8 @@ def finish(process: subprocess.Popen[bytes], limit: float) -> str | None:
 
 def environment(unit: Unit, dry: bool) -> dict[str, str]:
     """This process's, with our folders on the path of vLLM's processes too."""
-    folders = [str(ROOT / name) for name in ("benchmarks", "", "kernels")]
+    names = ("benchmarks", "", "kernels", *(("tests",) if dry else ()))
+    folders = [str(ROOT / name) for name in names]
     path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
     found = os.environ | {"PYTHONPATH": path} | unit.environment
     if dry:

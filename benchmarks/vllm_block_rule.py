@@ -1,6 +1,6 @@
 """Shows that vLLM's `rejection_sample_method: block` does not keep the target's distribution.
 
-    python benchmarks/vllm_block_rule.py [--texts 1500]
+    PYTHONPATH=tests python benchmarks/vllm_block_rule.py [--texts 1500]
 
 A toy model with a vocabulary of three writes two tokens, verified by vLLM's own kernels (through
 Triton's interpreter; minutes). Block verification looks at tests and drafts beyond what it emits.
@@ -17,18 +17,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "engine"), str(ROOT / "tests" / "engine" / "v2")]
 os.environ.update(TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1")
 
-import triton_cpu
+from support.v2 import interpreter, triton_cpu
 
 triton_cpu.install()
-import interpreter
-
 interpreter.keep_booleans()
 interpreter.provide_log1p()
 interpreter.patch_language_once()

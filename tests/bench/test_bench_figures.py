@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from support.paths import HEAD, ROOT, TARGET
 from vllm_specformer.bench.arms import NONE, Arm, build, default_names
 from vllm_specformer.bench.cells import Cell, Cells, Key, make_cell
 from vllm_specformer.bench.client import ClientError
@@ -24,9 +25,6 @@ from vllm_specformer.planning.plan_file import Plan
 from vllm_specformer.serving.counts import DraftCounts
 from vllm_specformer.shapes import HeadShape, TargetShape
 
-ROOT = Path(__file__).parents[2]
-HEAD = ROOT / "examples" / "models" / "python-specformer"
-TARGET = ROOT / "examples" / "models" / "python-target"
 PROMPTS = ROOT / "examples" / "server" / "prompts.jsonl"
 SCHEDULE = [[1, 4, 4], [5, 64, 0]]
 SHAPE = TargetShape(6, 256, 4, 2, 64, 768, 2048)

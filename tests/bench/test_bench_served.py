@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from support.paths import HEAD, ROOT, TARGET
 from vllm_specformer.bench.enlarge import enlarge
 
-ROOT = Path(__file__).parents[2]
-TARGET = ROOT / "examples" / "models" / "python-target"
-HEAD = ROOT / "examples" / "models" / "python-specformer"
 PROMPTS = ROOT / "examples" / "server" / "prompts.jsonl"
 ENGINE = {
     "dtype": "float32",

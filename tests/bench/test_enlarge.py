@@ -11,15 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from support.paths import HEAD, ROOT, TARGET
 from vllm_specformer.bench.enlarge import EnlargeError, HeavyPair, enlarge
 from vllm_specformer.cli.main import main
 from vllm_specformer.evaluation.fit import MISFIT, examine
 from vllm_specformer.shapes import TargetShape
 from vllm_specformer.target.hidden_states import HookedTarget
 
-ROOT = Path(__file__).parents[2]
-TARGET = ROOT / "examples" / "models" / "python-target"
-HEAD = ROOT / "examples" / "models" / "python-specformer"
 PROMPTS = ROOT / "examples" / "server" / "prompts.jsonl"
 SIZE, LAYERS = 40_000_000, 9
 

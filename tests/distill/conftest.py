@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from support.distill.fakes import chat_target
 from vllm_specformer.distill.encode import Encoder, load_encoder
-
-from .fakes import chat_target
 
 
 @pytest.fixture(scope="session")

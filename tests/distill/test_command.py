@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from support.distill.fakes import FakeEngine, mixed_records, write_lines
 from vllm_specformer.cli import distill as command
 from vllm_specformer.cli.main import main
 from vllm_specformer.data.manifest import read_manifest
@@ -17,8 +18,6 @@ from vllm_specformer.distill.backend import EngineError, Progress
 from vllm_specformer.distill.dialogue import Dialogue
 from vllm_specformer.distill.encode import Encoder
 from vllm_specformer.distill.offline import check_engine_args
-
-from .fakes import FakeEngine, mixed_records, write_lines
 
 
 @pytest.fixture

@@ -9,6 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.distill.fakes import END, GREEDY, chat, chat_target
+from support.distill.fakes import TEMPLATE as CHAT_TEMPLATE
+from support.paths import TARGET
 from vllm_specformer.data.prompts import Prompt, parse
 from vllm_specformer.distill.dialogue import (
     ANSWER_CUT,
@@ -20,9 +23,6 @@ from vllm_specformer.distill.dialogue import (
 )
 from vllm_specformer.distill.encode import Encoder, load_encoder
 from vllm_specformer.target.files import TargetError
-
-from .fakes import END, GREEDY, TARGET, chat, chat_target
-from .fakes import TEMPLATE as CHAT_TEMPLATE
 
 LONG = 10_000
 ANSWERS = ("return x + 1", "yes", "no")

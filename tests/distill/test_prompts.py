@@ -13,9 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.distill.fakes import chat, write_lines
 from vllm_specformer.data.prompts import Prompt, PromptError, PromptSet, derive, parse, scan
-
-from .fakes import chat, write_lines
 
 USER = {"role": "user", "content": "Hi"}
 

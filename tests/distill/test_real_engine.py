@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from support.distill.fakes import chat, rows_of, write_lines
+from support.paths import PROMPTS, ROOT
 from vllm_specformer.data.manifest import read_manifest
 from vllm_specformer.data.shards import Conversation
 from vllm_specformer.serving.server import serving
 
-from .fakes import PROMPTS, ROOT, chat, rows_of, write_lines
-
-HERE = Path(__file__).parent
+REAL_ENGINE = "support.distill.real_engine"
 TEXTS, CHATS = 22, 8
 # One function after another, as the target was trained: it ends many within a few tokens.
 TEMPLATE = (
@@ -50,12 +50,12 @@ def test_killed_and_resumed(target: Path, prompts: Path, tmp_path: Path) -> None
     """A run killed midway and given again ends with the rows of an undisturbed one."""
     (tmp_path / "template").write_text(TEMPLATE)
     result = subprocess.run(
-        [sys.executable, str(HERE / "real_engine.py"), str(target), str(prompts), str(tmp_path)],
+        [sys.executable, "-m", REAL_ENGINE, str(target), str(prompts), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
-        cwd=ROOT,
+        cwd=ROOT / "tests",
     )
     assert result.returncode == 0, result.stderr[-6000:]
     found = json.loads(result.stdout.splitlines()[-1])

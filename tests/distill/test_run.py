@@ -13,6 +13,17 @@ from typing import Any
 
 import pytest
 
+from support.distill.fakes import (
+    CONTEXT,
+    FakeEngine,
+    chat,
+    mixed_records,
+    open_fake,
+    options,
+    rows_of,
+    write_lines,
+)
+from support.paths import ROOT
 from vllm_specformer.data.files import DirectoryInUseError, directory_lock, partial_path
 from vllm_specformer.data.manifest import DistilledDataError, read_manifest
 from vllm_specformer.data.prompts import PromptError
@@ -24,19 +35,8 @@ from vllm_specformer.distill.encode import Encoder
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.target.files import TargetError
 
-from .fakes import (
-    CONTEXT,
-    FakeEngine,
-    chat,
-    mixed_records,
-    open_fake,
-    options,
-    rows_of,
-    write_lines,
-)
-
 COUNT = 23  # six shards, the last one short
-HERE = Path(__file__).parent
+KILL_POINTS = "support.distill.kill_points"
 
 
 @pytest.fixture
@@ -306,11 +306,12 @@ def test_killed_between_any_two_steps(target: Path, prompts: Path, tmp_path: Pat
     """SIGKILL before some eighty lines of the run's own code, and a second run that finishes."""
     write_lines(prompts, mixed_records(9))
     result = subprocess.run(
-        [sys.executable, str(HERE / "kill_points.py"), str(target), str(prompts), str(tmp_path)],
+        [sys.executable, "-m", KILL_POINTS, str(target), str(prompts), str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
+        cwd=ROOT / "tests",
         env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
     )
     assert result.returncode == 0, result.stderr[-4000:]

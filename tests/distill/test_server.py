@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from support.distill.fakes import GREEDY, mixed_records, open_fake, options, rows_of, write_lines
+from support.distill.http_server import Behaviour, serving
 from vllm_specformer.data.manifest import Manifest, Sampling
 from vllm_specformer.data.prompts import parse
 from vllm_specformer.distill import distill as run
@@ -17,9 +19,6 @@ from vllm_specformer.distill.dialogue import Dialogue
 from vllm_specformer.distill.distill import distill
 from vllm_specformer.distill.encode import Encoder
 from vllm_specformer.distill.server import NOT_SAME, REFUSED, ServerEngine, base_url
-
-from .fakes import GREEDY, mixed_records, open_fake, options, rows_of, write_lines
-from .http_server import Behaviour, serving
 
 COUNT = 23
 

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from support.distill.fakes import GREEDY
+from support.paths import TARGET
 from vllm_specformer.data.files import (
     DiskFullError,
     partial_path,
@@ -35,8 +37,6 @@ from vllm_specformer.target.files import (
     fingerprint,
     target_record,
 )
-
-from .fakes import GREEDY, TARGET
 
 ROWS = [
     Conversation(0, [5, 6, 7, 8], [2], [4], 0.0, "stop"),

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 
+from support.paths import HEAD
 from vllm_specformer.engine.cpu.norms import HookNorm, use_for
 from vllm_specformer.head import RMSNorm, SpecFormerHead, grouped_rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HEAD = Path(__file__).parents[2] / "examples" / "models" / "python-specformer"
 
 
 @pytest.fixture

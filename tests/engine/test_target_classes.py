@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import transformers
 
+from support.paths import ROOT
 from vllm_specformer.cli.families import as_text, make_list, updated
 from vllm_specformer.cli.main import main
 from vllm_specformer.engine.compat.target_classes import target_classes
 from vllm_specformer.engine.compat.versions import installed_vllm, vllm_root
 from vllm_specformer.families import Families, Family, read_families
 
-ROOT = Path(__file__).parents[2]
 NAMED = (
     "Gemma4ForCausalLM",
     "GptOssForCausalLM",

@@ -1,26 +1,14 @@
-"""Runs `tests/engine/v2` in a process of its own; see its conftest for why.
-
-The child's whole output is shown when it fails, its summary always.
-"""
+"""Runs `tests/engine/v2` in a process of its own; see its conftest for why."""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-FOLDER = Path(__file__).parent / "v2"
-ROOT = FOLDER.parents[2]
+from support.v2.child import ADAPTERS, FOLDER, MATRIX, run_child
+
 FAMILIES = FOLDER / "test_family_groups.py"  # with `make test-families`
-MATRIX = FOLDER / "test_matrix_v2.py"  # with `make test-matrix`
-ADAPTERS = FOLDER / "test_adapters_v2.py"  # likewise
 # Fewer would mean that tests vanished, for example because a file is no longer collected.
 MIN_PASSED = 40
-LIMIT_SECONDS = 1800
 
 
 def test_v2_runner(capfd: pytest.CaptureFixture[str]) -> None:
@@ -40,30 +28,3 @@ def test_coupled_verification_of_a_hundred_texts(
 @pytest.mark.families
 def test_families_with_several_groups(capfd: pytest.CaptureFixture[str]) -> None:
     run_child(capfd, [str(FAMILIES)], 2)
-
-
-def run_child(capfd: pytest.CaptureFixture[str], arguments: list[str], at_least: int) -> None:
-    command = [sys.executable, "-m", "pytest", *arguments, "-rP", "-p", "no:cacheprovider"]
-    environment = os.environ | {"SPECFORMER_V2_TESTS": "1", "PYTHONUNBUFFERED": "1"}
-    child = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=LIMIT_SECONDS,
-        check=False,
-    )
-    lines = child.stdout.strip().splitlines()
-    summary = lines[-1] if lines else "no output"
-    with capfd.disabled():
-        print(f"\n[V2 runner, child process] {summary}")
-    if child.returncode:
-        pytest.fail(f"the child exited with {child.returncode}:\n{child.stdout}", pytrace=False)
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", summary)}
-    assert counts.get("passed", 0) >= at_least, child.stdout
-    assert not counts.keys() & {"skipped", "deselected", "xfailed", "xpassed", "failed"}, (
-        child.stdout
-    )

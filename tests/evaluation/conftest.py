@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 
-from vllm_specformer.distill.encode import load_encoder
-from vllm_specformer.evaluation.answers import answer
-from vllm_specformer.evaluation.questions import Questions
-from vllm_specformer.target.files import end_token_ids
-from vllm_specformer.target.hidden_states import HookedTarget
-from vllm_specformer.target.model import load_target
-from vllm_specformer.training.packed_head import PackedHead
-from vllm_specformer.training.texts import Text, Texts
+from support.answered_pair import Pair, load_pair
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-ROOT = Path(__file__).resolve().parents[2]
-TARGET = ROOT / "examples" / "models" / "python-target"
-HEAD = ROOT / "examples" / "models" / "python-specformer"
-PROMPTS = ROOT / "tests" / "data" / "prompts.jsonl"
-MAX_TOKENS = 32
-
-
-@dataclass
-class Pair:
-    """Target and head in fp32, and answers at the temperatures 0 and 1."""
-
-    target: HookedTarget
-    head: PackedHead
-    answers: dict[float, list[Text]]
-
-    def texts(self, temperature: float) -> Texts:
-        return Texts.collect(self.answers[temperature], 512)
 
 
 @pytest.fixture(scope="package")
@@ -47,20 +19,3 @@ def pair() -> Iterator[Pair]:
     torch.set_num_threads(1)  # more only get into each other's way in so small a model
     yield load_pair()
     torch.set_num_threads(threads)
-
-
-def load_pair() -> Pair:
-    model = load_target(TARGET, torch.float32, torch.device("cpu"))
-    head = PackedHead.from_pretrained(HEAD, dtype=torch.float32).eval()
-    encoder = load_encoder(TARGET, chats=False)
-    lines = PROMPTS.read_text().splitlines()[:32]
-    prompts = {
-        number: encoder.text(json.loads(line)["prompt"]) for number, line in enumerate(lines)
-    }
-    asked = Questions(prompts, context=512, max_tokens=MAX_TOKENS, seed=0)
-    answers = {
-        temperature: answer(model, asked.requests(temperature), end_token_ids(TARGET), seed=0)
-        for temperature in (0.0, 1.0)
-    }
-    target = HookedTarget(model, head.config.aux_hidden_state_layer_ids)
-    return Pair(target, head, answers)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from support.answered_pair import Pair
 from vllm_specformer.evaluation.agreement import Agreement, compare
 from vllm_specformer.evaluation.causes import Hypothesis, explain, hypotheses
 from vllm_specformer.evaluation.replay import Alter, DraftedText, draft_texts
@@ -14,8 +15,6 @@ from vllm_specformer.evaluation.served import Served
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.acceptance import Acceptance
 from vllm_specformer.training.packed_head import HookedRows
-
-from .conftest import Pair
 
 COUNT = 4
 

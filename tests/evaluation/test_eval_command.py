@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.paths import HEAD, PROMPTS, TARGET
+from support.training_texts import make_texts, write_distilled
 from vllm_specformer.cli.main import main
-
-from .conftest import HEAD, PROMPTS, ROOT, TARGET
-
-sys.path.insert(0, str(ROOT / "tests" / "training"))
-from training_texts import make_texts, write_distilled
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

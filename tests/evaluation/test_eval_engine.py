@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
+from support.paths import HEAD, PROMPTS, ROOT, TARGET
 from vllm_specformer.cli.main import main
 from vllm_specformer.evaluation import served
-
-from .conftest import HEAD, PROMPTS, ROOT, TARGET
 
 ENGINE_ARGS = {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
 
@@ -94,7 +93,7 @@ def test_a_mistake_in_the_engine_is_caught(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(served, "WORKER", "tests.evaluation.wrong_worker")
+    monkeypatch.setattr(served, "WORKER", "tests.support.wrong_worker")
     monkeypatch.setenv("MISTAKE", mistake)
     code, figures = evaluate(tmp_path / "eval.json", 32, "--num-speculative-tokens", "4")
     (row,) = figures["engine"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.answered_pair import MAX_TOKENS, Pair
 from vllm_specformer.evaluation import replay as replay_module
 from vllm_specformer.evaluation.replay import (
     BOUND,
@@ -18,8 +19,6 @@ from vllm_specformer.evaluation.replay import (
     replay,
 )
 from vllm_specformer.training.texts import Text, Texts
-
-from .conftest import MAX_TOKENS, Pair
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.paths import TARGET
+from support.training_texts import make_texts, write_distilled
 from vllm_specformer.data.manifest import read_manifest
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.evaluation.questions import asked_again, unseen
 from vllm_specformer.target.files import fingerprint
 from vllm_specformer.training.result import data_digest
 from vllm_specformer.training.texts import split
-
-from .conftest import ROOT, TARGET
-
-sys.path.insert(0, str(ROOT / "tests" / "training"))
-from training_texts import make_texts, write_distilled
 
 
 @pytest.fixture(scope="module")

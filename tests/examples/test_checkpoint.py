@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import checkpoint
 import pytest
 import torch
-from checkpoint import load_checkpoint, save_checkpoint
-from schedule import set_factor, trapezoid
+from bundled_pair import checkpoint
+from bundled_pair.checkpoint import load_checkpoint, save_checkpoint
+from bundled_pair.schedule import set_factor, trapezoid
 from torch import nn
 
 from vllm_specformer.training.optimizers import build_optimizers

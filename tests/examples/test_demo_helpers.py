@@ -17,9 +17,8 @@ pytest.importorskip("rich", reason="extra [bench]")
 import demo
 import load
 
+from support.paths import ROOT
 from vllm_specformer.serving.counts import DraftCounts
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def rounds_of(seconds: float, tokens: tuple[int, ...] = (1, 2, 3)) -> load.Round:

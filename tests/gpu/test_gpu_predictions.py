@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 from gpu_stages import predict
@@ -11,9 +10,10 @@ from gpu_stages.arms import ARMS, BATCHES, CONTEXT, find
 from gpu_stages.prediction_tables import tables
 from gpu_stages.shapes import OTHERS, TARGETS, TOY
 
+from support.paths import ROOT
 from vllm_specformer.shapes import TargetShape
 
-PERFORMANCE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 QWEN3_8B = TargetShape.from_config(TARGETS["8b"].config())
 
 

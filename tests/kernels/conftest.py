@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import interpreter
+import pytest
+import torch
 
 RUNS = ["interpreter", "cuda"] if torch.cuda.is_available() else ["interpreter"]
 

@@ -21,14 +21,8 @@ from hypothesis import strategies as st
 from specformer_kernels.verify import Verification, launch, reference
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from verify_toys import (
-    Batch,
-    distinct,
-    fixed_model,
-    independent,
-    random_draw,
-    toy_model,
-)
+
+from support.verify_toys import Batch, distinct, fixed_model, independent, random_draw, toy_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LENGTHS = (5, 0, 1, 9, 4, 6)

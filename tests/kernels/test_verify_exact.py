@@ -17,7 +17,8 @@ import pytest
 import torch
 from specformer_kernels.verify import reference, rules
 from torch import Tensor
-from verify_toys import (
+
+from support.verify_toys import (
     Batch,
     Candidates,
     History,

@@ -9,7 +9,8 @@ import torch
 from specformer_kernels.noise import Stream, gumbel
 from specformer_kernels.verify import reference
 from torch import Tensor
-from verify_toys import (
+
+from support.verify_toys import (
     TEMPERATURE,
     Candidates,
     Model,

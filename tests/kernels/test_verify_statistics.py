@@ -14,7 +14,8 @@ import torch
 from specformer_kernels.noise import Stream, gumbel, uniform
 from specformer_kernels.verify import reference, verify
 from torch import Tensor
-from verify_toys import (
+
+from support.verify_toys import (
     Candidates,
     Draw,
     History,

@@ -12,15 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from support.paths import HEAD, ROOT, TARGET
 from vllm_specformer.bench.enlarge import HeavyPair, enlarge
 from vllm_specformer.cli.main import main
 from vllm_specformer.engine.measuring import listing_schedule
 from vllm_specformer.planning.measure import EngineProcess, Machine, Settings
 from vllm_specformer.planning.plan_file import read_plan
 
-ROOT = Path(__file__).parents[2]
-TARGET = ROOT / "examples" / "models" / "python-target"
-HEAD = ROOT / "examples" / "models" / "python-specformer"
 PROMPTS = ROOT / "examples" / "server" / "prompts.jsonl"
 ENGINE = {
     "dtype": "float32",

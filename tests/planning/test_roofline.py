@@ -6,13 +6,13 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from support.paths import HEAD, TARGET
 from vllm_specformer.config import HeadFields, read_head_config
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.head import SpecFormerHead
@@ -20,8 +20,6 @@ from vllm_specformer.planning.chips import CHIPS, Chip, find_chip
 from vllm_specformer.planning.roofline import Work, attention, draft_step, matmul, target_step
 from vllm_specformer.shapes import HeadShape, TargetShape
 
-MODELS = Path(__file__).parents[2] / "examples" / "models"
-TARGET, HEAD = MODELS / "python-target", MODELS / "python-specformer"
 # Qwen3-8B's own config.json.
 QWEN3_8B = TargetShape(36, 4096, 32, 8, 128, 12288, 151936)
 # Qwen3-30B-A3B's own config.json.

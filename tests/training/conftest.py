@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_texts import make_texts, write_distilled, write_toy_target
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from support.training_texts import make_texts, write_distilled, write_toy_target
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from plain_drafts import head_drafts
 from transformers import PreTrainedModel
 
+from support.plain_drafts import head_drafts
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.acceptance import Acceptance, Lookup, repeated_fraction

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from training_runs import command, refusal, train
-from training_texts import make_texts
 
+from support.training_runs import command, refusal, train
+from support.training_texts import make_texts
 from vllm_specformer.data.manifest import read_manifest
 from vllm_specformer.data.shards import read_shards
 from vllm_specformer.errors import SpecFormerError

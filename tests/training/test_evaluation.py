@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from plain_drafts import head_drafts
-from training_texts import make_texts
 from transformers import PreTrainedModel
 
+from support.plain_drafts import head_drafts
+from support.training_texts import make_texts
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.hidden_states import HookedTarget

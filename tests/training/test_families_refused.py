@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from training_runs import command, refusal
-from training_texts import make_texts, write_distilled
 from transformers import AutoModelForCausalLM, CohereConfig, Olmo2Config, PreTrainedConfig
 
+from support.training_runs import command, refusal
+from support.training_texts import make_texts, write_distilled
 from vllm_specformer.training import train as run
 
 SHAPE = {

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_texts import make_texts
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from support.training_texts import make_texts
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.packed_head import HookedRows, Objective, PackedHead

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from training_texts import make_texts
 from transformers import PreTrainedModel
 
+from support.training_texts import make_texts
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.hidden_states import HookedTarget

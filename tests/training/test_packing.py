@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_texts import make_texts
 
+from support.training_texts import make_texts
 from vllm_specformer.training.packing import Batches, Budget, collate, plan_all, plan_epoch
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=120).map(np.array)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_texts import TARGET, make_texts, write_distilled
 
+from support.paths import TARGET
+from support.training_texts import make_texts, write_distilled
 from vllm_specformer.data.manifest import read_manifest
 from vllm_specformer.data.shards import read_shards
 from vllm_specformer.errors import SpecFormerError

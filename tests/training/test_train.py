@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import ENVIRONMENT, command, train
 
+from support.training_runs import ENVIRONMENT, command, train
 from vllm_specformer.config import read_head_config
 from vllm_specformer.data.files import sha256_of
 from vllm_specformer.head import SpecFormerHead

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from training_runs import ENVIRONMENT, command, refusal, train
-from training_texts import make_texts, write_distilled
 
+from support.training_runs import ENVIRONMENT, command, refusal, train
+from support.training_texts import make_texts, write_distilled
 from vllm_specformer.cli.main import main
 from vllm_specformer.data.files import directory_lock
 from vllm_specformer.training import report, run_directory

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .document import PATH, render
-from .features import ENGINES, REQUESTS, V1, V2
-from .records import read
+from support.matrix.document import PATH, render
+from support.matrix.features import ENGINES, REQUESTS, V1, V2
+from support.matrix.records import read
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from v1.engines import HEAD, Job, drafting, engine, greedy, prompts, run_plain, token_ids
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
+
+from support.engines import Job, drafting, engine, greedy, prompts, run_plain
+from support.outputs import token_ids
+from support.paths import HEAD
 
 pytestmark = pytest.mark.matrix
 

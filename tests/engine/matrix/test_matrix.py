@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import pytest
-from v1 import engines
-from v1.drafts import Watch, truth, watching
-from v1.engines import Tokens
 from vllm import LLM
 
-from .features import ENGINES, REFUSED, SAME, V1, Engine, named, pairs
-from .records import record
-from .requests import OPTIONS
-from .trial import Runner, try_engine, try_refused_and_repeated, try_requests
+from support import engines
+from support.drafts import Watch, truth, watching
+from support.matrix.features import ENGINES, REFUSED, SAME, V1, Engine, named, pairs
+from support.matrix.records import record
+from support.matrix.requests import OPTIONS
+from support.matrix.trial import Runner, try_engine, try_refused_and_repeated, try_requests
+from support.outputs import Tokens
 
 pytestmark = pytest.mark.matrix
 

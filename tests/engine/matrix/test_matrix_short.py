@@ -9,21 +9,14 @@ from dataclasses import dataclass
 
 import pytest
 from prometheus_client import REGISTRY, generate_latest
-from v1.drafts import truth, watching
-from v1.engines import (
-    ROOT,
-    Job,
-    continuations,
-    drafting,
-    engine,
-    greedy,
-    prompts,
-    token_ids,
-)
 from vllm import LLM, RequestOutput
 
-from .features import REFUSED, REPEATS, SAME, Request, named
-from .requests import MAX_TOKENS, OPTIONS, by_request, difference, job, refusal
+from support.drafts import truth, watching
+from support.engines import Job, drafting, engine, greedy, prompts
+from support.matrix.features import REFUSED, REPEATS, SAME, Request, named
+from support.matrix.requests import MAX_TOKENS, OPTIONS, by_request, difference, job, refusal
+from support.outputs import continuations, token_ids
+from support.paths import ROOT
 
 COMPARED = named(SAME)
 PROMPTS_EACH = 2

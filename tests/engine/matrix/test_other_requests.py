@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from v1.engines import TARGET, counting, drafting, engine, greedy, prompts
 from vllm import LLM
 from vllm.sampling_params import BeamSearchParams
+
+from support.engines import drafting, engine, greedy, prompts
+from support.outputs import counting
+from support.paths import TARGET
 
 pytestmark = pytest.mark.matrix
 

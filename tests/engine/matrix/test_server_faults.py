@@ -11,8 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from v1.engines import TARGET, Job, Tokens, drafting, greedy, prompts, run_plain, token_ids
 
+from support.engines import Job, drafting, greedy, prompts, run_plain
+from support.outputs import Tokens, token_ids
+from support.paths import TARGET
 from vllm_specformer.serving.counts import read_draft_counts
 from vllm_specformer.serving.server import Server, serving
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from test_v2_runner import ADAPTERS, MATRIX, run_child
 
-from .features import ENGINES, V2
+from support.matrix.features import ENGINES, V2
+from support.v2.child import ADAPTERS, MATRIX, run_child
 
 
 @pytest.mark.matrix

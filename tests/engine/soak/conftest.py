@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-import v1.conftest  # noqa: F401
+from support.environment import prepare_engines
+
+prepare_engines()

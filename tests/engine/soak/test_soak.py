@@ -24,12 +24,13 @@ import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
-from v1.engines import ROOT, TARGET, Job, Tokens, drafting, run_plain, token_ids
 from vllm import SamplingParams
 
+from support.engines import Job, drafting, run_plain
+from support.outputs import Tokens, token_ids
+from support.paths import ROOT, TARGET
+from support.traffic import Ask, stock, traffic
 from vllm_specformer.serving.server import Server, serving
-
-from .traffic import Ask, stock, traffic
 
 pytestmark = pytest.mark.soak
 

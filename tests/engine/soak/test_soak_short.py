@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from v1.engines import Job, Tokens, counting, drafting, engine, run_plain, token_ids
 from vllm import LLM, SamplingParams
 
-from .traffic import Ask, stock, traffic
+from support.engines import Job, drafting, engine, run_plain
+from support.outputs import Tokens, counting, token_ids
+from support.traffic import Ask, stock, traffic
 
 REQUESTS = 300
 AT_ONCE = 40

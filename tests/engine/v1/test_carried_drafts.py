@@ -8,10 +8,10 @@ from typing import Any
 
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
+from support.engines import Job, drafting, engine, greedy, prompts, run_plain
+from support.outputs import counting, token_ids
 from vllm_specformer.config import ARCHITECTURE
 from vllm_specformer.engine.patches.carried_drafts import receive_with_output, send_with_output
-
-from .engines import Job, counting, drafting, engine, greedy, prompts, run_plain, token_ids
 
 DRAFTS = DraftTokenIds(["a"], [[1, 2]])
 OURS = SimpleNamespace(

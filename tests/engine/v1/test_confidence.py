@@ -9,26 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from support.dense import DenseReference
+from support.drafts import Watch, compare, truth, watching
+from support.engines import Job, drafting, engine, greedy, prompts, run_plain
+from support.heads import make_head
+from support.outputs import Tokens, continuations, counting, token_ids
+from support.paths import HEAD
 from vllm_specformer.engine.confidence import ConfidenceCut, check_no_cut, largest_log_probs
 from vllm_specformer.engine.speculative_config import CONFIDENCE, SCHEDULE, split_own_fields
 from vllm_specformer.errors import SpeculativeConfigError
-
-from .drafts import Watch, compare, truth, watching
-from .engines import (
-    HEAD,
-    DenseReference,
-    Job,
-    Tokens,
-    continuations,
-    counting,
-    drafting,
-    engine,
-    greedy,
-    make_head,
-    prompts,
-    run_plain,
-    token_ids,
-)
 
 TEXTS = prompts()[:24]
 TOKENS = 40

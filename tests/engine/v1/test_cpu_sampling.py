@@ -10,7 +10,8 @@ from vllm import LLM, SamplingParams
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
 
-from .engines import Job, drafting, engine, prompts, token_ids
+from support.engines import Job, drafting, engine, prompts
+from support.outputs import token_ids
 
 SUMS = torch.tensor([2, 2, 5], dtype=torch.int32)  # two rows, none, three
 

@@ -16,12 +16,14 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 
+from support.dense import DenseReference
+from support.drafts import truth, watching
+from support.engines import drafting, engine, prompts
+from support.outputs import Tokens, counting
+from support.paths import HEAD, TARGET
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.engine.speculative_config import CONFIDENCE
 from vllm_specformer.head import SpecFormerHead
-
-from .drafts import truth, watching
-from .engines import HEAD, TARGET, DenseReference, Tokens, counting, drafting, engine, prompts
 
 SAMPLES = 4000
 TOP_K = 8
@@ -97,7 +99,7 @@ def laws(reference: DenseReference, prompt: Tokens) -> dict[int, Law]:
 
 @pytest.fixture(scope="module")
 def prompt() -> Tokens:
-    from .engines import tokenizer
+    from support.engines import tokenizer
 
     return tuple(tokenizer()(PROMPT)["input_ids"])
 

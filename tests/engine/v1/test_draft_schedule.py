@@ -9,21 +9,12 @@ from typing import Any
 import pytest
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
+from support.dense import DenseReference
+from support.drafts import compare, truth, watching
+from support.engines import Job, drafting, engine, greedy, prompts, run_plain
+from support.heads import make_head
+from support.outputs import continuations, token_ids
 from vllm_specformer.engine import proposer_v1
-
-from .drafts import compare, truth, watching
-from .engines import (
-    DenseReference,
-    Job,
-    continuations,
-    drafting,
-    engine,
-    greedy,
-    make_head,
-    prompts,
-    run_plain,
-    token_ids,
-)
 
 TEXTS = prompts()[:12]
 Schedule = list[tuple[int, int, int]]

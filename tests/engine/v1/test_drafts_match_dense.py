@@ -14,25 +14,13 @@ import pytest
 from torch import Tensor
 from vllm import SamplingParams
 
+from support.dense import DenseReference
+from support.drafts import Watch, compare, truth, watching
+from support.engines import Job, drafting, engine, greedy, prompts, run_plain
+from support.heads import make_head
+from support.outputs import Counted, Tokens, continuations, counting, token_ids
+from support.paths import HEAD
 from vllm_specformer.engine.cpu.pages import CpuPages
-
-from .drafts import Watch, compare, truth, watching
-from .engines import (
-    HEAD,
-    Counted,
-    DenseReference,
-    Job,
-    Tokens,
-    continuations,
-    counting,
-    drafting,
-    engine,
-    greedy,
-    make_head,
-    prompts,
-    run_plain,
-    token_ids,
-)
 
 Answers = dict[Tokens, Tokens]
 

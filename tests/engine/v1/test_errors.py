@@ -20,6 +20,7 @@ from transformers import AutoConfig, GPT2Config, Qwen3Config
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
+from support.paths import HEAD, TARGET
 from vllm_specformer.config import HeadConfigError, SpecFormerConfig
 from vllm_specformer.engine.checks import check_target_class, check_v1_verification
 from vllm_specformer.engine.compat.versions import (
@@ -32,8 +33,6 @@ from vllm_specformer.errors import SpeculativeConfigError
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.pairing import HeadWeightError
 from vllm_specformer.plugin import register
-
-from .engines import HEAD, TARGET
 
 SLOTS = json.loads((HEAD / "config.json").read_text())["num_draft_slots"]
 

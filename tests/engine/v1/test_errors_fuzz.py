@@ -15,12 +15,11 @@ from vllm.config import ModelConfig, ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
+from support.paths import HEAD, TARGET
 from vllm_specformer.config import read_head_config
 from vllm_specformer.engine.checks import is_specformer
 from vllm_specformer.engine.speculative_config import CONFIDENCE, SCHEDULE
 from vllm_specformer.errors import SpecFormerError, SpeculativeConfigError
-
-from .engines import HEAD, TARGET
 
 SLOTS = read_head_config(HEAD).num_draft_slots
 GOOD: dict[str, Any] = {

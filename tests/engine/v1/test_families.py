@@ -16,24 +16,17 @@ from typing import Any
 
 import pytest
 import torch
-from family_targets import FAMILIES
 from torch import Tensor
 from vllm import LLM
 
+from support.dense import DenseReference
+from support.drafts import compare, truth, watching
+from support.engines import drafting, engine, greedy
+from support.family_pairs import Pair, make_pair
+from support.family_targets import FAMILIES
+from support.outputs import Tokens, continuations, counting
+from support.paths import ROOT
 from vllm_specformer.engine.model import SpecFormerDraftModel
-
-from .drafts import compare, truth, watching
-from .engines import (
-    ROOT,
-    DenseReference,
-    Tokens,
-    continuations,
-    counting,
-    drafting,
-    engine,
-    greedy,
-)
-from .family_pairs import Pair, make_pair
 
 # Hooked states of two implementations in float32, relative to their norm; a state taken in another
 # place differs by tens of per cent.

@@ -13,19 +13,9 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
-from .drafts import truth, watching
-from .engines import (
-    Job,
-    Tokens,
-    continuations,
-    counting,
-    drafting,
-    engine,
-    greedy,
-    prompts,
-    run_plain,
-    token_ids,
-)
+from support.drafts import truth, watching
+from support.engines import Job, drafting, engine, greedy, prompts, run_plain
+from support.outputs import Tokens, continuations, counting, token_ids
 
 MAX_TOKENS = 24
 TEXTS = prompts()[:12]

@@ -8,20 +8,11 @@ from pathlib import Path
 import pytest
 from vllm import LLM
 
-from .drafts import truth, watching
-from .engines import (
-    HEAD,
-    Job,
-    Tokens,
-    continuations,
-    counting,
-    drafting,
-    engine,
-    greedy,
-    make_head,
-    prompts,
-    run_plain,
-)
+from support.drafts import truth, watching
+from support.engines import Job, drafting, engine, greedy, prompts, run_plain
+from support.heads import make_head
+from support.outputs import Tokens, continuations, counting
+from support.paths import HEAD
 
 MAX_TOKENS = 32
 SUBSET = 32

@@ -8,19 +8,11 @@ from pathlib import Path
 import pytest
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
-from .drafts import compare, watching
-from .engines import (
-    DenseReference,
-    Job,
-    counting,
-    drafting,
-    engine,
-    greedy,
-    make_head,
-    prompts,
-    run_plain,
-    token_ids,
-)
+from support.dense import DenseReference
+from support.drafts import compare, watching
+from support.engines import Job, drafting, engine, greedy, prompts, run_plain
+from support.heads import make_head
+from support.outputs import counting, token_ids
 
 # Several blocks each, so that whole blocks are found outside.
 JOB = Job(["\n\n\n".join(prompts()[i : i + 4]) for i in range(3)], greedy(24))

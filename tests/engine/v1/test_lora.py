@@ -8,19 +8,13 @@ import pytest
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
-from .adapters import LORA, make_adapter
-from .drafts import compare, watching
-from .engines import (
-    HEAD,
-    DenseReference,
-    Tokens,
-    counting,
-    drafting,
-    engine,
-    greedy,
-    make_head,
-    prompts,
-)
+from support.adapters import LORA, make_adapter
+from support.dense import DenseReference
+from support.drafts import compare, watching
+from support.engines import drafting, engine, greedy, prompts
+from support.heads import make_head
+from support.outputs import Tokens, counting
+from support.paths import HEAD
 
 TEXTS = prompts()[:9]
 Answers = list[Tokens]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .engines import HEAD, PROMPTS, TARGET
+from support.paths import HEAD, PROMPTS, TARGET
 
 pytestmark = pytest.mark.slow
 

@@ -10,11 +10,11 @@ import pytest
 from safetensors.torch import load_file
 from vllm import LLM
 
+from support.drafts import watching
+from support.engines import Job, drafting, engine, greedy, prompts
+from support.heads import make_head
 from vllm_specformer.engine.model import SpecFormerDraftModel
 from vllm_specformer.pairing import HeadWeightError
-
-from .drafts import watching
-from .engines import Job, drafting, engine, greedy, make_head, prompts
 
 JOB = Job(prompts()[:4], greedy(16))
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from support import synthetic
+from support.engines import engine, prompts
 from vllm_specformer.engine.patches.cpu_synthetic import accept
-
-from . import synthetic
-from .engines import engine, prompts
 
 # Three requests with three drafts, none, and two.
 SUMS = torch.tensor([3, 3, 5])

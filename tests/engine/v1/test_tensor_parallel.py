@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from .engines import HEAD, PROMPTS, TARGET, drafting, make_head
+from support.engines import drafting
+from support.heads import make_head
+from support.paths import HEAD, PROMPTS, ROOT, TARGET
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +25,7 @@ from vllm import LLM, SamplingParams
 def main():
     options, prompts = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     llm = LLM(dtype="float32", kv_cache_memory_bytes=64 << 20, max_model_len=256, max_num_seqs=8,
-              enforce_eager=True, worker_extension_cls="rank_drafts.RankDrafts", **options)
+              enforce_eager=True, worker_extension_cls="support.rank_drafts.RankDrafts", **options)
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=32), use_tqdm=False)
     tokens = [list(o.outputs[0].token_ids) for o in outputs]
     print("RESULT", json.dumps([tokens, llm.collective_rpc("drafted")]))
@@ -47,7 +49,7 @@ def run(
     }
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(options), json.dumps(prompts)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
         capture_output=True,
         text=True,
         timeout=600,

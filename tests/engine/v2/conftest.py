@@ -12,28 +12,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from support.environment import prepare_interpreted_engines
+
 if TYPE_CHECKING:
-    from v1.engines import DenseReference, Tokens
+    from support.dense import DenseReference
+    from support.outputs import Tokens
 
 MARKER = "SPECFORMER_V2_TESTS"
 
 collect_ignore_glob: list[str] = []
 
 if os.environ.get(MARKER) == "1":
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the tests look into the speculator
-    os.environ["TORCHDYNAMO_DISABLE"] = (
-        "1"  # small helpers would otherwise be compiled by a C++ compiler
-    )
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import triton_cpu
-
-    triton_cpu.install()
-
-    from .interpreter import mend
-
-    mend()
+    prepare_interpreted_engines()
 else:
     collect_ignore_glob.append("*")
 
@@ -41,13 +31,13 @@ else:
 @pytest.fixture(scope="session")
 def answers() -> dict[Tokens, Tokens]:
     """Greedy continuations by the target alone, on the V2 runner."""
-    from .support import LONG, MAX_TOKENS, TEXTS, plain_answers
+    from support.v2.engines import LONG, MAX_TOKENS, TEXTS, plain_answers
 
     return plain_answers([*TEXTS, *LONG], MAX_TOKENS)
 
 
 @pytest.fixture(scope="session")
 def reference() -> DenseReference:
-    from v1.engines import DenseReference
+    from support.dense import DenseReference
 
     return DenseReference()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from v1.adapters import LORA, make_adapter
-from v1.engines import Tokens, drafting, greedy
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
-from .support import MAX_TOKENS, TEXTS, K, engine
+from support.adapters import LORA, make_adapter
+from support.engines import drafting, greedy
+from support.outputs import Tokens
+from support.v2.engines import MAX_TOKENS, TEXTS, K, engine
 
 OPTIONS = LORA | {"lora_target_modules": ["q_proj", "v_proj"]}
 

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 from specformer_kernels.noise import Stream, gumbel
-from v1.engines import HEAD, Job, Tokens, counting, drafting, prompts, run_plain, token_ids
 from vllm import SamplingParams
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
+from support.engines import Job, drafting, prompts, run_plain
+from support.outputs import Tokens, counting, token_ids
+from support.paths import HEAD
+from support.v2.engines import SMALL, K, engine, runner
 from vllm_specformer.config import read_head_config
 from vllm_specformer.engine.coupled import CoupledSampler
-
-from .support import SMALL, K, engine, runner
 
 MAX_TOKENS = 6
 # In the interpreter a hundred take two minutes; `make test-slow` takes them.

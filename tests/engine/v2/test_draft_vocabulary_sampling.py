@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig
-from v1.engines import TARGET
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils import rejection_sample
 
+from support.paths import TARGET
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 from vllm_specformer.head import SpecFormerHead

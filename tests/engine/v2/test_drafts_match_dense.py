@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 from torch import Tensor
-from v1.drafts import compare
-from v1.engines import DenseReference, Tokens, continuations, counting, drafting, greedy
 
+from support.dense import DenseReference
+from support.drafts import compare
+from support.engines import drafting, greedy
+from support.outputs import Tokens, continuations, counting
+from support.v2.drafts import assert_all_equal, watching
+from support.v2.engines import LONG, MAX_TOKENS, TEXTS, K, engine, plain_answers
 from vllm_specformer.engine.model import SpecFormerDraftModel
-
-from .support import LONG, MAX_TOKENS, TEXTS, K, assert_all_equal, engine, plain_answers, watching
 
 
 def test_after_rejections_with_mixed_lengths(

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from v1.engines import DenseReference, continuations, drafting, greedy
-from v1.family_pairs import make_pair
 
-from .support import K, assert_all_equal, engine, runner, speculator, watching
+from support.dense import DenseReference
+from support.engines import drafting, greedy
+from support.family_pairs import make_pair
+from support.outputs import continuations
+from support.v2.drafts import assert_all_equal, watching
+from support.v2.engines import K, engine, runner, speculator
 
 MAX_TOKENS = 12
 

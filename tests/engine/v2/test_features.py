@@ -8,20 +8,15 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from v1.engines import DenseReference, Job, Tokens, continuations, drafting, greedy, token_ids
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
-from .support import (
-    MAX_TOKENS,
-    TEXTS,
-    K,
-    assert_all_equal,
-    engine,
-    speculator,
-    watching,
-)
+from support.dense import DenseReference
+from support.engines import Job, drafting, greedy
+from support.outputs import Tokens, continuations, token_ids
+from support.v2.drafts import assert_all_equal, watching
+from support.v2.engines import MAX_TOKENS, TEXTS, K, engine, speculator
 
 
 def chosen_by(regex: str | None = None, choice: list[str] | None = None) -> SamplingParams:

@@ -16,18 +16,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from v1.engines import DenseReference, Tokens, continuations, drafting, greedy
 from vllm import LLM, SamplingParams
 from vllm.config.compilation import CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 
+from support.dense import DenseReference
+from support.engines import drafting, greedy
+from support.outputs import Tokens, continuations
+from support.v2.drafts import assert_all_equal, watching
+from support.v2.engines import LONG, MAX_TOKENS, TEXTS, K, engine, speculator
+from support.v2.triton_ops import OUR_KERNELS, use_triton
 from vllm_specformer.engine import speculator_v2
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
-
-from .support import LONG, MAX_TOKENS, TEXTS, K, assert_all_equal, engine, speculator, watching
-from .triton_ops import OUR_KERNELS, use_triton
 
 
 @pytest.fixture(scope="module")

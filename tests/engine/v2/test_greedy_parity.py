@@ -6,23 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from v1.engines import (
-    HEAD,
-    DenseReference,
-    Tokens,
-    continuations,
-    counting,
-    drafting,
-    greedy,
-    make_head,
-)
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
+from support.dense import DenseReference
+from support.engines import drafting, greedy
+from support.heads import make_head
+from support.outputs import Tokens, continuations, counting
+from support.paths import HEAD
+from support.v2.drafts import assert_all_equal, watching
+from support.v2.engines import MAX_TOKENS, TEXTS, K, engine, runner
 from vllm_specformer.config import read_head_config
 from vllm_specformer.engine.compat.versions import installed_vllm
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
-
-from .support import MAX_TOKENS, TEXTS, K, assert_all_equal, engine, runner, watching
 
 
 def test_prompts_are_many_and_distinct(answers: dict[Tokens, Tokens]) -> None:

@@ -17,23 +17,19 @@ import pytest
 import torch
 from specformer_kernels.verify import Verification, launch
 from torch import Tensor
-from v1.engines import (
-    HEAD,
-    DenseReference,
-    Tokens,
-    continuations,
-    drafting,
-    greedy,
-    make_head,
-)
 from vllm import SamplingParams
 
+from support.dense import DenseReference
+from support.engines import drafting, greedy
+from support.heads import make_head
+from support.outputs import Tokens, continuations
+from support.paths import HEAD
+from support.v2.drafts import assert_all_equal, watching
+from support.v2.engines import LONG, MAX_TOKENS, TEXTS, K, engine
+from support.v2.host_reads import HostReads
+from support.v2.triton_ops import OUR_KERNELS, Launched, use_triton
 from vllm_specformer.engine import coupled
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
-
-from .host_reads import HostReads
-from .support import LONG, MAX_TOKENS, TEXTS, K, assert_all_equal, engine, watching
-from .triton_ops import OUR_KERNELS, Launched, use_triton
 
 
 def test_our_triton_kernels_inside_vllm(

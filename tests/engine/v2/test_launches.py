@@ -6,23 +6,19 @@ benchmarks/gpu_stages/predict.py take their numbers from here.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from v1.engines import drafting, greedy, make_head
-
-from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
-
-from .support import TEXTS, K, engine
-from .triton_ops import use_triton
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks"))
-
 from gpu_stages.predict import DRAFT_LAUNCHES, STAGE_LAUNCHES
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from support.engines import drafting, greedy
+from support.heads import make_head
+from support.v2.engines import TEXTS, K, engine
+from support.v2.triton_ops import use_triton
+from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
 # They make a tensor's place in memory, not its content.
 NO_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
-from matrix.features import ENGINES, REFUSED, SAME, V2, Engine, named, pairs
-from matrix.records import record
-from matrix.requests import OPTIONS
-from matrix.trial import Runner, try_engine, try_refused_and_repeated, try_requests
 
-from .support import engine, watching
+from support.matrix.features import ENGINES, REFUSED, SAME, V2, Engine, named, pairs
+from support.matrix.records import record
+from support.matrix.requests import OPTIONS
+from support.matrix.trial import Runner, try_engine, try_refused_and_repeated, try_requests
+from support.v2.drafts import watching
+from support.v2.engines import engine
 
 RUNNER = Runner(V2, engine, watching, texts=4, max_tokens=8)
 ROOM = {**OPTIONS, "max_num_seqs": 32, "max_num_batched_tokens": 1024}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from v1 import synthetic
-
-from .support import TEXTS, engine
+from support import synthetic
+from support.v2.engines import TEXTS, engine
 
 
 def test_served() -> None:

@@ -1,6 +1,6 @@
 """Kill a distillation at many points, each in a child of its own, and finish it in another.
 
-    python kill_points.py TARGET PROMPTS WORK
+    python -m support.distill.kill_points TARGET PROMPTS WORK      # in tests/
 
 Run as a program of its own: children are forked after the slow imports, before any thread starts.
 Prints one JSON object. A *step* is a line of this project's code that runs, so a kill falls before
@@ -20,10 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-# Run as a script; the tests' package is not on its path.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from distill.fakes import FakeEngine, options
+from support.distill.fakes import FakeEngine, options
 from vllm_specformer.distill import distill as run
 from vllm_specformer.distill.encode import Encoder
 

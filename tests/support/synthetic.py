@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 
-from .engines import drafting
+from support.engines import drafting
 
 K = 4
 # Chances that the first one, two, three, all drafts are kept.

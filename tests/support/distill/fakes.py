@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from support.paths import TARGET
 from vllm_specformer.data.manifest import Sampling
 from vllm_specformer.data.prompts import derive
 from vllm_specformer.data.shards import Conversation, read_manifest, read_rows
@@ -17,9 +18,6 @@ from vllm_specformer.distill.dialogue import Answer, Dialogue, Request
 from vllm_specformer.distill.distill import Options
 from vllm_specformer.distill.encode import Encoder
 
-ROOT = Path(__file__).parents[2]
-TARGET = ROOT / "examples" / "models" / "python-target"
-PROMPTS = ROOT / "tests" / "data" / "prompts.jsonl"
 END = 0  # <|endoftext|>
 CONTEXT = 96
 TEMPLATE = (

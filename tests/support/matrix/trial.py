@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from v1.engines import Job, Tokens, continuations, drafting, greedy, prompts
 from vllm import LLM, RequestOutput, SamplingParams
 
-from .features import REFUSED, REPEATS, SAME, Engine, Request, named
-from .requests import by_request, difference, job, refusal
+from support.engines import Job, drafting, greedy, prompts
+from support.matrix.features import REFUSED, REPEATS, SAME, Engine, Request, named
+from support.matrix.requests import by_request, difference, job, refusal
+from support.outputs import Tokens, continuations
 
 DRAFTS = 4
 

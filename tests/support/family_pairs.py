@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from family_targets import FAMILIES, make_target
-from training_texts import write_distilled
 
+from support.family_targets import FAMILIES, make_target
+from support.training_texts import write_distilled
 from vllm_specformer.cli.main import main
 from vllm_specformer.training.texts import Text, Texts
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from support.distill.fakes import made_up
 from vllm_specformer.distill.dialogue import Request
 from vllm_specformer.distill.encode import Encoder
-
-from .fakes import made_up
 
 
 @dataclass

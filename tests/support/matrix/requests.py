@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from v1.engines import Job, prompts
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
-from .features import Request
+from support.engines import Job, prompts
+from support.matrix.features import Request
 
 MAX_TOKENS = 16
 # Of engines that are to serve every request of the table.

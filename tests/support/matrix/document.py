@@ -1,16 +1,15 @@
 """docs/compatibility.md from the table and the recorded outcomes.
 
-cd tests/engine && python -m matrix.document      # what `make test-matrix` does at its end
+cd tests && python -m support.matrix.document      # what `make test-matrix` does at its end
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from support.matrix.features import ENGINES, NOT_TRIED, REFUSED, REPEATS, REQUESTS, SAME, V1, V2
+from support.matrix.records import read
+from support.paths import ROOT
 
-from .features import ENGINES, NOT_TRIED, REFUSED, REPEATS, REQUESTS, SAME, V1, V2
-from .records import read
-
-PATH = Path(__file__).parents[3] / "docs" / "compatibility.md"
+PATH = ROOT / "docs" / "compatibility.md"
 WORDS = {SAME: "same output", REFUSED: "refused", REPEATS: "repeats itself", "": "not run"}
 INTRODUCTION = """# Features of vLLM beside speculation
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from support.paths import TARGET
 from vllm_specformer.data.manifest import Manifest, PromptFile, Sampling, Settings
 from vllm_specformer.data.shards import Conversation, ShardWriter
 from vllm_specformer.target.files import target_record
@@ -29,9 +30,6 @@ def make_texts(
         tokens = rng.integers(vocabulary, size=length).astype(np.int32)
         made.append(Text(index, tokens, spans, float(index % 4 == 3)))
     return Texts.collect(made, longest)
-
-
-TARGET = Path(__file__).resolve().parents[2] / "examples" / "models" / "python-target"
 
 
 def write_distilled(directory: Path, texts: Texts, target: Path = TARGET, shards: int = 2) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from support.dense import DenseReference
+from support.outputs import Tokens
 from vllm_specformer.engine.proposer_v1 import SpecFormerProposer
-
-from .engines import DenseReference, Tokens
 
 # A request's tokens and the length of its prompt -> the tokens to draft.
 Oracle = Callable[[Tokens, int], Sequence[int]]

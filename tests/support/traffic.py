@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from v1.engines import prompts
+from support.engines import prompts
 
 # Shared beginnings, so that the prefix cache is hit.
 PREFIXES = ("", "", "", "import os\nimport sys\n\n\n", "\n\n\n".join(prompts()[60:63]) + "\n\n\n")

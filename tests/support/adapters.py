@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from .engines import TARGET
+from support.paths import TARGET
 
 RANK = 8
 STRENGTH = 0.14

@@ -1,0 +1,46 @@
+"""Target and head in plain PyTorch: the reference for what an engine drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from support.paths import HEAD, TARGET
+from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.target.hidden_states import HookedTarget
+
+
+class DenseReference:
+    """Target and head in plain PyTorch, fp32: what the engine's drafts must be."""
+
+    def __init__(self, head: Path = HEAD, target: Path = TARGET) -> None:
+        model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+        self.head = SpecFormerHead.from_pretrained(head, dtype=torch.float32).eval()
+        self.target = HookedTarget(model, self.head.config.aux_hidden_state_layer_ids)
+
+    @torch.no_grad()
+    def slot_logits(
+        self, text: Sequence[int], anchors: Sequence[int], num_tokens: int | None = None
+    ) -> torch.Tensor:
+        """Logits of the slots at the given positions of `text`, without the Markov term.
+
+        With `num_tokens` as a pass that drafts so many, which may open fewer slots.
+        """
+        wanted = num_tokens or self.head.config.num_draft_slots
+        ids = torch.tensor([list(text)])
+        where = torch.tensor([list(anchors)])
+        states, _ = self.target(ids)
+        bonus = self.target.embed(ids[0, where + 1])
+        slots = self.head(states, where, bonus, self.head.slots_to_run(wanted))
+        return self.target.logits(slots)[0]
+
+    @torch.no_grad()
+    def biased(self, logits: torch.Tensor, previous: int) -> torch.Tensor:
+        """One slot's logits [V] given the token before it; -inf for tokens it does not score."""
+        logits = self.head.scored(logits)
+        if self.head.config.markov_rank:
+            logits = logits + self.head.markov_logits(torch.tensor(previous))
+        return self.head.over_vocabulary(logits[None], float("-inf"))[0]

@@ -1,0 +1,1 @@
+"""For tests on vLLM's V2 runner, which runs here in Triton's interpreter."""
