@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
+from support.toy_target import make_toy_target
 from support.training_texts import make_texts, write_distilled, write_toy_target
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
@@ -24,22 +25,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def target_model() -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=5,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=64,
-        architectures=["Qwen3ForCausalLM"],
-    )
-    model = Qwen3ForCausalLM(config).double().eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return make_toy_target()
 
 
 @pytest.fixture(params=[0, 4], ids=["no-markov", "markov"])

@@ -340,17 +340,17 @@ NOT_TRIED = {
     "CUDA graphs, `torch.compile` on a GPU": "no GPU here; written for full graphs, see "
     "[one-step.md](one-step.md)",
     "`torch.compile` on a CPU": "`make test-slow` (`tests/engine/v1/test_modes.py`)",
-    "tensor parallelism": "`tests/engine/v1/test_tensor_parallel.py`, two ranks on a CPU",
+    "tensor parallelism": "`tests/engine/v1/test_sharding.py`, two ranks on a CPU",
     "sleep mode": "vLLM refuses it on a CPU, with or without speculation",
     "quantised targets, target `kv_cache_dtype`": "not tried; vLLM refuses fp8 weights for fp32",
     "prompt embeddings, beam search": "same output on V1 "
     "(`tests/engine/matrix/test_other_requests.py`)",
     "KV connectors": "one that moves the cache layer by layer: same output and drafts on V1 "
-    "(`tests/engine/v1/test_kv_connector.py`); others, and offloading, not tried",
+    "(`tests/engine/v1/test_kv_transfer.py`); others, and offloading, not tried",
     "custom logits processors, structured output by other backends than xgrammar": "not tried",
     "multi-modal targets": "M-RoPE is refused by name; others see [families.md](families.md)",
     "expert parallelism, data parallelism": "not tried",
     "bfloat16 and float16": "greedy texts may part at ties, as between batch sizes of vLLM",
     "`rejection_sample_method=synthetic`": "for measuring at a chosen acceptance; the output is "
-    "not the target's (`tests/engine/v1/test_synthetic.py`)",
+    "not the target's (`tests/engine/v1/test_cpu_synthetic.py`)",
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from support.paths import HEAD, TARGET
 from vllm_specformer.config import read_head_config
-from vllm_specformer.engine.checks import is_specformer
 from vllm_specformer.engine.speculative_config import CONFIDENCE, SCHEDULE
 from vllm_specformer.errors import SpecFormerError, SpeculativeConfigError
 
@@ -118,10 +116,3 @@ def test_no_dictionary_at_all(target: ModelConfig, given_by_user: Any) -> None:
         EngineArgs(model=str(TARGET), speculative_config=given_by_user).create_speculative_config(
             target, ParallelConfig()
         )
-
-
-@pytest.mark.parametrize("content", ["null", "[]", "{", "[" * 100_000, '"x"'])
-def test_file_that_is_no_head(tmp_path: Path, content: str) -> None:
-    """Nobody can tell whose it was; it is left to vLLM, without an error of our own."""
-    (tmp_path / "config.json").write_text(content)
-    assert not is_specformer({"model": str(tmp_path)})
