@@ -18,9 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from transformers import PreTrainedConfig
 
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.names import ARCHITECTURE, SPECULATORS_TYPE
 
-ARCHITECTURE = "SpecFormerDraftModel"
-SPECULATORS_TYPE = "specformer"
 FORMAT_VERSION = "1"
 MAX_SLOTS = 64
 # Far beyond any model; products of larger sizes would overflow before anything could explain it.
@@ -379,7 +378,7 @@ def flat_fields(config: dict[str, Any], source: str = "") -> dict[str, Any]:
 def _choices(section: dict[str, Any]) -> dict[str, Any]:
     """What is ours in a section of a file.
 
-    vLLM's own converter writes into the layer section, too; see engine/patches/ledger.py.
+    vLLM's own converter writes into the layer section, too; see engine/patches/registration.py.
     """
     return {k: v for k, v in section.items() if not (k in _BOOKKEEPING or k.startswith("_"))}
 

@@ -1,24 +1,23 @@
 """Entry point of vLLM's plugin system (group `vllm.general_plugins`).
 
-vLLM swallows an exception raised while this module is imported and reports one raised by
-`register`, so the module imports nothing that can fail and everything is checked inside.
+vLLM calls `register` in each of its processes, also for users who never ask for SpecFormer, and an
+exception raised there ends the process. So nothing is checked here: a vLLM that is not supported is
+refused when a speculative config asks for SpecFormer.
 """
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Check vLLM's version, then apply the ledger of `engine/patches/ledger.py`.
+    """Make the changes that `engine/patches/` declares; safe to call again.
 
-    Runs in every vLLM process, possibly more than once.
-
-    Raises:
-        IncompatibleVLLMError: this vLLM is outside the tested range.
+    On a vLLM outside the tested range only those that act where SpecFormer is asked for, which then
+    raise IncompatibleVLLMError; with SPECFORMER_ALLOW_UNTESTED_VLLM=1 all of them, as far as this
+    vLLM has what they change.
     """
     from vllm.version import __version__
 
-    from vllm_specformer.engine.compat.versions import check_version
-    from vllm_specformer.engine.patches.ledger import apply_all
+    from vllm_specformer.engine.compat.versions import is_allowed
+    from vllm_specformer.engine.patches.ledger import ON_ANY_VERSION, SUBJECTS, apply
 
-    check_version(__version__)
-    apply_all()
+    apply(SUBJECTS if is_allowed(__version__) else ON_ANY_VERSION)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vllm_specformer.engine.patches import ledger as patches
+from vllm_specformer.engine.patches import registration
 from vllm_specformer.evaluation import serve_worker
 
 
@@ -30,7 +30,7 @@ def norm_the_last_hook() -> None:
 def hook_one_layer_early() -> None:
     from vllm_specformer.engine.model import SpecFormerDraftModel as Model
 
-    right, combine = patches._to_vllm_config, Model.combine_hidden_states
+    right, combine = registration.to_vllm_config, Model.combine_hidden_states
 
     def convert(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
         right(config_dict, pre_trained_config)
@@ -43,7 +43,7 @@ def hook_one_layer_early() -> None:
         unique = sorted(set(moved))
         return combine(self, [states[unique.index(i)] for i in moved])
 
-    patches._to_vllm_config, Model.combine_hidden_states = convert, spread
+    registration.to_vllm_config, Model.combine_hidden_states = convert, spread
 
 
 def early(ids: Sequence[int]) -> list[int]:

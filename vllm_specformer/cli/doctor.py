@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,12 @@ from vllm_specformer.engine.compat.versions import (
     IncompatibleVLLMError,
     check_version,
     installed_vllm,
+    is_allowed,
     missing,
     supported_range,
     vllm_root,
 )
+from vllm_specformer.engine.patches.ledger import ON_ANY_VERSION, SUBJECTS, rows
 
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN_NAME = "specformer"
@@ -87,21 +89,27 @@ def examine(environment: Mapping[str, str]) -> Report:
     _examine_runner(report, on_cpu, environment.get(RUNNER_ENV))
     if on_cpu:
         _examine_media(report)
-    _examine_ledger(report)
     return report
 
 
 def _examine_vllm(report: Report) -> bool:
     """Fill in what concerns vLLM; whether it is the CPU build."""
     distribution = version = ""
+    subjects: Sequence[str] = SUBJECTS
     try:
         distribution, version = installed_vllm()
         report.vllm = f"{version} ({distribution})"
         report.missing_symbols = missing(vllm_root())
+        subjects = SUBJECTS if is_allowed(version) else ON_ANY_VERSION
         check_version(version)
     except IncompatibleVLLMError as error:
         report.problems.append(str(error))
     report.problems += [f"vLLM has changed: {line}" for line in report.missing_symbols]
+    report.patches = rows(subjects)
+    lacking = {line.partition(": ")[0] for line in report.missing_symbols}
+    for row in report.patches:
+        if row["target"] in lacking:
+            row["state"] = "missing"
     return distribution == CPU_DISTRIBUTION or version.endswith("+cpu")
 
 
@@ -159,19 +167,6 @@ def _examine_media(report: Report) -> None:
             )
 
 
-def _examine_ledger(report: Report) -> None:
-    try:
-        from vllm_specformer.engine.patches.ledger import LEDGER
-    except Exception as error:  # whatever it is, the report has to come out
-        report.problems.append(
-            f"vllm_specformer.engine.patches.ledger cannot be imported: {error!r}"
-        )
-        return
-    report.patches = [
-        {"target": patch.target, "reason": patch.reason, "guard": patch.guard} for patch in LEDGER
-    ]
-
-
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
@@ -200,9 +195,9 @@ def _as_text(report: Report) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    lines += ["", f"Patches of vLLM ({len(report.patches)}):"]
+    lines += ["", f"Patches of vLLM ({len(report.patches)}; pending: made when vLLM imports it):"]
     for patch in report.patches:
-        lines.append(f"- {patch['target']}")
+        lines.append(f"- {patch['target']} ({patch['state']})")
         for part in ("reason", "guard"):
             lines.append(textwrap.indent(textwrap.fill(f"{part}: {patch[part]}", 96), "    "))
     lines.append("")

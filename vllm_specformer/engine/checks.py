@@ -9,9 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from vllm_specformer.config import SPECULATORS_TYPE, SpecFormerConfig, read_head_config
+from vllm_specformer.config import SpecFormerConfig, read_head_config
+from vllm_specformer.engine.compat.versions import check_chosen, check_complete
+from vllm_specformer.engine.patches.ledger import LEDGER
 from vllm_specformer.engine.speculative_config import check_fields, checked_tokens, verifies_coupled
 from vllm_specformer.errors import SpeculativeConfigError
+from vllm_specformer.names import SPECULATORS_TYPE
 from vllm_specformer.pairing import check_pair, check_weights
 
 
@@ -25,6 +28,28 @@ def is_specformer(speculative: dict[str, Any]) -> bool:
     except (OSError, ValueError, RecursionError):
         return False  # whatever it is, vLLM will say what it cannot read
     return isinstance(content, dict) and content.get("speculators_model_type") == SPECULATORS_TYPE
+
+
+def check_vllm() -> None:
+    """Refuse a vLLM that SpecFormer does not run on; called where somebody chooses it.
+
+    Raises:
+        IncompatibleVLLMError: the version is not supported, or lacks what we rely on.
+    """
+    from vllm.version import __version__
+
+    check_chosen(__version__)
+
+
+def check_patches() -> None:
+    """Refuse a vLLM that could not be changed as needed; called in the workers that draft.
+
+    Raises:
+        IncompatibleVLLMError: names what is missing.
+    """
+    from vllm.version import __version__
+
+    check_complete(__version__, LEDGER.problems())
 
 
 def check_v1_verification(speculative_config: Any) -> None:

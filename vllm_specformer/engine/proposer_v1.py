@@ -15,7 +15,7 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
-from vllm_specformer.engine.checks import check_target_class, check_v1_verification
+from vllm_specformer.engine.checks import check_patches, check_target_class, check_v1_verification
 from vllm_specformer.engine.confidence import ConfidenceCut, largest_log_probs
 from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
@@ -24,6 +24,7 @@ from vllm_specformer.engine.patches.late_store import DeferredRows, has_time_bet
 
 class SpecFormerProposer(DFlashProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
+        check_patches()
         check_target_class(vllm_config.model_config)
         check_v1_verification(vllm_config.speculative_config)
         self.cut = ConfidenceCut.of(vllm_config)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from vllm_specformer.config import ARCHITECTURE
 from vllm_specformer.errors import SpeculativeConfigError
+from vllm_specformer.names import ARCHITECTURE
 
 # What decides about a draft: vLLM's own rejection sampler, or the request's own noise.
 DEFAULT_VERIFICATION = "vllm"
@@ -17,6 +17,15 @@ VERIFICATIONS = (DEFAULT_VERIFICATION, "coupled")
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 CONFIDENCE = "draft_confidence_threshold"
+
+# vLLM's rules of accepting a draft: the lossless one, and the one that measures at a chosen
+# acceptance whatever the target says. Any other is refused, also one that a later vLLM brings.
+_STANDARD, _SYNTHETIC = "standard", "synthetic"
+_LOSSY = {
+    "block": "does not keep the target's distribution in this vLLM (it meets the same noise twice, "
+    "see docs/kernels.md)",
+    "fly": "accepts drafts that the target would not have chosen",
+}
 
 # Ranges of batch sizes with a threshold each: (first, last, threshold), without gaps.
 Thresholds = tuple[tuple[int, int, float], ...]
@@ -80,14 +89,14 @@ def _verification(speculative: dict[str, Any]) -> str:
             f"speculative config: verification={verification!r} must be one of "
             f"{', '.join(map(repr, VERIFICATIONS))}"
         )
-    rule = speculative.get("rejection_sample_method", "standard")
-    if rule == "block":
+    rule = speculative.get("rejection_sample_method", _STANDARD)
+    if rule not in (_STANDARD, _SYNTHETIC):
+        reason = _LOSSY.get(rule) if isinstance(rule, str) else None
         raise SpeculativeConfigError(
-            "speculative config: rejection_sample_method='block' does not keep the target's "
-            "distribution in this vLLM (it meets the same noise twice, see docs/kernels.md); leave "
-            "it out, or set verification='coupled'"
+            f"speculative config: rejection_sample_method={reprlib.repr(rule)} "
+            f"{reason or 'is not known to keep the target distribution'}; leave it out"
         )
-    if verification == "coupled" and rule != "standard":
+    if verification == "coupled" and rule != _STANDARD:
         raise SpeculativeConfigError(
             f"speculative config: rejection_sample_method={rule!r} is a rule of vLLM's own "
             "verification; leave it out, or set verification='vllm'"

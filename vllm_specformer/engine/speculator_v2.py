@@ -23,7 +23,7 @@ from vllm.v1.worker.gpu.spec_decode.dflash.cudagraph import DFlashCudaGraphManag
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from vllm_specformer.engine.checks import check_target_class, check_v2_adapters
+from vllm_specformer.engine.checks import check_patches, check_target_class, check_v2_adapters
 from vllm_specformer.engine.confidence import check_no_cut
 from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
@@ -48,6 +48,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
     _speculator_name = "SpecFormer"
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        check_patches()
         check_target_class(vllm_config.model_config)
         check_no_cut(vllm_config.speculative_config)
         check_v2_adapters(vllm_config.lora_config)

@@ -13,13 +13,16 @@ import pytest
 from vllm_specformer.engine.compat import versions as compat
 from vllm_specformer.engine.compat.versions import (
     ALLOW_UNTESTED,
+    RECORDED,
     RELIED_ON,
     SUPPORTED,
     IncompatibleVLLMError,
     Signature,
+    check_chosen,
     check_version,
     evaluate,
     installed_vllm,
+    is_allowed,
     missing,
     probe,
     read_snapshot,
@@ -29,11 +32,12 @@ from vllm_specformer.engine.compat.versions import (
 from vllm_specformer.plugin import register
 
 SNAPSHOTS = Path(__file__).parents[1] / "snapshots"
-RECORDED = ("0.32.0", "0.33.0")
 PROPOSE = "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator.propose"
 SAMPLE = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.sample_draft"
 MAX_LEN = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.max_model_len"
 METHOD = "vllm.config.speculative:SpeculativeMethod"
+CREATE = "vllm.engine.arg_utils:EngineArgs.create_speculative_config"
+APPLY = "vllm.v1.sample.sampler:Sampler.apply_logits_processors"
 DFLASH = "vllm.v1.spec_decode.dflash:DFlashProposer"
 
 
@@ -135,6 +139,21 @@ def test_new_order_matters_for_overridden_methods_only() -> None:
     assert changed(SAMPLE, parameters=swapped(SAMPLE)) == []
 
 
+def test_what_is_passed_on_may_gain_parameters() -> None:
+    handed_on = "vllm.v1.worker.cpu_model_runner:CPUModelRunner.sample_tokens"
+    assert changed(handed_on, parameters=(*parameters_of(handed_on), "extra")) == []
+    (line,) = changed(CREATE, parameters=("target_model_config", "parallel_config"))
+    assert "parameter 'target_parallel_config' is gone or renamed" in line
+
+
+def test_patches_take_what_vllm_hands_them_in_its_order() -> None:
+    (line,) = changed(APPLY, parameters=("sampling_metadata", "logits", "predict_bonus_token"))
+    assert "changed their order" in line
+    (line,) = changed(APPLY, parameters=(*parameters_of(APPLY), "extra"))
+    assert "new required parameter 'extra'" in line
+    assert "engine/patches/requests.py" in line
+
+
 def test_keyword_catch_all_stands_for_every_name() -> None:
     assert changed(SAMPLE, parameters=("**kwargs",)) == []
 
@@ -155,6 +174,7 @@ def test_changed_base_value_and_kind_are_reported() -> None:
 )  # fmt: skip
 def test_version_is_accepted(version: str) -> None:
     check_version(version)
+    assert is_allowed(version)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +188,7 @@ def test_version_is_rejected_with_version_range_and_remedy(
     monkeypatch.delenv(ALLOW_UNTESTED, raising=False)
     with pytest.raises(IncompatibleVLLMError) as error:
         check_version(version)
+    assert not is_allowed(version)
     message = str(error.value)
     for part in (version, "0.32.x, 0.33.x", "pip install 'vllm==0.33.*'", f"{ALLOW_UNTESTED}=1"):
         assert part in message
@@ -180,9 +201,29 @@ def test_untested_version_can_be_forced(
     monkeypatch.setenv(ALLOW_UNTESTED, "1")
     check_version("0.34.0")
     assert "0.34.0" in caplog.text
+    assert is_allowed("0.34.0")
     monkeypatch.setenv(ALLOW_UNTESTED, "0")
     with pytest.raises(IncompatibleVLLMError):
         check_version("0.34.0")
+
+
+@pytest.mark.parametrize(
+    ("version", "looked_at"),
+    [("0.32.0", False), ("0.33.0+cpu", False), ("v0.33.0", False), ("0.33.1", True),
+     ("0.33.0rc1", True), ("0.33.0.post1", True), ("0.33.1.dev3+g4ba787ec9", True)],
+)  # fmt: skip
+def test_only_what_nobody_recorded_is_looked_at(
+    version: str, looked_at: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(ALLOW_UNTESTED, raising=False)
+    monkeypatch.setattr(compat, "_missing_installed", lambda: ("vllm.x:y: is gone", "another"))
+    if not looked_at:
+        check_chosen(version)
+        return
+    with pytest.raises(IncompatibleVLLMError) as error:
+        check_chosen(version)
+    for part in (version, "vllm.x:y: is gone and 1 more", "'vllm==0.33.0'", f"{ALLOW_UNTESTED}=1"):
+        assert part in str(error.value)
 
 
 def test_absent_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +271,30 @@ def test_probe_reads_moved_and_unusual_definitions(tmp_path: Path) -> None:
     assert DFLASH not in found
 
 
+def test_probe_finds_inherited_members(tmp_path: Path) -> None:
+    """In a class of the same module, of another one, under another name; nowhere outside vLLM."""
+    root = tmp_path / "vllm"
+    (root / "v1" / "worker").mkdir(parents=True)
+    (root / "__init__.py").write_text("class Mixin:\n    def sample_tokens(self): ...\n")
+    (root / "v1" / "worker" / "gpu_model_runner.py").write_text(
+        "class Base:\n"
+        "    def execute_model(self, base): ...\n"
+        "    def _sample(self, base): ...\n"
+        "class GPUModelRunner(Base):\n"
+        "    def _sample(self, logits): ...\n"
+    )
+    (root / "v1" / "worker" / "cpu_model_runner.py").write_text(
+        "from other import Mixin\n"
+        "from vllm.v1.worker.gpu_model_runner import GPUModelRunner as Runner\n"
+        "class CPUModelRunner(Mixin, Runner): ...\n"
+    )
+    found = probe(root)
+    prefix = "vllm.v1.worker.cpu_model_runner:CPUModelRunner."
+    assert found[prefix + "_sample"].parameters == ("logits",)
+    assert found[prefix + "execute_model"].parameters == ("base",)
+    assert prefix + "sample_tokens" not in found
+
+
 def test_snapshot_survives_writing_and_reading(tmp_path: Path) -> None:
     found = snapshot("0.32.0")
     write_snapshot(tmp_path / "again.json", "0.32.0", found)
@@ -258,7 +323,8 @@ def test_probing_imports_no_vllm() -> None:
     code = (
         "import sys\n"
         "from vllm_specformer.engine.compat.versions import missing, vllm_root, installed_vllm\n"
-        "installed_vllm(); missing(vllm_root())\n"
+        "from vllm_specformer.engine.patches.ledger import rows\n"
+        "installed_vllm(); missing(vllm_root()); assert rows()\n"
         "heavy = [m for m in sys.modules if m.split('.')[0] in ('vllm', 'torch', 'transformers')]\n"
         "assert not heavy, heavy\n"
     )

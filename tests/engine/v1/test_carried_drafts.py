@@ -10,8 +10,8 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from support.engines import Job, drafting, engine, greedy, prompts, run_plain
 from support.outputs import counting, token_ids
-from vllm_specformer.config import ARCHITECTURE
-from vllm_specformer.engine.patches.carried_drafts import receive_with_output, send_with_output
+from vllm_specformer.engine.patches import carried_drafts
+from vllm_specformer.names import ARCHITECTURE
 
 DRAFTS = DraftTokenIds(["a"], [[1, 2]])
 OURS = SimpleNamespace(
@@ -52,14 +52,21 @@ class Executor:
         return self.runner.take_draft_token_ids()
 
 
+class PatchedRunner(Runner):
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        return carried_drafts.send_with_output(Runner.sample_tokens, self, grammar_output)
+
+
+class PatchedExecutor(Executor):
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        return carried_drafts.receive_with_output(Executor.sample_tokens, self, grammar_output)
+
+    def take_draft_token_ids(self) -> Any:
+        return carried_drafts.take_received(Executor.take_draft_token_ids, self)
+
+
 def engine_of(speculative_config: Any = OURS) -> Any:
-    """An executor with its runner, both patched."""
-    runner = type("CPUModelRunner", (Runner,), {})
-    executor = type("MultiprocExecutor", (Executor,), {})
-    for _ in range(2):  # the second time changes nothing
-        send_with_output(SimpleNamespace(CPUModelRunner=runner))  # type: ignore[arg-type]
-        receive_with_output(SimpleNamespace(MultiprocExecutor=executor))  # type: ignore[arg-type]
-    return executor(runner(speculative_config))
+    return PatchedExecutor(PatchedRunner(speculative_config))
 
 
 def test_drafts_are_taken_once_from_the_output() -> None:

@@ -7,35 +7,28 @@ from typing import Any
 
 import pytest
 
-from vllm_specformer.engine.patches.late_store import has_time_between_steps, store_when_sent
+from vllm_specformer.engine.patches.late_store import handle_output, has_time_between_steps
 
 
-def worker_of(model_runner: Any, done: list[str]) -> Any:
-    """A patched worker process; `done` tells what it did."""
-
-    class WorkerProc:
-        def __init__(self) -> None:
-            self.worker = SimpleNamespace(worker=SimpleNamespace(model_runner=model_runner))
-
-        def handle_output(self, output: Any) -> None:
-            done.append(f"sent {output}")
-
-    for _ in range(2):  # the second time changes nothing
-        store_when_sent(SimpleNamespace(WorkerProc=WorkerProc))  # type: ignore[arg-type]
-    return WorkerProc()
+def send(model_runner: Any, done: list[str]) -> None:
+    """Let a patched worker process send an output; `done` tells what it did."""
+    worker = SimpleNamespace(
+        worker=SimpleNamespace(worker=SimpleNamespace(model_runner=model_runner))
+    )
+    handle_output(lambda self, output: done.append(f"sent {output}"), worker, "tokens")
 
 
 def test_the_output_leaves_first() -> None:
     done: list[str] = []
     drafter = SimpleNamespace(store_what_is_left=lambda: done.append("stored"))
-    worker_of(SimpleNamespace(drafter=drafter), done).handle_output("tokens")
+    send(SimpleNamespace(drafter=drafter), done)
     assert done == ["sent tokens", "stored"]
 
 
 @pytest.mark.parametrize("runner", [None, SimpleNamespace(), SimpleNamespace(drafter=object())])
 def test_other_workers_only_send(runner: Any) -> None:
     done: list[str] = []
-    worker_of(runner, done).handle_output("tokens")
+    send(runner, done)
     assert done == ["sent tokens"]
 
 

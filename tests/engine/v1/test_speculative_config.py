@@ -65,6 +65,18 @@ def test_fields_vllm_judges_after_loading(more: dict[str, Any], message: str) ->
             "rejection_sample_method='block' does not keep the target's distribution",
         ),
         (
+            {"rejection_sample_method": "fly"},
+            "rejection_sample_method='fly' accepts drafts that the target would not have chosen",
+        ),
+        *(
+            (
+                {"rejection_sample_method": rule},
+                f"rejection_sample_method={rule!r} is not known to keep the target distribution; "
+                "leave it out",
+            )
+            for rule in ("a later one", "Standard", None, ["standard"])
+        ),
+        (
             {
                 "verification": "coupled",
                 "rejection_sample_method": "synthetic",

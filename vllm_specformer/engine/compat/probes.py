@@ -3,22 +3,47 @@
 Importing vLLM takes ten seconds and may start a GPU context, and a symbol that moved makes the
 import itself fail. Reading the sources with `ast` answers in under two seconds, for an installed
 vLLM and for an unpacked wheel alike. `probe` reads a source tree, `evaluate` compares the outcome
-(fresh or recorded) with what we rely on.
+(fresh or recorded) with what we rely on: the tables of `symbols*.py` and what our patches change.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vllm_specformer.engine.compat.symbols import CPU_KERNELS, LAYERS, REGISTRATION, Reliance
+from vllm_specformer.engine.compat.symbols import (
+    CPU_KERNELS,
+    LAYERS,
+    MEASURED,
+    REGISTRATION,
+    Reliance,
+)
 from vllm_specformer.engine.compat.symbols_cpu import CPU_RUNNER
-from vllm_specformer.engine.compat.symbols_measuring import MEASURED
 from vllm_specformer.engine.compat.symbols_runners import RUNNER_V1, RUNNER_V2, VERIFICATION
+from vllm_specformer.engine.patches.ledger import Patch, declared
+
+
+def patched(patches: Iterable[Patch]) -> Iterator[Reliance]:
+    """What each patch relies on: its target, with the parameters that our function takes.
+
+    vLLM calls our function as it would call its own, so the order of the parameters counts.
+    """
+    for patch in patches:
+        yield Reliance(
+            patch.target,
+            patch.file,
+            patch.why,
+            (patch.kind,),
+            patch.parameters,
+            overridden=True,
+            passes_on=patch.passes_on,
+            bases=patch.bases,
+        )
+
 
 RELIED_ON: tuple[Reliance, ...] = (
     *REGISTRATION,
@@ -29,6 +54,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     *LAYERS,
     *CPU_KERNELS,
     *MEASURED,
+    *patched(declared()),
 )
 
 # How a parameter is written in a Signature: "name", with default "name=", keyword-only "*, name".
@@ -91,7 +117,7 @@ def probe(root: Path) -> dict[str, Signature]:
     for reliance in RELIED_ON:
         module, _, qualified = reliance.symbol.partition(":")
         tree = parse(root, module)
-        signature = _find(tree, qualified.split(".")) if tree is not None else None
+        signature = _find(root, tree, qualified.split(".")) if tree is not None else None
         if signature is not None:
             # A registry's whole content would only make snapshots long.
             keep = signature.strings if reliance.contains else ()
@@ -143,7 +169,7 @@ def _compare(reliance: Reliance, signature: Signature) -> Iterator[str]:
             if name not in names:
                 yield f"parameter {name!r} is gone or renamed; it now takes ({', '.join(names)})"
     for name in signature.required:
-        if name not in known:
+        if name not in known and not reliance.passes_on:
             yield f"has a new required parameter {name!r}"
     if reliance.overridden:
         order = tuple(name for name in names if name in known)
@@ -160,13 +186,36 @@ def parse(root: Path, module: str) -> ast.Module | None:
     return None
 
 
-def _find(tree: ast.Module, names: list[str]) -> Signature | None:
+def _find(root: Path, tree: ast.Module, names: list[str]) -> Signature | None:
     if len(names) == 1:
         return _describe(definition(tree.body, names[0]), tree)
     owner = definition(tree.body, names[0])
     if not isinstance(owner, ast.ClassDef):
         return None
-    node = definition(owner.body, names[1])
+    return _member(owner, names[1]) or _inherited(root, tree, owner, names[1])
+
+
+def _inherited(root: Path, tree: ast.Module, owner: ast.ClassDef, name: str) -> Signature | None:
+    """A member of the classes of vLLM that a class derives from."""
+    for base in owner.bases:
+        if not isinstance(base, ast.Name):
+            continue
+        node = definition(tree.body, base.id)
+        place: ast.Module | None = tree
+        names = [base.id, name]
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            place = parse(root, module) if module.startswith("vllm.") else None
+            names[0] = next(a.name for a in node.names if (a.asname or a.name) == base.id)
+        found = _find(root, place, names) if place is not None else None
+        if found is not None:
+            return found
+    return None
+
+
+def _member(owner: ast.ClassDef, name: str) -> Signature | None:
+    """A member that a class itself declares or assigns."""
+    node = definition(owner.body, name)
     if isinstance(node, _Function):
         if _decorated(node, "property"):
             return Signature("attribute", where="property")
@@ -175,7 +224,7 @@ def _find(tree: ast.Module, names: list[str]) -> Signature | None:
         return Signature("function", parameters if static else parameters[1:])
     if node is not None:
         return Signature("attribute", where="class")
-    return _assigned_on_self(owner, names[1])
+    return _assigned_on_self(owner, name)
 
 
 def _decorated(node: _Function, name: str) -> bool:

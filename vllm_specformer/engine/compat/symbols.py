@@ -1,7 +1,8 @@
 """Everything inside vLLM that this package relies on, each with its user and its reason.
 
 A callable lists the parameters we pass (or accept, where we override it) under exactly these
-names; vLLM may have further ones only if they have defaults. Parameters that one supported version
+names; vLLM may have further ones only if they have defaults. What `engine/patches/` changes is not
+listed here: each patch declares its own entry. Parameters that one supported version
 lacks are not listed, since nothing of ours may need them: `sample_draft` gained `num_steps` in
 0.33, `dispatch_cg_and_sync_dp` gained `allow_skip_drafts`.
 """
@@ -22,7 +23,8 @@ class Reliance:
     """One symbol ("module:Qualified.name"), which of our modules needs it, and what for.
 
     `overridden` marks methods our subclasses replace: vLLM calls them by position, so the order of
-    the parameters counts too.
+    the parameters counts too. `passes_on` marks functions we wrap and hand all parameters on to:
+    there new ones do no harm.
     """
 
     symbol: str
@@ -31,6 +33,7 @@ class Reliance:
     kinds: tuple[str, ...] = FUNCTION
     parameters: tuple[str, ...] = ()
     overridden: bool = False
+    passes_on: bool = False
     bases: tuple[str, ...] = ()
     contains: tuple[str, ...] = ()
 
@@ -50,8 +53,8 @@ def override(symbol: str, needed_by: str, reason: str, parameters: str = "") -> 
     )
 
 
-PLUGIN = "plugin.py"
-PATCHES = "engine/patches/ledger.py"
+REGISTRATION_FILE = "engine/patches/registration.py"
+DRAFTERS = "engine/patches/drafters.py"
 MODEL = "engine/model.py"
 CHECKS = "engine/checks.py"
 ATTENTION = "engine/attention.py"
@@ -60,7 +63,6 @@ SHARDING = "engine/sharding.py"
 V1 = "engine/proposer_v1.py"
 V2 = "engine/speculator_v2.py"
 CPU_SAMPLING = "engine/patches/cpu_sampling.py"
-CPU_SYNTHETIC = "engine/patches/cpu_synthetic.py"
 REQUESTS = "engine/patches/requests.py"
 DRAFT_TIME = "engine/metrics.py"
 KV_TRANSFER = "engine/kv_transfer.py"
@@ -71,6 +73,9 @@ CARRIED = "engine/patches/carried_drafts.py"
 DRAFTLESS = "engine/patches/draftless_steps.py"
 LATE_STORE = "engine/patches/late_store.py"
 CPU_NORMS = "engine/cpu/norms.py"
+CLIENT = "bench/client.py"
+MEASURING = "engine/measuring.py"
+EVALUATION = "evaluation/serve_worker.py"
 
 _SPEC = "vllm.config.speculative"
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
@@ -85,34 +90,21 @@ _OPS = "vllm._custom_ops"
 _CPU_BACKEND = "vllm.v1.attention.backends.cpu_attn"
 
 REGISTRATION: tuple[Reliance, ...] = (
-    Reliance("vllm.model_executor.models.registry:ModelRegistry", PLUGIN, "registry", VALUE),
     call(
         "vllm.model_executor.models.registry:_ModelRegistry.register_model",
-        PLUGIN,
+        REGISTRATION_FILE,
         "makes the draft architecture known",
         "model_arch model_cls",
     ),
-    Reliance(
-        "vllm.transformers_utils.configs.speculators.algos:SUPPORTED_SPECULATORS_TYPES",
-        PATCHES,
-        "takes the converter of head checkpoints",
-        VALUE,
-    ),
-    call(
-        f"{_ARGS}.create_speculative_config",
-        PATCHES,
-        'wrapped to turn method "specformer" into "dflash"',
-        "target_model_config target_parallel_config",
-    ),
     *members(
         _ARGS,
-        PATCHES,
+        REGISTRATION_FILE,
         "where the method is written",
         "speculative_config spec_method spec_model spec_tokens",
     ),
     Reliance(
         f"{_SPEC}:SpeculativeMethod",
-        PATCHES,
+        REGISTRATION_FILE,
         'the method that "specformer" stands for',
         VALUE,
         contains=("dflash",),
@@ -125,8 +117,8 @@ REGISTRATION: tuple[Reliance, ...] = (
         "use_local_argmax_reduction parallel_drafting disable_eagle_block_drop "
         "draft_parallel_config",
     ),
-    call(f"{_SPEC}:SpeculativeConfig.use_dflash", PATCHES, "chooses vLLM's DFlash path"),
-    call(f"{_SPEC}:SpeculativeConfig.use_eagle", PATCHES, "turns auxiliary states on"),
+    call(f"{_SPEC}:SpeculativeConfig.use_dflash", REGISTRATION_FILE, "chooses vLLM's DFlash path"),
+    call(f"{_SPEC}:SpeculativeConfig.use_eagle", REGISTRATION_FILE, "turns auxiliary states on"),
 )
 
 LAYERS: tuple[Reliance, ...] = (
@@ -359,5 +351,30 @@ CPU_KERNELS: tuple[Reliance, ...] = (
     ),
     *members(
         "vllm.v1.worker.block_table:BlockTable", V1, "which pages are whose", "num_blocks_per_row"
+    ),
+)
+
+# What `bench`, `plan` and `eval --serve` rely on; serving needs none of it.
+MEASURED: tuple[Reliance, ...] = (
+    call("vllm.benchmarks.serve:add_cli_args", CLIENT, "the client's own options", "parser"),
+    call("vllm.benchmarks.serve:main", CLIENT, "vLLM's benchmark client", "args"),
+    *members(
+        "vllm.v1.engine.llm_engine:LLMEngine",
+        MEASURING,
+        "from an engine to its scheduler",
+        "engine_core",
+    ),
+    *members(
+        "vllm.v1.engine.llm_engine:LLMEngine", EVALUATION, "which runner it has", "vllm_config"
+    ),
+    *members(
+        "vllm.v1.engine.core_client:InprocClient", MEASURING, "to the scheduler", "engine_core"
+    ),
+    *members("vllm.v1.engine.core:EngineCore", MEASURING, "to the scheduler", "scheduler"),
+    *members(
+        "vllm.v1.core.sched.scheduler:Scheduler",
+        MEASURING,
+        "holds a measured engine at a number of drafts",
+        "dynamic_sd_lookup",
     ),
 )

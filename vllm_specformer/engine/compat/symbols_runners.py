@@ -1,4 +1,4 @@
-"""What our V1 proposer and V2 speculator rely on inside vLLM; see `relied_on` for the reading."""
+"""What our V1 proposer and V2 speculator rely on inside vLLM; see `symbols.py`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from vllm_specformer.engine.compat.symbols import (
     CONFIDENCE,
     COUPLED,
     DRAFT_TIME,
+    DRAFTERS,
     KV_TRANSFER,
     MODEL,
-    PATCHES,
     REQUESTS,
     V1,
     V2,
@@ -30,7 +30,6 @@ _DFLASH_GRAPHS = "vllm.v1.worker.gpu.spec_decode.dflash.cudagraph:DFlashCudaGrap
 _BATCH_V2 = "vllm.v1.worker.gpu.input_batch"
 
 RUNNER_V1: tuple[Reliance, ...] = (
-    Reliance(_DFLASH_V1, PATCHES, "gets our __new__", CLASS, bases=("SpecDecodeBaseProposer",)),
     override(f"{_DFLASH_V1}.__init__", V1, "called by the runner", "vllm_config device runner"),
     call(
         f"{_BASE_V1}.__init__",
@@ -129,7 +128,6 @@ RUNNER_V1: tuple[Reliance, ...] = (
 )
 
 RUNNER_V2: tuple[Reliance, ...] = (
-    Reliance(_DFLASH_V2, PATCHES, "gets our __new__", CLASS, bases=("DraftModelSpeculator",)),
     override(f"{_DFLASH_V2}.__init__", V2, "called by init_speculator", "vllm_config device"),
     override(
         f"{_DFLASH_V2}.propose",
@@ -287,12 +285,6 @@ RUNNER_V2: tuple[Reliance, ...] = (
         "packs the head's matrices on a CPU",
         "layer remove_weight",
     ),
-    call(
-        "vllm.v1.sample.sampler:Sampler.apply_logits_processors",
-        REQUESTS,
-        "min_tokens repaired",
-        "logits sampling_metadata predict_bonus_token",
-    ),
     *members(
         "vllm.config.parallel:ParallelConfig",
         DRAFT_TIME,
@@ -323,12 +315,6 @@ RUNNER_V2: tuple[Reliance, ...] = (
         "requests below their minimum",
         "min_toks",
     ),
-    call(
-        "vllm.sampling_params:SamplingParams._validate_spec_decode",
-        REQUESTS,
-        "refuses logprob_token_ids",
-        "speculative_config",
-    ),
     *members(
         "vllm.sampling_params:SamplingParams", REQUESTS, "what is refused", "logprob_token_ids"
     ),
@@ -338,8 +324,9 @@ _SAMPLER_V2 = "vllm.v1.worker.gpu.sample.sampler:Sampler"
 _REJECTION_V2 = "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler"
 
 VERIFICATION: tuple[Reliance, ...] = (
-    Reliance(_REJECTION_V2, PATCHES, "gets our __new__", CLASS),
-    call(f"{_REJECTION_V2}.__init__", PATCHES, "tells the config", "sampler spec_config device"),
+    override(
+        f"{_REJECTION_V2}.__init__", DRAFTERS, "tells the config", "sampler spec_config device"
+    ),
     override(
         f"{_REJECTION_V2}._verify",
         COUPLED,

@@ -1,9 +1,10 @@
 """Which vLLM this package runs on: tested versions, and a check of the symbols it relies on.
 
 Nothing here imports vLLM, so that a wrong version ends in one clear message and not in the middle
-of an import. The environment variable SPECFORMER_ALLOW_UNTESTED_VLLM=1 turns the version error
-into a warning, to try a vLLM outside SUPPORTED at one's own risk; `missing` still tells what has
-changed there. The table of symbols is `probes.RELIED_ON`; behaviours, which no signature shows,
+of an import. A wrong version is no error where nobody asks for SpecFormer: `check_chosen` is called
+when a speculative config does. The environment variable SPECFORMER_ALLOW_UNTESTED_VLLM=1 turns the
+errors into warnings, to try a vLLM outside SUPPORTED at one's own risk; `missing` still tells what
+has changed there. The table of symbols is `probes.RELIED_ON`; behaviours, which no signature shows,
 are in docs/vllm-compatibility.md.
 
     python -m vllm_specformer.engine.compat.versions                   # check the installed one
@@ -14,28 +15,34 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vllm_specformer.engine.compat.probes import RELIED_ON, Signature, evaluate, missing, probe
 from vllm_specformer.engine.compat.symbols import Reliance
+from vllm_specformer.engine.patches.ledger import LEDGER
 
 __all__ = [
     "ALLOW_UNTESTED",
+    "RECORDED",
     "RELIED_ON",
     "SUPPORTED",
     "IncompatibleVLLMError",
     "Reliance",
     "Signature",
+    "check_chosen",
+    "check_complete",
     "check_version",
     "evaluate",
     "installed_vllm",
+    "is_allowed",
     "missing",
     "probe",
     "read_snapshot",
@@ -45,6 +52,8 @@ __all__ = [
 ]
 
 SUPPORTED = ((0, 32), (0, 33))
+# Of these there is a snapshot in tests/engine/snapshots/, so nobody has to look at their sources.
+RECORDED = ("0.32.0", "0.33.0")
 ALLOW_UNTESTED = "SPECFORMER_ALLOW_UNTESTED_VLLM"
 
 # vLLM is published under several distribution names that all install the module `vllm`.
@@ -71,8 +80,7 @@ def check_version(version: str) -> None:
     Raises:
         IncompatibleVLLMError: the version is outside SUPPORTED, or not a version.
     """
-    release = _RELEASE.fullmatch(version.strip())
-    if release is not None and (int(release[1]), int(release[2])) in SUPPORTED:
+    if _is_supported(version):
         return
     newest = f"{SUPPORTED[-1][0]}.{SUPPORTED[-1][1]}"
     message = (
@@ -81,10 +89,62 @@ def check_version(version: str) -> None:
         f"Install one of them (pip install 'vllm=={newest}.*'), "
         f"or set {ALLOW_UNTESTED}=1 to try this one anyway."
     )
-    if os.environ.get(ALLOW_UNTESTED) == "1":
-        logger.warning("%s It is set: going on.", message)
+    _refuse(message)
+
+
+def is_allowed(version: str) -> bool:
+    """Whether `check_version` accepts a version, for those who are not to hear of it."""
+    return _is_supported(version) or _allows_untested()
+
+
+def check_chosen(version: str) -> None:
+    """Refuse a vLLM that SpecFormer cannot run on; for where somebody chooses it.
+
+    The sources of a version that is supported but not in RECORDED, such as a later patch release,
+    are probed, once in a process.
+
+    Raises:
+        IncompatibleVLLMError: as `check_version`, or as `check_complete`.
+    """
+    check_version(version)
+    is_recorded = version.strip().removeprefix("v").partition("+")[0] in RECORDED
+    check_complete(version, LEDGER.problems() or (() if is_recorded else _missing_installed()))
+
+
+def check_complete(version: str, lacking: Sequence[str]) -> None:
+    """Refuse a vLLM that lacks something we rely on; `lacking` has one line for each.
+
+    Raises:
+        IncompatibleVLLMError: names what is missing and the remedy.
+    """
+    if not lacking:
         return
-    raise IncompatibleVLLMError(message)
+    more = f" and {len(lacking) - 1} more (`specformer doctor` lists them)"
+    _refuse(
+        f"vLLM {version} has changed what vllm-specformer relies on: {lacking[0]}"
+        f"{more if len(lacking) > 1 else ''}. Install a version that was tested "
+        f"(pip install 'vllm=={RECORDED[-1]}'), or set {ALLOW_UNTESTED}=1 to try this one anyway."
+    )
+
+
+@functools.cache
+def _missing_installed() -> tuple[str, ...]:
+    return tuple(missing(vllm_root()))
+
+
+def _is_supported(version: str) -> bool:
+    release = _RELEASE.fullmatch(version.strip())
+    return release is not None and (int(release[1]), int(release[2])) in SUPPORTED
+
+
+def _allows_untested() -> bool:
+    return os.environ.get(ALLOW_UNTESTED) == "1"
+
+
+def _refuse(message: str) -> None:
+    if not _allows_untested():
+        raise IncompatibleVLLMError(message)
+    logger.warning("%s It is set: going on.", message)
 
 
 def vllm_root() -> Path:

@@ -18,17 +18,23 @@ request with a seed and a prompt computed in two steps ends the engine.
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from vllm_specformer.engine.patches.ledger import patch
 
-from vllm_specformer.engine.patches.cpu_synthetic import repair_synthetic
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
 
 
-def expand(
+@patch(
+    "vllm.utils.cpu_triton_utils:_expand_kernel_impl",
+    why="on the CPU build it discards its result, so with any speculation temperature, top-k and "
+    "top-p were uninitialised memory",
+    guard="the CPU build alone imports that module; does what the kernel it replaces is to do",
+)
+def _expand_kernel_impl(
+    original: Callable[..., None],
     output: Tensor,
     input_val: Tensor,
     cu_num_tokens: Tensor,
@@ -38,7 +44,6 @@ def expand(
 ) -> None:
     """Repeat `input_val[i]` for each of request i's rows of `output`, with one value replaced.
 
-    Takes the place of `vllm.utils.cpu_triton_utils._expand_kernel_impl`, parameters as there;
     `cu_num_tokens` [R] are the running sums of rows per request.
     """
     rows = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
@@ -46,55 +51,47 @@ def expand(
     output.copy_(values.repeat_interleave(rows))
 
 
-def repair_kernels(module: ModuleType) -> None:
-    """Mend the kernels of `vllm.utils.cpu_triton_utils` before the CPU platform registers them."""
-    if hasattr(module, "_expand_kernel_impl"):
-        vars(module)["_expand_kernel_impl"] = expand
-    repair_synthetic(module)
+@patch(
+    "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_only",
+    why="a step without draft rows ends the engine when a request sets top-k on the CPU build, "
+    "with any speculation",
+    guard="acts on empty logits only, which the original cannot take",
+)
+def apply_top_k_only(original: Callable[..., Tensor], logits: Tensor, k: Tensor) -> Tensor:
+    return original(logits, k) if len(logits) else logits
 
 
-def repair_top_k(module: ModuleType) -> None:
-    """Let `apply_top_k_only` of `vllm.v1.sample.ops.topk_topp_sampler` accept no rows at all."""
-    original = getattr(module, "apply_top_k_only", None)
-    if original is None or hasattr(original, "__wrapped__"):
-        return
-
-    @functools.wraps(original)
-    def apply_top_k_only(logits: Tensor, k: Tensor) -> Tensor:
-        return original(logits, k) if len(logits) else logits
-
-    vars(module)["apply_top_k_only"] = apply_top_k_only
-
-
-def repair_generators(module: ModuleType) -> None:
-    """Let `CPUModelRunner` of `vllm.v1.worker.cpu_model_runner` take noise back, by state."""
-    runner = getattr(module, "CPUModelRunner", None)
-    if runner is None or "_bookkeeping_sync" in vars(runner):
-        return
-    sample, bookkeep = runner._sample, runner._bookkeeping_sync
-
-    @functools.wraps(sample)
-    def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-        states = {generator: generator.get_state() for _, generator in _discarded(self)}
-        result = sample(self, *args, **kwargs)
-        for generator, state in states.items():
-            generator.set_state(state)
-        return result
-
-    @functools.wraps(bookkeep)
-    def _bookkeeping_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
-        generators, hidden = self.input_batch.generators, dict(_discarded(self))
-        for row in hidden:
-            del generators[row]
-        try:
-            return bookkeep(self, *args, **kwargs)
-        finally:
-            generators.update(hidden)
-
-    runner._sample, runner._bookkeeping_sync = _sample, _bookkeeping_sync
+@patch(
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner._sample",
+    why="a seeded request whose prompt takes two steps ends the engine on the CPU build, with or "
+    "without speculation: puts its generator back after sampling",
+    guard="the CPU's runner alone; acts on rows whose sample is thrown away",
+)
+def _sample(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    states = {generator: generator.get_state() for _, generator in _discarded(self)}
+    result = original(self, *args, **kwargs)
+    for generator, state in states.items():
+        generator.set_state(state)
+    return result
 
 
-def _discarded(runner: Any) -> list[tuple[int, torch.Generator]]:
+@patch(
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner._bookkeeping_sync",
+    why="the same defect: hides such generators where vLLM moves their offset, which ends the "
+    "engine",
+    guard="the CPU's runner alone; acts on rows whose sample is thrown away",
+)
+def _bookkeeping_sync(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    generators, hidden = self.input_batch.generators, dict(_discarded(self))
+    for row in hidden:
+        del generators[row]
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        generators.update(hidden)
+
+
+def _discarded(runner: Any) -> list[tuple[int, Generator]]:
     """Rows whose sample will be thrown away, with their generators."""
     generators = runner.input_batch.generators
     rows = runner.discard_request_mask.np[: runner.input_batch.num_reqs].nonzero()[0]

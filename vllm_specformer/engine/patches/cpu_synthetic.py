@@ -8,96 +8,97 @@ an assertion (0.32 and 0.33). The rule here is the GPU kernels'; without it noth
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from vllm_specformer.engine.patches.ledger import patch
 
-_GREEDY, _RANDOM = "_rejection_greedy_sample_kernel_impl", "_rejection_random_sample_kernel_impl"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WHY = "rejection_sample_method 'synthetic' ends the engine on the CPU build, with any speculation"
+_GUARD = "the CPU build alone imports that module; acts on synthetic acceptance only"
 
 
-def repair_synthetic(module: ModuleType) -> None:
-    """Let both rejection kernels of `vllm.utils.cpu_triton_utils` accept synthetically."""
-    if not (hasattr(module, _GREEDY) and hasattr(module, _RANDOM)):
+@patch(
+    "vllm.utils.cpu_triton_utils:_rejection_greedy_sample_kernel_impl",
+    why=f"{_WHY} (greedy requests)",
+    guard=_GUARD,
+)
+def _rejection_greedy_sample_kernel_impl(
+    original: Callable[..., None],
+    output_token_ids: Tensor,
+    cu_num_draft_tokens: Tensor,
+    draft_token_ids: Tensor,
+    target_argmax: Tensor,
+    bonus_token_ids: Tensor,
+    is_greedy: Tensor | None,
+    max_spec_len: int,
+    uniform_probs: Tensor | None = None,
+    synthetic_conditional_rates: Tensor | None = None,
+    SYNTHETIC_MODE: bool = False,  # noqa: N803
+) -> None:
+    requests = (output_token_ids, cu_num_draft_tokens, draft_token_ids, target_argmax)
+    if not SYNTHETIC_MODE:
+        original(*requests, bonus_token_ids, is_greedy, max_spec_len, uniform_probs)
         return
-    greedy, random = getattr(module, _GREEDY), getattr(module, _RANDOM)
-    if hasattr(greedy, "__wrapped__"):
-        return
+    assert uniform_probs is not None
+    assert synthetic_conditional_rates is not None
+    accept(
+        *requests,
+        bonus_token_ids,
+        [True] * len(output_token_ids) if is_greedy is None else is_greedy,
+        uniform_probs,
+        synthetic_conditional_rates,
+    )
 
-    @functools.wraps(greedy)
-    def greedy_sample(
-        output_token_ids: Tensor,
-        cu_num_draft_tokens: Tensor,
-        draft_token_ids: Tensor,
-        target_argmax: Tensor,
-        bonus_token_ids: Tensor,
-        is_greedy: Tensor | None,
-        max_spec_len: int,
-        uniform_probs: Tensor | None = None,
-        synthetic_conditional_rates: Tensor | None = None,
-        SYNTHETIC_MODE: bool = False,  # noqa: N803
-    ) -> None:
-        requests = (output_token_ids, cu_num_draft_tokens, draft_token_ids, target_argmax)
-        if not SYNTHETIC_MODE:
-            greedy(*requests, bonus_token_ids, is_greedy, max_spec_len, uniform_probs)
-            return
-        assert uniform_probs is not None
-        assert synthetic_conditional_rates is not None
-        mine = torch.ones(len(output_token_ids), dtype=torch.bool)
-        accept(
+
+@patch(
+    "vllm.utils.cpu_triton_utils:_rejection_random_sample_kernel_impl",
+    why=f"{_WHY} (sampled requests)",
+    guard=_GUARD,
+)
+def _rejection_random_sample_kernel_impl(
+    original: Callable[..., None],
+    output_token_ids: Tensor,
+    cu_num_draft_tokens: Tensor,
+    draft_token_ids: Tensor,
+    draft_probs: Tensor | None,
+    target_probs: Tensor,
+    bonus_token_ids: Tensor,
+    recovered_token_ids: Tensor,
+    uniform_probs: Tensor,
+    is_greedy: Tensor,
+    max_spec_len: int,
+    vocab_size: int,
+    synthetic_conditional_rates: Tensor | None = None,
+    NO_DRAFT_PROBS: bool = False,  # noqa: N803
+    SYNTHETIC_MODE: bool = False,  # noqa: N803
+) -> None:
+    requests = (output_token_ids, cu_num_draft_tokens, draft_token_ids)
+    if not SYNTHETIC_MODE:
+        original(
             *requests,
+            draft_probs,
+            target_probs,
             bonus_token_ids,
-            mine if is_greedy is None else is_greedy,
-            uniform_probs,
-            synthetic_conditional_rates,
-        )
-
-    @functools.wraps(random)
-    def random_sample(
-        output_token_ids: Tensor,
-        cu_num_draft_tokens: Tensor,
-        draft_token_ids: Tensor,
-        draft_probs: Tensor | None,
-        target_probs: Tensor,
-        bonus_token_ids: Tensor,
-        recovered_token_ids: Tensor,
-        uniform_probs: Tensor,
-        is_greedy: Tensor,
-        max_spec_len: int,
-        vocab_size: int,
-        synthetic_conditional_rates: Tensor | None = None,
-        NO_DRAFT_PROBS: bool = False,  # noqa: N803
-        SYNTHETIC_MODE: bool = False,  # noqa: N803
-    ) -> None:
-        requests = (output_token_ids, cu_num_draft_tokens, draft_token_ids)
-        if not SYNTHETIC_MODE:
-            random(
-                *requests,
-                draft_probs,
-                target_probs,
-                bonus_token_ids,
-                recovered_token_ids,
-                uniform_probs,
-                is_greedy,
-                max_spec_len,
-                vocab_size,
-                NO_DRAFT_PROBS=NO_DRAFT_PROBS,
-            )
-            return
-        assert synthetic_conditional_rates is not None
-        accept(
-            *requests,
             recovered_token_ids,
-            bonus_token_ids,
-            ~is_greedy.bool(),
             uniform_probs,
-            synthetic_conditional_rates,
+            is_greedy,
+            max_spec_len,
+            vocab_size,
+            NO_DRAFT_PROBS=NO_DRAFT_PROBS,
         )
-
-    names: dict[str, Any] = vars(module)
-    names[_GREEDY], names[_RANDOM] = greedy_sample, random_sample
+        return
+    assert synthetic_conditional_rates is not None
+    accept(
+        *requests,
+        recovered_token_ids,
+        bonus_token_ids,
+        ~is_greedy.bool(),
+        uniform_probs,
+        synthetic_conditional_rates,
+    )
 
 
 def accept(
@@ -106,7 +107,7 @@ def accept(
     drafts: Tensor,
     replacements: Tensor,
     bonus: Tensor,
-    mine: Tensor,
+    mine: Tensor | Sequence[bool],
     uniform: Tensor,
     rates: Tensor,
 ) -> None:
@@ -118,7 +119,7 @@ def accept(
         drafts: token ids [N]; -1 is a placeholder, never accepted.
         replacements: tokens [N] to emit where a draft is not accepted.
         bonus: tokens [R, 1] to emit after all drafts of a request.
-        mine: bool [R].
+        mine: bool [R], a tensor or a list.
         uniform: numbers from 0 to 1, [N].
         rates: chances of each place in a draft, given that all before it were accepted, [K].
     """

@@ -9,31 +9,28 @@ sampler alone gives the same tokens.
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
+from vllm_specformer.engine.patches.ledger import patch
 from vllm_specformer.engine.speculative_config import drafts_with_head
 
 
-def sample_plainly(module: ModuleType) -> None:
-    """Let `CPUModelRunner` of `vllm.v1.worker.cpu_model_runner` leave such steps' layout out."""
-    runner = getattr(module, "CPUModelRunner", None)
-    if runner is None or "execute_model" in vars(runner):
-        return
-    original = runner.execute_model
-
-    @functools.wraps(original)
-    def execute_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = original(self, *args, **kwargs)
-        state = self.execute_model_state
-        if state is None or self.use_async_scheduling:
-            return output
-        layout = state.spec_decode_metadata
-        if layout is None or any(layout.num_draft_tokens):
-            return output
-        if drafts_with_head(self.speculative_config):
-            self.execute_model_state = state._replace(spec_decode_metadata=None)
+@patch(
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner.execute_model",
+    why="a step without drafts was laid out and sampled for verification, which its tokens do not "
+    "need",
+    guard="the CPU's runner alone, without asynchronous scheduling, and only when the draft "
+    "architecture is SpecFormerDraftModel and no request of the step has drafts",
+)
+def execute_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    output = original(self, *args, **kwargs)
+    state = self.execute_model_state
+    if state is None or self.use_async_scheduling:
         return output
-
-    runner.execute_model = execute_model
+    layout = state.spec_decode_metadata
+    if layout is None or any(layout.num_draft_tokens):
+        return output
+    if drafts_with_head(self.speculative_config):
+        self.execute_model_state = state._replace(spec_decode_metadata=None)
+    return output

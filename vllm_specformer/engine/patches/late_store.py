@@ -7,14 +7,16 @@ about as long as storing takes. The next step that drafts finds everything store
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch import Tensor
+from vllm_specformer.engine.patches.ledger import patch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Hooked states [T, G*H], positions [T] and slots [T] of one step.
-DeferredRows = tuple[Tensor, Tensor, Tensor]
+DeferredRows: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
 
 
 def has_time_between_steps(vllm_config: Any) -> bool:
@@ -32,20 +34,16 @@ def has_time_between_steps(vllm_config: Any) -> bool:
     )
 
 
-def store_when_sent(module: ModuleType) -> None:
-    """Let `WorkerProc` of `vllm.v1.executor.multiproc_executor` store once an output has left."""
-    worker = getattr(module, "WorkerProc", None)
-    if worker is None or hasattr(worker.handle_output, "__wrapped__"):
-        return
-    original = worker.handle_output
-
-    @functools.wraps(original)
-    def handle_output(self: Any, output: Any) -> None:
-        original(self, output)
-        # Not every worker drafts, and none of them before it is loaded.
-        runner = getattr(self.worker.worker, "model_runner", None)
-        store = getattr(getattr(runner, "drafter", None), "store_what_is_left", None)
-        if store is not None:
-            store()
-
-    worker.handle_output = handle_output
+@patch(
+    "vllm.v1.executor.multiproc_executor:WorkerProc.handle_output",
+    why="after a step that drafts nothing nobody waits while the head's K/V are stored",
+    guard="stores what the CPU's SpecFormer proposer has left, and does nothing in any other "
+    "worker; the next step stores it where this is not called",
+)
+def handle_output(original: Callable[..., None], self: Any, output: Any) -> None:
+    original(self, output)
+    # Not every worker drafts, and none of them before it is loaded.
+    runner = getattr(self.worker.worker, "model_runner", None)
+    store = getattr(getattr(runner, "drafter", None), "store_what_is_left", None)
+    if store is not None:
+        store()

@@ -1,7 +1,19 @@
-"""The ledger: everything the plugin changes in vLLM, why, and what keeps it from misfiring.
+"""How a change of vLLM is declared, when it is made, and what became of it.
 
-Importing this module imports nothing of vLLM. `apply_all` runs in every process vLLM loads plugins
-in, possibly more than once, and changes nothing the second time.
+A file of this folder declares each of its changes with one of three decorators, and the declaration
+is all there is to write:
+
+- `patch`: our function takes the place of a function or method and gets the original first;
+- `construct`: a class builds our subclass where our function says so;
+- `extend`: our function adds something to an object, such as a registry.
+
+A change is made right after vLLM has imported the module, or at once where it has. It is made once,
+however often plugins are loaded: we mark the module or class, not the function, so what other
+plugins have done or do to the function makes no difference. Nothing here raises into vLLM's
+imports: what could not be changed is kept in `problems` and refused where SpecFormer is chosen.
+
+Nothing of vLLM or torch is imported here, nor by the files that declare: `specformer doctor` and
+the table of symbols read the declarations.
 """
 
 from __future__ import annotations
@@ -9,331 +21,325 @@ from __future__ import annotations
 import functools
 import importlib.abc
 import importlib.machinery
+import inspect
+import logging
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, TypeVar
 
-from vllm_specformer.config import ARCHITECTURE, SPECULATORS_TYPE, flat_fields
-from vllm_specformer.engine.speculative_config import (
-    OwnFields,
-    as_dictionary,
-    drafts_with_head,
-    split_own_fields,
-    verifies_coupled,
+# The files of this folder that declare changes.
+SUBJECTS = (
+    "registration",
+    "drafters",
+    "cpu_sampling",
+    "cpu_synthetic",
+    "carried_drafts",
+    "draftless_steps",
+    "late_store",
+    "requests",
 )
+# They act only where somebody asks for SpecFormer. Made on every vLLM, so that one which is not
+# supported can be refused by name.
+ON_ANY_VERSION = ("registration",)
 
-_MARK = "_specformer_patched"
+# Our names in the order in which they were applied, on the module or class that was changed.
+_MARK = "__specformer_patches__"
+
+Kind = Literal["function", "class", "value"]
+State = Literal["applied", "pending", "missing", "off"]
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One change: where, why, what guards it, and the function that makes it."""
+    """One change of vLLM.
+
+    `target` is "module:Qualified.name", `name` our function's; `kind`, `parameters` and `bases` are
+    what the target's source must show. `passes_on`: our function hands further arguments on, so new
+    parameters do no harm. `change` gets what stands at the target and returns what is to.
+    """
 
     target: str
-    reason: str
+    why: str
     guard: str
-    apply: Callable[[], None] = field(repr=False, compare=False)
+    name: str
+    kind: Kind
+    change: Callable[[Any], Any] = field(repr=False, compare=False)
+    parameters: tuple[str, ...] = ()
+    bases: tuple[str, ...] = ()
+    passes_on: bool = False
+
+    @property
+    def module(self) -> str:
+        return self.target.partition(":")[0]
+
+    @property
+    def file(self) -> str:
+        """Our file that declares it, as "engine/patches/requests.py"."""
+        return "/".join(self.name.split(".")[1:-1]) + ".py"
+
+    @property
+    def subject(self) -> str:
+        return self.name.split(".")[-2]
+
+    def place(self, module: ModuleType) -> tuple[Any, str]:
+        """The module or class that holds the target, and the attribute."""
+        *owners, attribute = self.target.partition(":")[2].split(".")
+        return functools.reduce(getattr, owners, module), attribute
 
 
-def _register_model() -> None:
-    from vllm import ModelRegistry
+class Ledger(importlib.abc.MetaPathFinder):
+    """All changes that were declared, and the import hook that makes them."""
 
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(
-            ARCHITECTURE, "vllm_specformer.engine.model:SpecFormerDraftModel"
+    def __init__(self) -> None:
+        self.declared: list[Patch] = []
+        self._active: dict[str, list[Patch]] = {}  # module -> what is to be changed in it
+        self._waiting: set[str] = set()  # modules of `_active` that were not seen yet
+        self._problems: dict[str, str] = {}  # name -> why it could not be changed
+        self._lock = threading.RLock()
+
+    # --- declaring ---
+
+    def patch(
+        self, target: str, *, why: str, guard: str, parameters: str | None = None
+    ) -> Callable[[_F], _F]:
+        """Let the decorated function take the target's place: `ours(original, *arguments)`.
+
+        Args:
+            target: a function or method, "module:name" or "module:Class.name".
+            why: what goes wrong, or is impossible, without it.
+            guard: what keeps it from acting elsewhere.
+            parameters: names the target must take, separated by blanks. By default those that our
+                function takes after `original` (and `self`).
+        """
+
+        def declare(ours: _F) -> _F:
+            def change(original: Any) -> Any:
+                @functools.wraps(original)
+                def patched(*args: Any, **kwargs: Any) -> Any:
+                    return ours(original, *args, **kwargs)
+
+                return patched
+
+            own, passes_on = _signature(ours, 2 if "." in target.partition(":")[2] else 1)
+            names = own if parameters is None else tuple(parameters.split())
+            self._declare(ours, target, why, guard, "function", change, names, passes_on=passes_on)
+            return ours
+
+        return declare
+
+    def construct(
+        self, target: str, ours: str, *, why: str, guard: str, bases: tuple[str, ...] = ()
+    ) -> Callable[[_F], _F]:
+        """Let a class build `ours` where the decorated function is true of the arguments.
+
+        Args:
+            target: the class, "module:Class".
+            ours: our subclass, "module:Class"; imported when it is built.
+            why, guard: as for `patch`.
+            bases: what the target must derive from.
+        """
+
+        def declare(wanted: _F) -> _F:
+            def change(base: Any) -> Any:
+                own = base.__new__ if "__new__" in vars(base) else None
+
+                def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+                    if cls is base and wanted(*args, **kwargs):
+                        module, _, name = ours.partition(":")
+                        cls = getattr(import_module(module), name)
+                    build = own or super(base, cls).__new__
+                    return build(cls) if build is object.__new__ else build(cls, *args, **kwargs)
+
+                base.__new__ = staticmethod(__new__)
+                return base
+
+            self._declare(wanted, target, why, guard, "class", change, bases=bases)
+            return wanted
+
+        return declare
+
+    def extend(self, target: str, *, why: str, guard: str) -> Callable[[_F], _F]:
+        """Hand the object at `target`, "module:name", to the decorated function, to add to it."""
+
+        def declare(add: _F) -> _F:
+            def change(value: Any) -> Any:
+                add(value)
+                return value
+
+            self._declare(add, target, why, guard, "value", change)
+            return add
+
+        return declare
+
+    def _declare(
+        self,
+        ours: Callable[..., Any],
+        target: str,
+        why: str,
+        guard: str,
+        kind: Kind,
+        change: Callable[[Any], Any],
+        parameters: tuple[str, ...] = (),
+        bases: tuple[str, ...] = (),
+        passes_on: bool = False,
+    ) -> None:
+        name = f"{ours.__module__}.{ours.__qualname__}"
+        self.declared.append(
+            Patch(target, why, guard, name, kind, change, parameters, bases, passes_on)
         )
 
+    # --- applying ---
 
-def _to_vllm_config(config_dict: dict[str, Any], pre_trained_config: dict[str, Any]) -> None:
-    """Speculators format -> the draft model's Hugging Face configuration, as vLLM's converters do.
-
-    `pre_trained_config` starts as the head's layer section and is completed in place.
-    """
-    fields = flat_fields(config_dict)
-    pre_trained_config.update(
-        architectures=[ARCHITECTURE],
-        num_hidden_layers=1,
-        is_causal=True,  # keeps vLLM from asking for a non-causal backend for our one layer
-        mask_token_id=0,  # required of parallel drafters; our slots are not made from a token
-        eagle_aux_hidden_state_layer_ids=list(fields["aux_hidden_state_layer_ids"]),
-        specformer=fields,
-    )
-
-
-def _register_format() -> None:
-    from vllm.transformers_utils.configs.speculators.algos import SUPPORTED_SPECULATORS_TYPES
-
-    SUPPORTED_SPECULATORS_TYPES.setdefault(SPECULATORS_TYPE, _to_vllm_config)
-
-
-_ASKED_BY = ("speculative_config", "spec_method", "spec_model", "spec_tokens")
-
-
-def _accept_method() -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    original = EngineArgs.create_speculative_config
-    if hasattr(original, _MARK):
-        return
-
-    @functools.wraps(original)
-    def create_speculative_config(
-        self: Any, target_model_config: Any, target_parallel_config: Any
-    ) -> Any:
-        from vllm_specformer.engine.checks import checked, is_specformer
-        from vllm_specformer.engine.metrics import publish
-
-        # The --spec-* flags are another spelling of the same dictionary; merge before judging.
-        given = as_dictionary(self.speculative_config or {})
-        own = OwnFields()
-        flags = {
-            "method": getattr(self, "spec_method", None),
-            "model": getattr(self, "spec_model", None),
-            "num_speculative_tokens": getattr(self, "spec_tokens", None),
-        }
-        merged = {k: v for k, v in flags.items() if v is not None and k not in given} | given
-        clash = any(v is not None and k in given for k, v in flags.items())
-        if not clash and is_specformer(merged):
-            merged, own = split_own_fields(merged)
-            asked = {name: getattr(self, name, None) for name in _ASKED_BY}
-            self.speculative_config = checked(merged, target_model_config, target_parallel_config)
-            self.spec_method = self.spec_model = self.spec_tokens = None
-            publish()
-            try:
-                config = original(self, target_model_config, target_parallel_config)
-            finally:  # these arguments may be asked for a configuration once more
-                vars(self).update(asked)
-        else:
-            config = original(self, target_model_config, target_parallel_config)
-        if own != OwnFields():
-            # vLLM's config has no field for them; the head's own config travels to every worker.
-            config.draft_model_config.hf_config.specformer_verification = own.verification
-            config.draft_model_config.hf_config.specformer_confidence = own.confidence
-        return config
-
-    setattr(create_speculative_config, _MARK, True)
-    EngineArgs.create_speculative_config = create_speculative_config
-
-
-def _drafts_with_us(vllm_config: Any, *_: Any) -> bool:
-    return drafts_with_head(getattr(vllm_config, "speculative_config", None))
-
-
-@dataclass(frozen=True)
-class _Replaced:
-    """A class whose constructor builds our subclass when its positional arguments are `wanted`."""
-
-    name: str
-    ours: str  # "module:Class"
-    wanted: Callable[..., bool]
-
-
-_REPLACED = {
-    "vllm.v1.spec_decode.dflash": _Replaced(
-        "DFlashProposer",
-        "vllm_specformer.engine.proposer_v1:SpecFormerProposer",
-        _drafts_with_us,
-    ),
-    "vllm.v1.worker.gpu.spec_decode.dflash.speculator": _Replaced(
-        "DFlashSpeculator",
-        "vllm_specformer.engine.speculator_v2:SpecFormerSpeculator",
-        _drafts_with_us,
-    ),
-    "vllm.v1.worker.gpu.spec_decode.rejection_sampler": _Replaced(
-        "RejectionSampler",
-        "vllm_specformer.engine.coupled:CoupledSampler",
-        lambda sampler, speculative_config, *_: verifies_coupled(speculative_config),
-    ),
-}
-
-
-def _construct_ours(base: type, replaced: _Replaced) -> None:
-    """Let `base(...)` build our subclass where it is wanted."""
-    if _MARK in base.__dict__:
-        return
-
-    def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        if cls is base and replaced.wanted(*args):
-            module, name = replaced.ours.split(":")
-            cls = getattr(import_module(module), name)
-        return object.__new__(cls)
-
-    base.__new__ = staticmethod(__new__)  # type: ignore[method-assign,assignment]
-    setattr(base, _MARK, True)
-
-
-# Modules whose functions fail on the CPU build, fail with speculation or lose time with it ->
-# "module:function" of ours.
-_REPAIRS = {
-    "vllm.utils.cpu_triton_utils": ("cpu_sampling:repair_kernels",),
-    "vllm.v1.sample.ops.topk_topp_sampler": ("cpu_sampling:repair_top_k",),
-    "vllm.v1.worker.cpu_model_runner": (
-        "cpu_sampling:repair_generators",
-        "carried_drafts:send_with_output",
-        "draftless_steps:sample_plainly",
-    ),
-    "vllm.v1.executor.multiproc_executor": (
-        "carried_drafts:receive_with_output",
-        "late_store:store_when_sent",
-    ),
-    "vllm.v1.sample.sampler": ("requests:repair_min_tokens",),
-    "vllm.sampling_params": ("requests:refuse_logprob_token_ids",),
-}
-
-
-class _PostImportHook(importlib.abc.MetaPathFinder):
-    """Patches modules when vLLM imports them, so loading the plugin imports none of them."""
+    def apply(self, entries: Iterable[Patch]) -> None:
+        """Make these changes, now or when vLLM imports their modules; safe to call again."""
+        for entry in entries:
+            active = self._active.setdefault(entry.module, [])
+            if entry not in active:
+                active.append(entry)
+                self._waiting.add(entry.module)
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+        self._change_loaded()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in _REPLACED and fullname not in _REPAIRS:
+        # Another plugin's finder may stand before this one and have loaded a module past it.
+        self._change_loaded()
+        if fullname not in self._active:
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
-        if spec is None or spec.loader is None:
-            return None
-        execute = spec.loader.exec_module
+        spec = self._next_spec(fullname, path, target)
+        loader: Any = spec.loader if spec is not None else None
+        execute = getattr(loader, "exec_module", None)
+        if execute is None:
+            return spec
 
         def exec_module(module: ModuleType) -> None:
+            vars(module).pop(_MARK, None)  # of a module that is loaded again
             execute(module)
-            _patch_module(module)
+            self._change(module)
 
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        loader.exec_module = exec_module
         return spec
 
+    def _next_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """What the finders behind this one say, so that other plugins' hooks take part."""
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                return spec
+        return None
 
-def _patch_module(module: ModuleType) -> None:
-    if module.__name__ in _REPAIRS:
-        for repair in _REPAIRS[module.__name__]:
-            file, function = repair.split(":")
-            getattr(import_module(f"vllm_specformer.engine.patches.{file}"), function)(module)
+    def _change_loaded(self) -> None:
+        for name in tuple(self._waiting):
+            module = sys.modules.get(name)
+            # A module that is being imported does not have all its names yet.
+            is_complete = not getattr(getattr(module, "__spec__", None), "_initializing", False)
+            if module is not None and is_complete:
+                self._change(module)
+
+    def _change(self, module: ModuleType) -> None:
+        with self._lock:
+            self._waiting.discard(module.__name__)
+            for entry in self._active[module.__name__]:
+                self._problems.pop(entry.name, None)
+                try:
+                    _make(entry, module)
+                except Exception as error:  # vLLM must start where nobody asks for SpecFormer
+                    problem = str(error) if isinstance(error, _NotThereError) else repr(error)
+                    self._problems[entry.name] = problem
+                    logger.info("%s was not changed: %s", entry.target, problem)
+
+    # --- reporting ---
+
+    def state(self, entry: Patch) -> State:
+        """Whether the change is made in this process, will be, or cannot be."""
+        if entry.name in self._problems:
+            return "missing"
+        module = sys.modules.get(entry.module)
+        try:
+            is_made = module is not None and entry.name in _marks(entry.place(module)[0])
+        except AttributeError:
+            is_made = False
+        return "applied" if is_made else "pending"
+
+    def problems(self) -> list[str]:
+        """Changes that could not be made in this process so far, one line each."""
+        self._change_loaded()
+        return [
+            f"{entry.target}: {self._problems[entry.name]} (needed by {entry.file}: {entry.why})"
+            for entry in self.declared
+            if entry.name in self._problems
+        ]
+
+
+class _NotThereError(LookupError):
+    """This vLLM has no such symbol."""
+
+
+def _make(entry: Patch, module: ModuleType) -> None:
+    try:
+        owner, name = entry.place(module)
+        found = inspect.getattr_static(owner, name)
+    except AttributeError:
+        raise _NotThereError("not found in this vLLM") from None
+    if entry.name in _marks(owner):
         return
-    replaced = _REPLACED[module.__name__]
-    _construct_ours(getattr(module, replaced.name), replaced)
+    if isinstance(found, (classmethod, staticmethod, property)):
+        raise TypeError(f"it is a {type(found).__name__}, which `patch` does not wrap")
+    setattr(owner, name, entry.change(getattr(owner, name)))
+    setattr(owner, _MARK, (*_marks(owner), entry.name))
 
 
-def _install_dispatch() -> None:
-    if not any(isinstance(finder, _PostImportHook) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _PostImportHook())
-    for name in (*_REPLACED, *_REPAIRS):
-        if name in sys.modules:
-            _patch_module(sys.modules[name])
+def _marks(owner: Any) -> tuple[str, ...]:
+    """Our changes of a module or class, not counting those of the classes it derives from."""
+    return vars(owner).get(_MARK, ())
 
 
-LEDGER: tuple[Patch, ...] = (
-    Patch(
-        target="vllm.ModelRegistry.register_model",
-        reason="adds the architecture SpecFormerDraftModel (official plugin interface)",
-        guard="only if the architecture is not registered yet",
-        apply=_register_model,
-    ),
-    Patch(
-        target="vllm.transformers_utils.configs.speculators.algos.SUPPORTED_SPECULATORS_TYPES",
-        reason="adds the converter of head configurations in speculators format, so that "
-        "`vllm serve HEAD` works",
-        guard="only if 'specformer' has no converter yet; adds a key, replaces none",
-        apply=_register_format,
-    ),
-    Patch(
-        target="vllm.engine.arg_utils.EngineArgs.create_speculative_config",
-        reason="vLLM's `method` is a closed list: validates a SpecFormer config and passes it on "
-        "as 'dflash', vLLM's word for one-pass drafting from hidden states",
-        guard="acts only on method 'specformer' or a SpecFormer head; wrapped once (marker)",
-        apply=_accept_method,
-    ),
-    Patch(
-        target="vllm.v1.spec_decode.dflash.DFlashProposer.__new__ and "
-        "vllm.v1.worker.gpu.spec_decode.dflash.speculator.DFlashSpeculator.__new__",
-        reason="vLLM has no hook that hands a custom proposer the hidden states: builds our "
-        "subclass instead (V1 and V2 runner)",
-        guard="acts only when the draft architecture is SpecFormerDraftModel; installed by a "
-        "post-import hook, once (marker)",
-        apply=_install_dispatch,
-    ),
-    Patch(
-        target="vllm.v1.worker.gpu.spec_decode.rejection_sampler.RejectionSampler.__new__",
-        reason="vLLM has no way to choose another verification: builds our sampler (V2 runner)",
-        guard='acts only on "verification": "coupled" in a SpecFormer speculative config; '
-        "installed by a post-import hook, once (marker)",
-        apply=_install_dispatch,
-    ),
-    Patch(
-        target="vllm.utils.cpu_triton_utils._expand_kernel_impl",
-        reason="on the CPU build it discards its result, so with any speculation temperature, "
-        "top-k and top-p were uninitialised memory (see engine/patches/cpu_sampling.py)",
-        guard="the CPU build alone imports that module; does what the kernel it replaces is to do",
-        apply=_install_dispatch,
-    ),
-    Patch(
-        target="vllm.utils.cpu_triton_utils._rejection_greedy_sample_kernel_impl, "
-        "._rejection_random_sample_kernel_impl",
-        reason="rejection_sample_method 'synthetic', for measuring at a chosen acceptance length, "
-        "ends the engine on the CPU build, with any speculation (see patches/cpu_synthetic.py)",
-        guard="the CPU build alone imports that module; acts on synthetic acceptance only, wrapped "
-        "once",
-        apply=_install_dispatch,
-    ),
-    Patch(
-        target="vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_only",
-        reason="a step without draft rows ends the engine when a request sets top-k on the CPU "
-        "build, with any speculation (see engine/patches/cpu_sampling.py)",
-        guard="acts on empty logits only, which the original cannot take; wrapped once",
-        apply=_install_dispatch,
-    ),
-    Patch(
-        target="vllm.v1.worker.cpu_model_runner.CPUModelRunner._sample, ._bookkeeping_sync",
-        reason="a seeded request whose prompt takes two steps ends the engine on the CPU build, "
-        "with or without speculation (see engine/patches/cpu_sampling.py)",
-        guard="the CPU's runner alone; acts on rows whose sample is thrown away, wrapped once",
-        apply=_install_dispatch,
-    ),
-    Patch(
-        target="vllm.v1.worker.cpu_model_runner.CPUModelRunner.sample_tokens, "
-        "vllm.v1.executor.multiproc_executor.MultiprocExecutor.sample_tokens, "
-        ".take_draft_token_ids",
-        reason="spares the engine one call to the worker process per step: the drafts come with "
-        "the step's output (see engine/patches/carried_drafts.py)",
-        guard="sent by the CPU's runner alone, and only when the draft architecture is "
-        "SpecFormerDraftModel; without them the executor asks as before; wrapped once",
-        apply=_install_dispatch,
-    ),
-    Patch(
-        target="vllm.v1.worker.cpu_model_runner.CPUModelRunner.execute_model",
-        reason="a step without drafts was laid out and sampled for verification, which its tokens "
-        "do not need (see engine/patches/draftless_steps.py)",
-        guard="the CPU's runner alone, without asynchronous scheduling, and only when the draft "
-        "architecture is SpecFormerDraftModel and no request of the step has drafts; wrapped once",
-        apply=_install_dispatch,
-    ),
-    Patch(
-        target="vllm.v1.executor.multiproc_executor.WorkerProc.handle_output",
-        reason="after a step that drafts nothing nobody waits while the head's K/V are stored (see "
-        "engine/patches/late_store.py)",
-        guard="stores what the CPU's SpecFormer proposer has left and does nothing in any other "
-        "worker; the next step stores it where this is not called; wrapped once",
-        apply=_install_dispatch,
-    ),
-    Patch(
-        target="vllm.v1.sample.sampler.Sampler.apply_logits_processors",
-        reason="min_tokens forbids the end of a text one token too long where drafts reach the "
-        "minimum, with any speculation on the V1 runner (see engine/patches/requests.py)",
-        guard="acts on bonus tokens of requests whose drafts reach min_tokens; wrapped once",
-        apply=_install_dispatch,
-    ),
-    Patch(
-        target="vllm.sampling_params.SamplingParams._validate_spec_decode",
-        reason="logprob_token_ids ends the engine or returns other tokens' log-probabilities with "
-        "any speculation: refuses it by name (see engine/patches/requests.py)",
-        guard="acts only when the draft architecture is SpecFormerDraftModel; wrapped once",
-        apply=_install_dispatch,
-    ),
-)
+def _signature(ours: Callable[..., Any], skipped: int) -> tuple[tuple[str, ...], bool]:
+    """Names that a function takes after the first few, and whether it takes any others."""
+    parameters = list(inspect.signature(ours).parameters.values())[skipped:]
+    catch_all = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = tuple(p.name for p in parameters if p.kind not in catch_all)
+    return names, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
-def apply_all() -> None:
-    """Make every change of the ledger; safe to call again."""
-    for patch in LEDGER:
-        patch.apply()
+LEDGER = Ledger()
+patch, construct, extend = LEDGER.patch, LEDGER.construct, LEDGER.extend
+
+
+def declared() -> tuple[Patch, ...]:
+    """Every change of vLLM, file by file in the order of SUBJECTS."""
+    for subject in SUBJECTS:
+        import_module(f"{__package__}.{subject}")
+    return tuple(sorted(LEDGER.declared, key=lambda entry: SUBJECTS.index(entry.subject)))
+
+
+def apply(subjects: Sequence[str] = SUBJECTS) -> None:
+    """Make the changes of these files; safe to call again."""
+    LEDGER.apply(entry for entry in declared() if entry.subject in subjects)
+
+
+def rows(subjects: Sequence[str] = SUBJECTS) -> list[dict[str, str]]:
+    """The ledger as `specformer doctor` prints it: target, reason, guard, state in this process.
+
+    Changes of other files than `subjects` are "off".
+    """
+    return [
+        {
+            "target": entry.target,
+            "reason": entry.why,
+            "guard": entry.guard,
+            "state": LEDGER.state(entry) if entry.subject in subjects else "off",
+        }
+        for entry in declared()
+    ]

@@ -12,34 +12,35 @@ on V2 the rows after the first name other tokens. It is refused.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
+from vllm_specformer.engine.patches.ledger import patch
 from vllm_specformer.engine.speculative_config import drafts_with_head
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def repair_min_tokens(module: ModuleType) -> None:
-    """Let `Sampler` of `vllm.v1.sample.sampler` count the drafts before a bonus token."""
-    sampler = getattr(module, "Sampler", None)
-    original = getattr(sampler, "apply_logits_processors", None)
-    if original is None or hasattr(original, "__wrapped__"):
-        return
 
-    @functools.wraps(original)
-    def apply_logits_processors(
-        self: Any, logits: Tensor, sampling_metadata: Any, predict_bonus_token: bool
-    ) -> Tensor:
-        if not predict_bonus_token:
-            return original(self, logits, sampling_metadata, predict_bonus_token)
-        drafts = sampling_metadata.spec_token_ids or ()
-        with _minimum_reached(sampling_metadata.logitsprocs.non_argmax_invariant, drafts):
-            return original(self, logits, sampling_metadata, predict_bonus_token)
-
-    sampler.apply_logits_processors = apply_logits_processors  # type: ignore[union-attr]
+@patch(
+    "vllm.v1.sample.sampler:Sampler.apply_logits_processors",
+    why="min_tokens forbids the end of a text one token too long where drafts reach the minimum, "
+    "with any speculation on the V1 runner",
+    guard="acts on bonus tokens of requests whose drafts reach min_tokens",
+)
+def apply_logits_processors(
+    original: Callable[..., Tensor],
+    self: Any,
+    logits: Tensor,
+    sampling_metadata: Any,
+    predict_bonus_token: bool,
+) -> Tensor:
+    if not predict_bonus_token:
+        return original(self, logits, sampling_metadata, predict_bonus_token)
+    drafts = sampling_metadata.spec_token_ids or ()
+    with _minimum_reached(sampling_metadata.logitsprocs.non_argmax_invariant, drafts):
+        return original(self, logits, sampling_metadata, predict_bonus_token)
 
 
 @contextmanager
@@ -71,25 +72,23 @@ def _apply_elsewhere(apply: Any, rows: dict[int, list[int]], logits: Tensor) -> 
     return logits
 
 
-def refuse_logprob_token_ids(module: ModuleType) -> None:
-    """Let `SamplingParams` of `vllm.sampling_params` refuse the field where a head drafts."""
-    params = getattr(module, "SamplingParams", None)
-    original = getattr(params, "_validate_spec_decode", None)
-    if original is None or hasattr(original, "__wrapped__"):
-        return
+@patch(
+    "vllm.sampling_params:SamplingParams._validate_spec_decode",
+    why="logprob_token_ids ends the engine or returns other tokens' log-probabilities with any "
+    "speculation: refuses it by name",
+    guard="acts only when the draft architecture is SpecFormerDraftModel",
+)
+def _validate_spec_decode(
+    original: Callable[..., None], self: Any, speculative_config: Any
+) -> None:
+    original(self, speculative_config)
+    if self.logprob_token_ids is not None and drafts_with_head(speculative_config):
+        from vllm.exceptions import VLLMValidationError
 
-    @functools.wraps(original)
-    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
-        original(self, speculative_config)
-        if self.logprob_token_ids is not None and drafts_with_head(speculative_config):
-            from vllm.exceptions import VLLMValidationError
-
-            raise VLLMValidationError(
-                f"logprob_token_ids={self.logprob_token_ids} cannot be had with speculative "
-                "decoding in this vLLM, which would return other tokens' log-probabilities or stop "
-                "the engine; ask for logprobs, or serve without speculation",
-                parameter="logprob_token_ids",
-                value=self.logprob_token_ids,
-            )
-
-    params._validate_spec_decode = _validate_spec_decode  # type: ignore[union-attr]
+        raise VLLMValidationError(
+            f"logprob_token_ids={self.logprob_token_ids} cannot be had with speculative "
+            "decoding in this vLLM, which would return other tokens' log-probabilities or stop "
+            "the engine; ask for logprobs, or serve without speculation",
+            parameter="logprob_token_ids",
+            value=self.logprob_token_ids,
+        )
