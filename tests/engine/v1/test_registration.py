@@ -8,12 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
 
 from support.configs import asking, configured
 from support.paths import HEAD, TARGET
 from vllm_specformer.engine.compat import versions as compat
 from vllm_specformer.engine.compat.versions import ALLOW_UNTESTED, IncompatibleVLLMError
 from vllm_specformer.plugin import register
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    """vLLM loads plugins once per process: the version that a test shows it must not be the first."""
+    load_general_plugins()
 
 
 def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
