@@ -19,7 +19,7 @@ from vllm_specformer.plugin import register
 
 @pytest.fixture(autouse=True)
 def registered() -> None:
-    """vLLM loads plugins once per process: the version that a test shows it must not be the first."""
+    """vLLM loads plugins once per process: not first with a version that a test shows it."""
     load_general_plugins()
 
 
