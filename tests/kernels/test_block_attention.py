@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 from unittest import mock
 
 import aot
@@ -213,6 +214,23 @@ def test_reference_in_low_precision(dtype: torch.dtype) -> None:
     found = reference.block_attention(**args.as_dict())
     assert found.dtype == dtype
     assert_close(found, loop_over_rows(args), ERROR_RATIO[dtype])
+
+
+def apart(args: Arguments) -> dict[str, Any]:
+    """The context's K and V in memory of their own, as two layers of a narrower cache hold them."""
+    sides = args.kv_cache.chunk(2, dim=-1)
+    pages = (side.transpose(1, 2).contiguous().transpose(1, 2) for side in sides)
+    return args.as_dict() | dict(zip(("kv_cache", "value_cache"), pages, strict=True))
+
+
+@pytest.mark.parametrize("splits", [1, 5])
+def test_values_apart(splits: int, split: Callable[..., None], kernel_device: str) -> None:
+    split(splits)
+    args = make_arguments(RAGGED, CONTEXTS)
+    expected = loop_over_rows(args)
+    found = launch.block_attention(**apart(args.to(kernel_device)))
+    assert_close(found, expected, ERROR_RATIO[args.query.dtype])
+    assert_close(reference.block_attention(**apart(args)), expected, 1e-6)
 
 
 @pytest.mark.parametrize("mask", MASKS)

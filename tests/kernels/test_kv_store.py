@@ -179,6 +179,25 @@ def test_rotates_keys_alone(kernel_device: str) -> None:
     assert_cache(cache, expected, arguments)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_apart(layout: str, dtype: torch.dtype, kernel_device: str) -> None:
+    """V in memory of its own, as two layers of a narrower cache hold K and V."""
+    arguments = make_arguments(dtype=dtype, layout=layout)
+    _, expected = exact(arguments)
+    pages = [make_cache(2, 32, dtype, layout) for _ in range(2)]
+    for page, side in zip(pages, arguments["kv_cache"].chunk(2, dim=-1), strict=True):
+        page.copy_(side)
+    moved = {name: tensor.to(kernel_device) for name, tensor in arguments.items()}
+    key_cache, value_cache = (page.to(kernel_device) for page in pages)
+    changes = {"kv_cache": key_cache, "value_cache": value_cache}
+    triton_kernel.kv_store(**(moved | changes))
+    found = torch.cat((key_cache, value_cache), dim=-1).cpu()
+    assert_cache(found, expected, arguments)
+    kv_store(**(arguments | dict(zip(changes, pages, strict=True))))
+    assert_cache(torch.cat(pages, dim=-1), expected, arguments)
+
+
 @pytest.mark.parametrize(
     ("slots", "num_queries"),
     [([], 0), ([], 2), ([-1, -1], 0), ([-1, -1], 1), ([7], 0), ([7], 1), (list(range(17)), 16)],
@@ -295,6 +314,19 @@ def test_random_batches(
     query, cache = run_kernel(arguments, kernel_device)
     assert_close(query, expected_query, torch.float32)
     assert_cache(cache, expected_cache, arguments)
+
+
+@pytest.mark.parametrize("implementation", [reference, triton_kernel], ids=["torch", "triton"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda pages: pages[1:], lambda pages: pages.half(), lambda pages: pages.transpose(1, 2)],
+)
+def test_refuses_values_apart(change: Any, implementation: Any) -> None:
+    arguments = make_arguments()
+    pages = arguments["kv_cache"][..., :64].clone()
+    changes = {"kv_cache": pages, "value_cache": change(pages)}
+    with pytest.raises(ValueError, match=r"^value_cache: expected"):
+        implementation.kv_store(**(arguments | changes))
 
 
 @pytest.mark.parametrize("implementation", [reference, triton_kernel], ids=["torch", "triton"])

@@ -20,6 +20,7 @@ def block_attention(
     block_mask: Tensor,
     scale: float,
     max_block_len: int,
+    value_cache: Tensor | None = None,
 ) -> Tensor:
     """Attend each row to its request's cached context and to the allowed rows of its own block.
 
@@ -41,6 +42,8 @@ def block_attention(
             past the request's rows are ignored; a row that sees nothing at all gives zeros.
         scale: factor on the scores before the softmax.
         max_block_len: upper bound of the rows of one request, 1 to 64.
+        value_cache: the context's V if it does not lie beside K. Both caches then are [num_blocks,
+            num_kv_heads, block_size, head_size], with equal strides.
 
     Returns:
         [T, num_heads, head_size] in query's dtype, contiguous. Rows at or past block_start_loc[R]
@@ -66,4 +69,5 @@ def block_attention(
         block_mask,
         scale,
         max_block_len,
+        value_cache,
     )

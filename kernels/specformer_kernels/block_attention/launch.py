@@ -76,6 +76,7 @@ def block_attention(
     block_mask: Tensor,
     scale: float,
     max_block_len: int,
+    value_cache: Tensor | None = None,
 ) -> Tensor:
     """Launch one program per split of context, KV head and tile of rows, then join the splits.
 
@@ -83,7 +84,7 @@ def block_attention(
     the host: the grids follow from shapes, `max_block_len` and the device, so the launches can be
     captured in a CUDA graph.
     """
-    check_arguments(
+    key_pages, value_pages = check_arguments(
         query,
         key,
         value,
@@ -93,6 +94,7 @@ def block_attention(
         block_start_loc,
         block_mask,
         max_block_len,
+        value_cache,
     )
     if query.dtype == torch.float64:
         raise ValueError("query: the kernel computes in float32, found torch.float64")
@@ -136,7 +138,8 @@ def block_attention(
             query,
             key,
             value,
-            kv_cache,
+            key_pages,
+            value_pages,
             block_table,
             context_lens,
             block_start_loc,

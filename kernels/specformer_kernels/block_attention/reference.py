@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from specformer_kernels.kv_store.reference import key_and_value_pages
+
 # A row's allowed columns are the bits of one int64 word.
 MAX_BLOCK_LEN = 64
 
@@ -21,8 +23,13 @@ def check_arguments(
     block_start_loc: Tensor,
     block_mask: Tensor,
     max_block_len: int,
-) -> None:
-    """Raise ValueError, naming the argument, where shapes or dtypes break the contract."""
+    value_cache: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The pages of K and those of V.
+
+    Raises:
+        ValueError: shapes or dtypes break the contract; the message names the argument.
+    """
     if query.dim() != 3:
         raise ValueError(
             f"query: expected [rows, num_heads, head_size], found shape {list(query.shape)}"
@@ -41,16 +48,7 @@ def check_arguments(
         raise ValueError(
             f"query: num_heads must be a multiple of key's {num_kv_heads} heads, found {num_heads}"
         )
-    if kv_cache.dim() != 4 or kv_cache.shape[1] != num_kv_heads:
-        raise ValueError(
-            f"kv_cache: expected [num_blocks, {num_kv_heads}, block_size, {2 * head_size}], "
-            f"found {list(kv_cache.shape)}"
-        )
-    if kv_cache.shape[3] != 2 * head_size:
-        raise ValueError(
-            f"kv_cache: expected last dimension {2 * head_size} (K and V fused), "
-            f"found {kv_cache.shape[3]}"
-        )
+    pages = key_and_value_pages(kv_cache, value_cache, num_kv_heads, head_size)
     for name, tensor in (("query", query), ("key", key), ("value", value), ("kv_cache", kv_cache)):
         if tensor.dtype != query.dtype:
             raise ValueError(f"{name}: expected query's dtype {query.dtype}, found {tensor.dtype}")
@@ -74,6 +72,7 @@ def check_arguments(
         raise ValueError(f"block_mask: expected torch.int64 words, found {block_mask.dtype}")
     if not 1 <= max_block_len <= MAX_BLOCK_LEN:
         raise ValueError(f"max_block_len: expected 1 to {MAX_BLOCK_LEN}, found {max_block_len}")
+    return pages
 
 
 def block_attention(
@@ -87,13 +86,14 @@ def block_attention(
     block_mask: Tensor,
     scale: float,
     max_block_len: int,
+    value_cache: Tensor | None = None,
 ) -> Tensor:
     """Attend each row to its request's cached context and to the allowed rows of its own block.
 
     Shapes and dtypes as in `specformer_kernels.block_attention.block_attention`. Computes in
     float32, or in float64 for float64 inputs. Reads `context_lens` on the host.
     """
-    check_arguments(
+    pages = check_arguments(
         query,
         key,
         value,
@@ -103,6 +103,7 @@ def block_attention(
         block_start_loc,
         block_mask,
         max_block_len,
+        value_cache,
     )
     num_rows, num_requests = query.shape[0], block_table.shape[0]
     if num_rows == 0:
@@ -114,7 +115,7 @@ def block_attention(
     if num_rows == num_requests * max_block_len:
         allowed = _unpack_words(block_mask.view(shape), columns)
         query, key, value = (rows.unflatten(0, shape) for rows in (query, key, value))
-        out = _attend(query, key, value, allowed, kv_cache, block_table, context_lens, scale)
+        out = _attend(query, key, value, allowed, pages, block_table, context_lens, scale)
         return out.flatten(0, 1)
 
     row_index = block_start_loc[:-1, None] + columns  # [requests, max_block_len]
@@ -123,7 +124,7 @@ def block_attention(
     allowed = _unpack_words(block_mask[row_index], columns) & is_row[:, None, :]
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     query, key, value = (rows[row_index] for rows in (query, key, value))
-    padded = _attend(query, key, value, allowed, kv_cache, block_table, context_lens, scale)
+    padded = _attend(query, key, value, allowed, pages, block_table, context_lens, scale)
     out[row_index[is_row]] = padded[is_row]
     return out
 
@@ -133,52 +134,53 @@ def _unpack_words(words: Tensor, columns: Tensor) -> Tensor:
     return ((words[:, :, None] >> columns) & 1).bool()
 
 
-def gather_context(kv_cache: Tensor, block_table: Tensor, visible: Tensor) -> Tensor:
+def gather_context(pages: tuple[Tensor, Tensor], block_table: Tensor, visible: Tensor) -> Tensor:
     """Cached K and V of every request side by side: [2, num_kv_heads, R, length, head_size].
 
     Args:
+        pages: of K and of V, each [num_blocks, num_kv_heads, block_size, head_size].
         visible: bool [R, length], the columns before each request's context length. The others get
             copies of the request's first token, which is as finite as the request is: a weight of 0
             does not silence a NaN left in a page by another request.
     """
-    num_kv_heads, block_size, fused_size = kv_cache.shape[1:]
+    key_pages, value_pages = pages
+    num_kv_heads, block_size, head_size = key_pages.shape[1:]
     requests, length = visible.shape
-    rows, steps = _as_rows(kv_cache)
+    (key_rows, steps), (value_rows, _) = _as_rows(key_pages), _as_rows(value_pages)
     has_context = visible[:, :1]
     all_have = bool(has_context.all())
     if not all_have:  # nor is the first entry of the table defined
         block_table = torch.where(has_context, block_table, 0)
-    columns = torch.arange(length, device=kv_cache.device)
+    columns = torch.arange(length, device=key_pages.device)
     block = (columns // block_size).clamp_(max=block_table.shape[1] - 1)
     place = block_table.long().mul_(steps[0]).index_select(1, block)  # [R, length]
     place += columns % block_size * steps[2]
     place = torch.where(visible, place, place[:, :1])
-    heads = torch.arange(num_kv_heads, device=kv_cache.device) * steps[1]
+    heads = torch.arange(num_kv_heads, device=key_pages.device) * steps[1]
     place = (place + heads[:, None, None]).flatten()
-    shape = (2, num_kv_heads, requests, length, fused_size // 2)
-    context = kv_cache.new_empty(shape)
+    shape = (2, num_kv_heads, requests, length, head_size)
+    context = key_pages.new_empty(shape)
     key, value = context.flatten(1, 3)
-    torch.index_select(rows, 0, place, out=key)
-    torch.index_select(rows, 0, place.add_(steps[3]), out=value)
+    torch.index_select(key_rows, 0, place, out=key)
+    torch.index_select(value_rows, 0, place, out=value)
     if not all_have:
         context.masked_fill_(~has_context[:, None], 0.0)
     return context
 
 
-def _as_rows(kv_cache: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The cache as rows of head_size elements, which may overlap.
+def _as_rows(pages: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The pages of K or V as rows of head_size elements, which may overlap.
 
     Selecting rows copies memory; indexing the cache itself would go through its strides.
 
     Returns:
-        The rows, and how many to go for the next block, K/V head and token, and from K to V.
+        The rows, and how many to go for the next block, K/V head and token.
     """
-    head_size = kv_cache.shape[3] // 2
-    strides = (*kv_cache.stride()[:3], head_size)
+    head_size, strides = pages.shape[3], pages.stride()[:3]
     unit = math.gcd(*strides)
     steps = tuple(stride // unit for stride in strides)
-    last = sum((n - 1) * step for n, step in zip((*kv_cache.shape[:3], 2), steps, strict=True))
-    return kv_cache.as_strided((last + 1, head_size), (unit, 1)), steps
+    last = sum((n - 1) * step for n, step in zip(pages.shape[:3], steps, strict=True))
+    return pages.as_strided((last + 1, head_size), (unit, 1)), steps
 
 
 def _attend(
@@ -186,7 +188,7 @@ def _attend(
     key: Tensor,
     value: Tensor,
     allowed: Tensor,
-    kv_cache: Tensor,
+    pages: tuple[Tensor, Tensor],
     block_table: Tensor,
     context_lens: Tensor,
     scale: float,
@@ -211,7 +213,7 @@ def _attend(
     longest = int(context_lens.max())
     if longest:
         visible = torch.arange(longest, device=query.device) < context_lens[:, None]
-        context = gather_context(kv_cache, block_table, visible).to(compute_dtype)
+        context = gather_context(pages, block_table, visible).to(compute_dtype)
         context_scores = b_query @ context[0].transpose(-1, -2)
         context_scores = context_scores.masked_fill(~visible[:, None], float("-inf"))
         scores = torch.cat((context_scores, scores), dim=-1)

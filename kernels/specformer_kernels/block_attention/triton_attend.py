@@ -77,7 +77,8 @@ def attend_context(
     b_max,
     b_sum,
     b_out,
-    kv_cache_ptr,  # the KV head's [num_blocks, page_size, 2 * head_size]
+    key_cache_ptr,  # the KV head's [num_blocks, page_size, head_size]
+    value_cache_ptr,  # the same of V, with K's strides
     table_ptr,  # the request's [max_blocks]
     first_token,
     num_tokens,
@@ -99,10 +100,10 @@ def attend_context(
         # Block id * stride passes 2**31 elements in any large cache.
         b_page = tl.load(table_ptr + b_position // PAGE_SIZE, mask=is_token, other=0).to(tl.int64)
         b_token = b_page * cache_stride_b + (b_position % PAGE_SIZE) * cache_stride_s
-        b_key_ptr = kv_cache_ptr + b_token[:, None] + b_d[None, :]
+        b_place = b_token[:, None] + b_d[None, :]
         n_mask = is_token[:, None] & (b_d < HEAD_SIZE)[None, :]
-        b_key = tl.load(b_key_ptr, mask=n_mask, other=0.0)  # [BLOCK_N, BLOCK_D]
-        b_value = tl.load(b_key_ptr + HEAD_SIZE, mask=n_mask, other=0.0)
+        b_key = tl.load(key_cache_ptr + b_place, mask=n_mask, other=0.0)  # [BLOCK_N, BLOCK_D]
+        b_value = tl.load(value_cache_ptr + b_place, mask=n_mask, other=0.0)
         b_max, b_sum, b_out = attend(
             b_query, b_key, b_value, is_token[None, :], scale_log2, b_max, b_sum, b_out
         )
@@ -118,7 +119,8 @@ def _block_attention_kernel(
     query_ptr,  # [T, num_heads, head_size]
     key_ptr,  # [T, num_kv_heads, head_size]
     value_ptr,  # [T, num_kv_heads, head_size]
-    kv_cache_ptr,  # [num_blocks, num_kv_heads, page_size, 2 * head_size]
+    key_cache_ptr,  # [num_blocks, num_kv_heads, page_size, head_size]
+    value_cache_ptr,  # the same of V, with K's strides
     block_table_ptr,  # [R, max_blocks]
     context_lens_ptr,  # [R]
     block_start_loc_ptr,  # [R + 1]
@@ -221,7 +223,8 @@ def _block_attention_kernel(
         b_max,
         b_sum,
         b_out,
-        kv_cache_ptr + kv_head * cache_stride_h,
+        key_cache_ptr + kv_head * cache_stride_h,
+        value_cache_ptr + kv_head * cache_stride_h,
         block_table_ptr + request * table_stride_r,
         first_token,
         num_tokens,

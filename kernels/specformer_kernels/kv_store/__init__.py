@@ -20,6 +20,7 @@ def kv_store(
     positions: Tensor | None = None,
     query: Tensor | None = None,
     query_positions: Tensor | None = None,
+    value_cache: Tensor | None = None,
 ) -> Tensor | None:
     """Rotate each row's K and write it with its V at the row's slot of the cache, in place.
 
@@ -40,6 +41,8 @@ def kv_store(
             looked up.
         query: [A, num_heads, head_size], key's dtype, last dimension contiguous; needs a table.
         query_positions: [A] int64, needed with `query`; every one is looked up.
+        value_cache: where V goes if it does not lie beside K. Both caches then are [num_blocks,
+            num_kv_heads, block_size, head_size], with equal strides.
 
     Returns:
         The rotated queries, [A, num_heads, head_size] contiguous; None if there is no `query`.
@@ -62,4 +65,5 @@ def kv_store(
         positions=positions,
         query=query,
         query_positions=query_positions,
+        value_cache=value_cache,
     )

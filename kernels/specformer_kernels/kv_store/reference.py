@@ -15,8 +15,13 @@ def check_arguments(
     positions: Tensor | None,
     query: Tensor | None,
     query_positions: Tensor | None,
-) -> None:
-    """Raise ValueError, naming the argument, where shapes or dtypes break the contract."""
+    value_cache: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The pages of K and those of V.
+
+    Raises:
+        ValueError: shapes or dtypes break the contract; the message names the argument.
+    """
     if key.dim() != 3:
         raise ValueError(
             f"key: expected [rows, num_kv_heads, head_size], found shape {list(key.shape)}"
@@ -26,15 +31,7 @@ def check_arguments(
         raise ValueError(
             f"value: expected key's shape {list(key.shape)}, found {list(value.shape)}"
         )
-    if (
-        kv_cache.dim() != 4
-        or kv_cache.shape[1] != num_kv_heads
-        or kv_cache.shape[3] != 2 * head_size
-    ):
-        raise ValueError(
-            f"kv_cache: expected [num_blocks, {num_kv_heads}, block_size, {2 * head_size}], "
-            f"found {list(kv_cache.shape)}"
-        )
+    pages = key_and_value_pages(kv_cache, value_cache, num_kv_heads, head_size)
     for name, tensor in (("key", key), ("value", value), ("kv_cache", kv_cache)):
         _check_rows(name, tensor, key.dtype)
     _check_indices("slot_mapping", slot_mapping, num_rows)
@@ -42,7 +39,7 @@ def check_arguments(
     if query is None:
         if query_positions is not None:
             raise ValueError("query_positions: expected none without a query")
-        return
+        return pages
     if query.dim() != 3 or query.shape[2] != head_size:
         raise ValueError(
             f"query: expected [queries, num_heads, {head_size}], found shape {list(query.shape)}"
@@ -51,6 +48,32 @@ def check_arguments(
     if rotary_table is None:
         raise ValueError("rotary_table: expected one to rotate the query with, found none")
     _check_indices("query_positions", query_positions, query.shape[0])
+    return pages
+
+
+def key_and_value_pages(
+    kv_cache: Tensor, value_cache: Tensor | None, num_kv_heads: int, head_size: int
+) -> tuple[Tensor, Tensor]:
+    """A cache's K and V, each [num_blocks, num_kv_heads, block_size, head_size]; strides are equal.
+
+    Raises:
+        ValueError: the cache is not as the operations' `kv_cache` and `value_cache` are to be.
+    """
+    width = head_size if value_cache is not None else 2 * head_size
+    if kv_cache.dim() != 4 or kv_cache.shape[1] != num_kv_heads or kv_cache.shape[3] != width:
+        raise ValueError(
+            f"kv_cache: expected [num_blocks, {num_kv_heads}, block_size, {width}], "
+            f"found {list(kv_cache.shape)}"
+        )
+    if value_cache is None:
+        return kv_cache[..., :head_size], kv_cache[..., head_size:]
+    expected, found = (
+        f"{list(cache.shape)} of {cache.dtype}, strides {cache.stride()}"
+        for cache in (kv_cache, value_cache)
+    )
+    if found != expected:
+        raise ValueError(f"value_cache: expected kv_cache's {expected}, found {found}")
+    return kv_cache, value_cache
 
 
 def _check_rotation(key: Tensor, table: Tensor | None, positions: Tensor | None) -> None:
@@ -111,14 +134,23 @@ def kv_store(
     positions: Tensor | None = None,
     query: Tensor | None = None,
     query_positions: Tensor | None = None,
+    value_cache: Tensor | None = None,
 ) -> Tensor | None:
     """Rotate and write each row's K and V at its slot, in place; rotate the queries.
 
     Shapes and dtypes as in `specformer_kernels.kv_store.kv_store`. Reads `slot_mapping` on the
     host.
     """
-    check_arguments(
-        key, value, kv_cache, slot_mapping, rotary_table, positions, query, query_positions
+    pages = check_arguments(
+        key,
+        value,
+        kv_cache,
+        slot_mapping,
+        rotary_table,
+        positions,
+        query,
+        query_positions,
+        value_cache,
     )
     if slot_mapping.numel() and int(slot_mapping.min()) < 0:
         stored = (slot_mapping >= 0).nonzero().flatten()
@@ -129,7 +161,7 @@ def kv_store(
         key = rotate(key, rotary_table, positions)
     block_size = kv_cache.shape[2]
     place = (slot_mapping // block_size, slot_mapping % block_size)
-    keys, values = kv_cache.transpose(1, 2).chunk(2, dim=-1)  # [blocks, block_size, kv_heads, D]
+    keys, values = (side.transpose(1, 2) for side in pages)  # [blocks, block_size, kv_heads, D]
     keys.index_put_(place, key)
     values.index_put_(place, value)
     if query is None:

@@ -35,7 +35,8 @@ def rotated(
 
 @triton.jit
 def _kv_store_kernel(
-    kv_cache_ptr,  # [num_blocks, num_kv_heads, page_size, 2 * head_size]
+    key_cache_ptr,  # [num_blocks, num_kv_heads, page_size, head_size]
+    value_cache_ptr,  # the same of V, with K's strides
     query_out_ptr,  # [A, num_heads, head_size] contiguous, None without a query
     key_ptr,  # [T, num_kv_heads, head_size]
     value_ptr,  # [T, num_kv_heads, head_size]
@@ -106,11 +107,11 @@ def _kv_store_kernel(
 
     # The slot is int64, so is every product: the cache passes 2**31 elements.
     token = (slot // PAGE_SIZE) * cache_stride_b + (slot % PAGE_SIZE) * cache_stride_s
-    cache_ptrs = kv_cache_ptr + token + (b_h * cache_stride_h)[:, None] + b_i[None, :]
-    tl.store(cache_ptrs, b_first, mask=mask)
-    tl.store(cache_ptrs + half, b_second, mask=second_mask)
-    tl.store(cache_ptrs + HEAD_SIZE, b_value_first, mask=mask)
-    tl.store(cache_ptrs + HEAD_SIZE + half, b_value_second, mask=second_mask)
+    b_place = token + (b_h * cache_stride_h)[:, None] + b_i[None, :]
+    tl.store(key_cache_ptr + b_place, b_first, mask=mask)
+    tl.store(key_cache_ptr + b_place + half, b_second, mask=second_mask)
+    tl.store(value_cache_ptr + b_place, b_value_first, mask=mask)
+    tl.store(value_cache_ptr + b_place + half, b_value_second, mask=second_mask)
 
 
 def tile_sizes(num_kv_heads: int, head_size: int) -> dict[str, int]:
@@ -130,13 +131,22 @@ def kv_store(
     positions: Tensor | None = None,
     query: Tensor | None = None,
     query_positions: Tensor | None = None,
+    value_cache: Tensor | None = None,
 ) -> Tensor | None:
     """Launch the kernel: one program per row and tile of heads, of K and V and of the queries.
 
     Shapes and dtypes as in `specformer_kernels.kv_store.kv_store`, float64 excluded. No host sync.
     """
-    check_arguments(
-        key, value, kv_cache, slot_mapping, rotary_table, positions, query, query_positions
+    key_pages, value_pages = check_arguments(
+        key,
+        value,
+        kv_cache,
+        slot_mapping,
+        rotary_table,
+        positions,
+        query,
+        query_positions,
+        value_cache,
     )
     if key.dtype == torch.float64:
         raise ValueError("key: the kernel computes in float32, found torch.float64")
@@ -150,7 +160,8 @@ def kv_store(
         return out
     with torch.cuda.device_of(key):
         _kv_store_kernel[(num_key_programs + num_query_programs,)](
-            kv_cache,
+            key_pages,
+            value_pages,
             out,
             key,
             value,
