@@ -1,15 +1,14 @@
-"""The head's place in vLLM's paged KV cache: one attention layer with a backend of its own.
+"""The head's place in vLLM's paged KV cache: attention layers with a backend of their own.
 
-The layer joins the KV-cache group of the target's full-attention layers, so it shares their block
-table and slot mapping and vLLM allocates, caches, preempts and frees its pages with theirs. Only
-this layer reads or writes the contents, so it is free to use the logical layout
-`[blocks, kv_heads, block_size, 2 * head_size]` whatever the target's backend packs into its own, or
-on a CPU what vLLM's kernels want there.
+The layers join the KV-cache group of the target's full-attention layers, so they share their block
+table and slot mapping and vLLM allocates, caches, preempts and frees their pages with theirs. The
+pages are laid out for the target; only the head reads or writes the contents of its own, so
+`page_layout` finds places in them for its K and V, in its own dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +17,6 @@ from specformer_kernels.block_attention import block_attention
 from specformer_kernels.kv_store import kv_store
 from torch import Tensor, nn
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -26,9 +24,12 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_specformer.engine.cpu.pages import CpuContext, CpuPages, rotated
+from vllm_specformer.engine.page_layout import HeadShape, PagePart, lay_out
+from vllm_specformer.engine.patches.kv_groups import head_layer_name
+from vllm_specformer.engine.target_pages import DraftLayer, Lender
 
 
 @dataclass
@@ -81,16 +82,42 @@ class DraftAttentionBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
         return [MultipleOf(1)]
 
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return tuple(KVCacheLayout)
+
+class DraftPages(DraftLayer):
+    """One layer as vLLM sees it: found through `static_forward_context`, asked for its spec, bound.
+
+    Args:
+        on_bind: called when vLLM binds `kv_cache`, or lets it go by setting an empty tensor.
+    """
+
+    def __init__(self, name: str, lender: Lender, on_bind: Callable[[], None]) -> None:
+        self.layer_name, self._lender, self._on_bind = name, lender, on_bind
+        self.impl: Any = DraftAttentionImpl()
+        self.kv_cache = torch.tensor([])
+
+    @property
+    def kv_cache(self) -> Tensor:
+        """The layer's pages as they are laid out for the target."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, kv_cache: Tensor) -> None:
+        self._kv_cache = kv_cache
+        self._on_bind()
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return DraftAttentionBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec:
+        return self._lender.spec(vllm_config)
 
 
-class DraftAttention(nn.Module, AttentionLayerBase):
-    """Pages of the head's context K/V, and attention over them.
+class DraftAttention(nn.Module):
+    """The head's context K/V in the pages of its layers, and attention over them.
 
-    vLLM finds the layer through `static_forward_context`, asks for its cache spec, and binds
-    `kv_cache` before the first step.
+    Args:
+        first_layer: number of the first of the head's layers, which follow the target's.
+        num_kv_heads: of this rank.
     """
 
     # Blocks that each row of the block table owns, integer [rows]. Set by a runner that
@@ -99,7 +126,7 @@ class DraftAttention(nn.Module, AttentionLayerBase):
 
     def __init__(
         self,
-        prefix: str,
+        first_layer: int,
         num_kv_heads: int,
         head_size: int,
         scale: float,
@@ -108,15 +135,16 @@ class DraftAttention(nn.Module, AttentionLayerBase):
     ) -> None:
         super().__init__()
         config = get_current_vllm_config()
-        self.layer_name = prefix
-        self.num_kv_heads, self.head_size, self.scale = num_kv_heads, head_size, scale
-        self.dtype = config.model_config.dtype
-        self.kv_cache = torch.tensor([])
-        self.impl = DraftAttentionImpl()
+        self.scale = scale
+        self.shape = HeadShape(num_kv_heads, head_size, config.model_config.dtype)
+        lender = Lender(config, self.shape)
+        layers = range(first_layer, first_layer + lender.num_layers)
+        self.layers = [DraftPages(head_layer_name(i), lender, self._forget) for i in layers]
         context = config.compilation_config.static_forward_context
-        if prefix in context:
-            raise ValueError(f"attention layer name {prefix!r} is taken by the target")
-        context[prefix] = self
+        for layer in self.layers:
+            if layer.layer_name in context:
+                raise ValueError(f"attention layer name {layer.layer_name!r} is taken")
+            context[layer.layer_name] = layer
         # Constants of every block width in use, made once so that CUDA graphs see stable addresses.
         for rows in set(block_widths):
             starts = torch.arange(max_requests + 1, dtype=torch.int32) * rows
@@ -127,21 +155,26 @@ class DraftAttention(nn.Module, AttentionLayerBase):
         blind = torch.zeros(max_requests, dtype=torch.int64)
         self.register_buffer("_blind", blind, persistent=False)
 
-    def get_attn_backend(self) -> type[AttentionBackend]:
-        return DraftAttentionBackend
-
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
-        return FullAttentionSpec(
-            block_size=vllm_config.cache_config.block_size,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.head_size,
-            dtype=self.dtype,
-        )
+    @property
+    def layer_name(self) -> str:
+        """Of the first layer; the others have the same block table and slot mapping."""
+        return self.layers[0].layer_name
 
     @property
     def is_bound(self) -> bool:
-        """Whether vLLM has given the layer its pages (not during memory profiling)."""
-        return self.kv_cache.numel() > 0
+        """Whether vLLM has given the layers their pages (not during memory profiling)."""
+        return self.layers[0].kv_cache.numel() > 0
+
+    def _forget(self) -> None:
+        """Views of pages must not keep memory that vLLM lets go."""
+        self._parts: list[PagePart] | None = None
+
+    def parts(self) -> list[PagePart]:
+        """The head's places in the pages that are bound."""
+        if self._parts is None:
+            caches = [layer.kv_cache for layer in self.layers]
+            self._parts = lay_out(caches, self.shape, dense=self.block_counts is not None)
+        return self._parts
 
     def store(
         self,
@@ -160,22 +193,31 @@ class DraftAttention(nn.Module, AttentionLayerBase):
         """
         if not self.is_bound:
             return query
-        pages = self._cpu_pages()
-        if pages is not None:
-            pages.store(rotated(key, rotary_table, positions), value, slot_mapping)
+        parts = self.parts()
+        pages = self._cpu_pages(parts)
+        if pages:
+            key = rotated(key, rotary_table, positions)
+            for part, page in zip(parts, pages, strict=True):
+                page.store(key[:, part.heads], value[:, part.heads], slot_mapping)
             if query is None or query_positions is None:
                 return None
             return rotated(query, rotary_table, query_positions)
-        return kv_store(
-            key,
-            value,
-            self.kv_cache,
-            slot_mapping,
-            rotary_table=rotary_table,
-            positions=positions,
-            query=query,
-            query_positions=query_positions,
-        )
+        queries = None
+        for part in parts:
+            is_first = part is parts[0]
+            out = kv_store(
+                key[:, part.heads],
+                value[:, part.heads],
+                part.key,
+                slot_mapping,
+                rotary_table=rotary_table,
+                positions=positions,
+                query=query if is_first else None,
+                query_positions=query_positions if is_first else None,
+                value_cache=part.value,
+            )
+            queries = out if is_first else queries
+        return queries
 
     def begin(self, block_table: Tensor | None, context_lens: Tensor) -> DraftContext:
         """What one draft step attends to: the context before and including its anchors.
@@ -186,18 +228,31 @@ class DraftAttention(nn.Module, AttentionLayerBase):
         """
         if not self.is_bound or block_table is None:
             return UnboundContext()
-        pages = self._cpu_pages()
-        if pages is None:
-            return PagedContext(self, block_table, context_lens)
-        assert self.block_counts is not None
-        counts = self.block_counts()[: len(block_table)]
-        return CpuContext(pages, block_table, context_lens, counts, self.scale)
+        parts = self.parts()
+        pages = self._cpu_pages(parts)
+        contexts: list[DraftContext]
+        if pages:
+            assert self.block_counts is not None
+            counts = self.block_counts()[: len(block_table)]
+            contexts = [
+                CpuContext(page, block_table, context_lens, counts, self.scale) for page in pages
+            ]
+        else:
+            contexts = [PagedContext(self, part, block_table, context_lens) for part in parts]
+        if len(parts) == 1:
+            return contexts[0]
+        return SplitContext([part.heads for part in parts], contexts, self.shape.kv_heads)
 
-    def _cpu_pages(self) -> CpuPages | None:
-        return None if self.block_counts is None else CpuPages.over(self.kv_cache)
+    def _cpu_pages(self, parts: list[PagePart]) -> list[CpuPages]:
+        """The parts as vLLM's CPU kernels have them; empty where those do not take them."""
+        if self.block_counts is None:
+            return []
+        pages = [CpuPages.over(part.key, part.value) for part in parts]
+        return [page for page in pages if page is not None] if all(pages) else []
 
     def paged(
         self,
+        part: PagePart,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -211,13 +266,14 @@ class DraftAttention(nn.Module, AttentionLayerBase):
             query.flatten(0, 1),
             key.flatten(0, 1),
             value.flatten(0, 1),
-            self.kv_cache,
+            part.key,
             table,
             context_lens,
             self.get_buffer(f"_starts{rows}")[: requests + 1],
             self.get_buffer(mask)[: requests * rows],
             self.scale,
             rows,
+            part.value,
         )
         return out.view_as(query)
 
@@ -238,20 +294,51 @@ class DraftContext(Protocol):
 class PagedContext:
     """Kernels that read the pages in place."""
 
-    def __init__(self, layer: DraftAttention, block_table: Tensor, context_lens: Tensor) -> None:
-        self.layer, self.table, self.lens = layer, block_table, context_lens
+    def __init__(
+        self, layer: DraftAttention, part: PagePart, block_table: Tensor, context_lens: Tensor
+    ) -> None:
+        self.layer, self.part, self.table, self.lens = layer, part, block_table, context_lens
 
     def anchors(self, query: Tensor) -> Tensor:
         rows = query.unsqueeze(1)
         # Its own K/V are in the cache, so the block of one row is not to see itself; keys and
         # values that no row sees need only be finite.
-        unseen = rows[:, :, : self.layer.num_kv_heads]
-        out = self.layer.paged(rows, unseen, unseen, self.table, self.lens, "_blind")
+        unseen = rows[:, :, : self.part.key.shape[1]]
+        out = self.layer.paged(self.part, rows, unseen, unseen, self.table, self.lens, "_blind")
         return out.squeeze(1)
 
     def slots(self, query: Tensor, key: Tensor, value: Tensor, mixed: bool) -> Tensor:
         lens = self.lens if mixed else torch.zeros_like(self.lens)
-        return self.layer.paged(query, key, value, self.table, lens, f"_mask{query.shape[1]}")
+        return self.layer.paged(
+            self.part, query, key, value, self.table, lens, f"_mask{query.shape[1]}"
+        )
+
+
+class SplitContext:
+    """K/V heads whose pages lie in several parts, each a context of its own."""
+
+    def __init__(
+        self, parts: list[slice], contexts: Sequence[DraftContext], num_kv_heads: int
+    ) -> None:
+        self.parts, self.contexts, self.num_kv_heads = parts, contexts, num_kv_heads
+
+    def _queries(self, query: Tensor) -> list[Tensor]:
+        """Each part's share of query heads [..., heads, D]."""
+        group = query.shape[-2] // self.num_kv_heads
+        return list(query.split([group * (p.stop - p.start) for p in self.parts], dim=-2))
+
+    def anchors(self, query: Tensor) -> Tensor:
+        shares = zip(self.contexts, self._queries(query), strict=True)
+        return torch.cat([context.anchors(share) for context, share in shares], dim=-2)
+
+    def slots(self, query: Tensor, key: Tensor, value: Tensor, mixed: bool) -> Tensor:
+        outs = [
+            context.slots(share, key[..., part, :], value[..., part, :], mixed)
+            for part, context, share in zip(
+                self.parts, self.contexts, self._queries(query), strict=True
+            )
+        ]
+        return torch.cat(outs, dim=-2)
 
 
 class UnboundContext:

@@ -1,7 +1,7 @@
-"""KV connectors that move the cache layer by layer move the head's layer, too.
+"""KV connectors that move the cache layer by layer move the head's layers, too.
 
 vLLM's attention layers wait for a connector before they run and hand their pages over afterwards.
-The head's layer is written by the draft step, so the step does it. Connectors that move whole
+The head's layers are written by the draft step, so the step does it. Connectors that move whole
 caches at a step's end need none of it: vLLM asks them after drafting.
 """
 
@@ -28,11 +28,13 @@ def moving_pages(propose: Callable[..., Any]) -> Callable[..., Any]:
         connector = _connector()
         if connector is None:
             return propose(self, *args, **kwargs)
-        layer = self.model.attn
-        connector.wait_for_layer_load(layer.layer_name)
+        layers = self.model.attn.layers
+        for layer in layers:
+            connector.wait_for_layer_load(layer.layer_name)
         drafts = propose(self, *args, **kwargs)
         about = DraftAttentionMetadata(kwargs.get("common_attn_metadata"))
-        connector.save_kv_layer(layer.layer_name, layer.kv_cache, about)
+        for layer in layers:
+            connector.save_kv_layer(layer.layer_name, layer.kv_cache, about)
         return drafts
 
     return moved

@@ -67,7 +67,7 @@ class SpecFormerDraftModel(nn.Module):
         self.num_served = speculative.num_speculative_tokens
         layers = vllm_config.model_config.get_total_num_hidden_layers()
         self.attn = DraftAttention(
-            prefix=f"model.layers.{layers}.self_attn.attn",
+            first_layer=layers,
             num_kv_heads=self.shard.kv_heads,
             head_size=self.config.head_dim,
             scale=self.head.scale,

@@ -20,12 +20,14 @@ from vllm_specformer.engine.confidence import ConfidenceCut, largest_log_probs
 from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
 from vllm_specformer.engine.patches.late_store import DeferredRows, has_time_between_steps
+from vllm_specformer.engine.target_pages import check_cache
 
 
 class SpecFormerProposer(DFlashProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         check_patches()
         check_target_class(vllm_config.model_config)
+        check_cache(vllm_config)
         check_v1_verification(vllm_config.speculative_config)
         self.cut = ConfidenceCut.of(vllm_config)
         super().__init__(vllm_config, device, runner)

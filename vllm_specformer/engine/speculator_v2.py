@@ -28,6 +28,7 @@ from vllm_specformer.engine.confidence import check_no_cut
 from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
 from vllm_specformer.engine.speculative_config import verifies_coupled
+from vllm_specformer.engine.target_pages import check_cache
 
 
 def drafts_by_batch_size(vllm_config: VllmConfig) -> list[int]:
@@ -50,6 +51,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_patches()
         check_target_class(vllm_config.model_config)
+        check_cache(vllm_config)
         check_no_cut(vllm_config.speculative_config)
         check_v2_adapters(vllm_config.lora_config)
         # Before the base class, which asks for the sizes of graphs in 0.33.

@@ -42,6 +42,7 @@ def patched(patches: Iterable[Patch]) -> Iterator[Reliance]:
             overridden=True,
             passes_on=patch.passes_on,
             bases=patch.bases,
+            later=patch.later,
         )
 
 

@@ -56,25 +56,23 @@ class CpuPages:
     """A paged cache as vLLM's CPU kernels write and read it.
 
     Args:
-        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size]; of each block and K/V head
-            one half of the memory holds K, the other V. The last two dimensions are contiguous.
-        isa: the kernels' name for the order inside each half.
+        key, value: [num_blocks, num_kv_heads, block_size, head_size]; the last two dimensions are
+            contiguous.
+        isa: the kernels' name for the order inside each head's share of a page.
     """
 
-    def __init__(self, kv_cache: Tensor, isa: str) -> None:
-        self.kv_cache, self.isa = kv_cache, isa
-        blocks, kv_heads, self.block_size, fused_size = kv_cache.shape
-        halves = kv_cache.view(blocks, kv_heads, 2 * self.block_size, fused_size // 2)
-        self.key, self.value = halves.chunk(2, dim=2)
+    def __init__(self, key: Tensor, value: Tensor, isa: str) -> None:
+        self.key, self.value, self.isa = key, value, isa
+        self.block_size = key.shape[2]
 
     @classmethod
-    def over(cls, kv_cache: Tensor) -> CpuPages | None:
+    def over(cls, key: Tensor, value: Tensor) -> CpuPages | None:
         """The cache as such pages, or None where the kernels do not take it."""
-        _, _, block_size, fused_size = kv_cache.shape
-        if kv_cache.is_cuda or kv_cache.stride()[2:] != (fused_size, 1):
+        block_size, head_size = key.shape[2:]
+        if key.is_cuda or any(x.stride()[2:] != (head_size, 1) for x in (key, value)):
             return None
-        isa = _instruction_set(kv_cache.dtype, block_size, fused_size // 2)
-        return None if isa is None else cls(kv_cache, isa)
+        isa = _instruction_set(key.dtype, block_size, head_size)
+        return None if isa is None else cls(key, value, isa)
 
     def store(self, key: Tensor, value: Tensor, slots: Tensor) -> None:
         """Write rows [T, kv_heads, D] to their slots, int64 [T]; a negative slot skips the row."""
@@ -137,7 +135,8 @@ class CpuPages:
         is_filled = torch.arange(blocks) * self.block_size < lens[:, None]
         # A request's first page stands in for those it has not: its contents are finite.
         source = torch.where(is_filled, table, table[:, :1]).flatten()
-        pages = CpuPages(self.kv_cache.index_select(0, source), self.isa)
+        key, value = (side.index_select(0, source) for side in (self.key, self.value))
+        pages = CpuPages(key, value, self.isa)
         return pages, torch.arange(len(source), dtype=torch.int32).view(table.shape)
 
 

@@ -41,6 +41,7 @@ SUBJECTS = (
     "draftless_steps",
     "late_store",
     "requests",
+    "kv_groups",
 )
 # They act only where somebody asks for SpecFormer. Made on every vLLM, so that one which is not
 # supported can be refused by name.
@@ -62,7 +63,8 @@ class Patch:
 
     `target` is "module:Qualified.name", `name` our function's; `kind`, `parameters` and `bases` are
     what the target's source must show. `passes_on`: our function hands further arguments on, so new
-    parameters do no harm. `change` gets what stands at the target and returns what is to.
+    parameters do no harm. `later` is where a later vLLM keeps the target. `change` gets what stands
+    at the target and returns what is to.
     """
 
     target: str
@@ -74,10 +76,13 @@ class Patch:
     parameters: tuple[str, ...] = ()
     bases: tuple[str, ...] = ()
     passes_on: bool = False
+    later: str = ""
 
     @property
-    def module(self) -> str:
-        return self.target.partition(":")[0]
+    def places(self) -> dict[str, str]:
+        """Qualified name of the target by the module that may hold it."""
+        targets = filter(None, (self.target, self.later))
+        return {module: name for module, _, name in (t.partition(":") for t in targets)}
 
     @property
     def file(self) -> str:
@@ -90,7 +95,7 @@ class Patch:
 
     def place(self, module: ModuleType) -> tuple[Any, str]:
         """The module or class that holds the target, and the attribute."""
-        *owners, attribute = self.target.partition(":")[2].split(".")
+        *owners, attribute = self.places[module.__name__].split(".")
         return functools.reduce(getattr, owners, module), attribute
 
 
@@ -102,12 +107,19 @@ class Ledger(importlib.abc.MetaPathFinder):
         self._active: dict[str, list[Patch]] = {}  # module -> what is to be changed in it
         self._waiting: set[str] = set()  # modules of `_active` that were not seen yet
         self._problems: dict[str, str] = {}  # name -> why it could not be changed
+        self._absent: dict[str, set[str]] = {}  # name -> modules that do not hold the target
         self._lock = threading.RLock()
 
     # --- declaring ---
 
     def patch(
-        self, target: str, *, why: str, guard: str, parameters: str | None = None
+        self,
+        target: str,
+        *,
+        why: str,
+        guard: str,
+        parameters: str | None = None,
+        later: str = "",
     ) -> Callable[[_F], _F]:
         """Let the decorated function take the target's place: `ours(original, *arguments)`.
 
@@ -117,6 +129,7 @@ class Ledger(importlib.abc.MetaPathFinder):
             guard: what keeps it from acting elsewhere.
             parameters: names the target must take, separated by blanks. By default those that our
                 function takes after `original` (and `self`).
+            later: the target's place in a later vLLM that we support.
         """
 
         def declare(ours: _F) -> _F:
@@ -129,7 +142,9 @@ class Ledger(importlib.abc.MetaPathFinder):
 
             own, passes_on = _signature(ours, 2 if "." in target.partition(":")[2] else 1)
             names = own if parameters is None else tuple(parameters.split())
-            self._declare(ours, target, why, guard, "function", change, names, passes_on=passes_on)
+            self._declare(
+                ours, target, why, guard, "function", change, names, (), passes_on, later
+            )
             return ours
 
         return declare
@@ -189,10 +204,11 @@ class Ledger(importlib.abc.MetaPathFinder):
         parameters: tuple[str, ...] = (),
         bases: tuple[str, ...] = (),
         passes_on: bool = False,
+        later: str = "",
     ) -> None:
         name = f"{ours.__module__}.{ours.__qualname__}"
         self.declared.append(
-            Patch(target, why, guard, name, kind, change, parameters, bases, passes_on)
+            Patch(target, why, guard, name, kind, change, parameters, bases, passes_on, later)
         )
 
     # --- applying ---
@@ -200,10 +216,11 @@ class Ledger(importlib.abc.MetaPathFinder):
     def apply(self, entries: Iterable[Patch]) -> None:
         """Make these changes, now or when vLLM imports their modules; safe to call again."""
         for entry in entries:
-            active = self._active.setdefault(entry.module, [])
-            if entry not in active:
-                active.append(entry)
-                self._waiting.add(entry.module)
+            for module in entry.places:
+                active = self._active.setdefault(module, [])
+                if entry not in active:
+                    active.append(entry)
+                    self._waiting.add(module)
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
         self._change_loaded()
@@ -254,10 +271,17 @@ class Ledger(importlib.abc.MetaPathFinder):
                 self._problems.pop(entry.name, None)
                 try:
                     _make(entry, module)
+                except _NotThereError as error:
+                    absent = self._absent.setdefault(entry.name, set())
+                    absent.add(module.__name__)
+                    if absent >= entry.places.keys():
+                        self._fail(entry, str(error))
                 except Exception as error:  # vLLM must start where nobody asks for SpecFormer
-                    problem = str(error) if isinstance(error, _NotThereError) else repr(error)
-                    self._problems[entry.name] = problem
-                    logger.info("%s was not changed: %s", entry.target, problem)
+                    self._fail(entry, repr(error))
+
+    def _fail(self, entry: Patch, problem: str) -> None:
+        self._problems[entry.name] = problem
+        logger.info("%s was not changed: %s", entry.target, problem)
 
     # --- reporting ---
 
@@ -265,12 +289,8 @@ class Ledger(importlib.abc.MetaPathFinder):
         """Whether the change is made in this process, will be, or cannot be."""
         if entry.name in self._problems:
             return "missing"
-        module = sys.modules.get(entry.module)
-        try:
-            is_made = module is not None and entry.name in _marks(entry.place(module)[0])
-        except AttributeError:
-            is_made = False
-        return "applied" if is_made else "pending"
+        loaded = [sys.modules[name] for name in entry.places if name in sys.modules]
+        return "applied" if any(_is_made(entry, module) for module in loaded) else "pending"
 
     def problems(self) -> list[str]:
         """Changes that could not be made in this process so far, one line each."""
@@ -298,6 +318,13 @@ def _make(entry: Patch, module: ModuleType) -> None:
         raise TypeError(f"it is a {type(found).__name__}, which `patch` does not wrap")
     setattr(owner, name, entry.change(getattr(owner, name)))
     setattr(owner, _MARK, (*_marks(owner), entry.name))
+
+
+def _is_made(entry: Patch, module: ModuleType) -> bool:
+    try:
+        return entry.name in _marks(entry.place(module)[0])
+    except AttributeError:
+        return False
 
 
 def _marks(owner: Any) -> tuple[str, ...]:

@@ -1,0 +1,172 @@
+"""Where the head's K and V lie in pages that vLLM has laid out for a layer of the target.
+
+The head's layers have a copy of a target layer's spec, so their pages have its size, dtype and
+layout, but only the head reads and writes them. A *row* is the K or V of one head and token. Every
+token has room for so many of the head's rows in a layer's pages; a head with more rows than that
+has several layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """What one rank keeps of every token: K and V of `kv_heads` heads."""
+
+    kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.head_size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PagePart:
+    """The pages of some neighbouring K/V heads, all of them in most heads.
+
+    `key` and `value` are [num_blocks, heads, block_size, head_size], with equal strides.
+    """
+
+    heads: slice
+    key: Tensor
+    value: Tensor
+
+
+def rows_per_layer(spec: Any, shape: HeadShape) -> int:
+    """Rows of the head that one layer with this `AttentionSpec` holds of every token."""
+    content = spec.state_content_size_bytes
+    # Every physical layout keeps the content of a slot together, and most a whole page.
+    in_slots = spec.num_heads * (content // shape.row_bytes)
+    return int(in_slots or spec.num_heads * content // shape.row_bytes)
+
+
+def layers_needed(rows: int, kv_heads: int) -> int:
+    """Layers of so many rows for a head: one, or some that hold K and as many that hold V."""
+    return 1 if 2 * kv_heads <= rows else 2 * -(-kv_heads // rows)
+
+
+def lay_out(caches: Sequence[Tensor], shape: HeadShape, dense: bool) -> list[PagePart]:
+    """The head's pages in those of its layers, in as few parts as can be.
+
+    Args:
+        caches: the pages of `layers_needed` layers as vLLM binds them, [num_blocks, slots,
+            block_size, content] in any dtype and layout; all alike.
+        dense: a head's rows of one page are to follow each other without gaps. Otherwise they stay,
+            where the layout lets them, among the bytes of their token and of the slot of the same
+            number, as the target's own do.
+
+    Raises:
+        ValueError: in this layout the pages do not hold the head.
+    """
+    caches = [cache.view(shape.dtype) for cache in caches]
+    candidates = _dense_places if dense else _places
+    found = [
+        _parts(caches, shape.head_size, places, token_stride)
+        for offsets, token_stride in candidates(caches[0], shape.head_size)
+        for places in _assigned(shape.kv_heads, len(caches), offsets)
+    ]
+    if not found:
+        raise ValueError(
+            f"the KV cache's layout (pages {list(caches[0].shape)}, strides {caches[0].stride()}) "
+            f"has no room for keys of head_dim={shape.head_size}; set VLLM_KV_CACHE_LAYOUT=LBNHC"
+        )
+    return min(found, key=len)  # the first of the best
+
+
+# The offsets of a page's rows, and the stride of tokens in them, in elements of the head's dtype.
+_Candidate = tuple[list[int], int]
+_Place = tuple[int, int]  # a layer, and an offset in its pages
+_Sides = tuple[_Place, _Place]  # those of a head's K and V
+
+
+def _places(cache: Tensor, head_size: int) -> Iterator[_Candidate]:
+    """Rows beside each other in every slot of a token; then pages that are one piece of memory."""
+    _, slots, _, content = cache.shape
+    _, slot_stride, token_stride, _ = cache.stride()
+    starts = range(0, content // head_size * head_size, head_size)
+    yield [s * slot_stride + start for s in range(slots) for start in starts], token_stride
+    yield from _whole_page(cache, head_size)
+
+
+def _dense_places(cache: Tensor, head_size: int) -> Iterator[_Candidate]:
+    """One row of all tokens after the other: in every slot, then in the page."""
+    _, slots, tokens, content = cache.shape
+    _, slot_stride, token_stride, _ = cache.stride()
+    if token_stride == content:
+        size = tokens * head_size
+        starts = range(0, content // head_size * size, size)
+        yield [s * slot_stride + start for s in range(slots) for start in starts], head_size
+    yield from _whole_page(cache, head_size)
+    yield from _places(cache, head_size)
+
+
+def _whole_page(cache: Tensor, head_size: int) -> Iterator[_Candidate]:
+    _, slots, tokens, content = cache.shape
+    strides = cache.stride()[1:3]
+    is_whole = strides in ((tokens * content, content), (content, slots * content))
+    if is_whole or (slots == 1 and strides[1] == content):
+        size = tokens * head_size
+        yield [i * size for i in range(slots * content // head_size)], head_size
+
+
+def _assigned(heads: int, layers: int, offsets: list[int]) -> Iterator[list[_Sides]]:
+    """Ways to give every head's K and V a row each."""
+    if layers > 1:  # the first half of the layers holds K, the second V
+        share = -(-2 * heads // layers)
+        if share <= len(offsets):
+            rows = [(head // share, offsets[head % share]) for head in range(heads)]
+            yield [((layer, o), (layers // 2 + layer, o)) for layer, o in rows]
+    elif 2 * heads <= len(offsets):
+        # V beside its K, as attention backends have it; or V after all K, as some have.
+        yield [((0, offsets[2 * h]), (0, offsets[2 * h + 1])) for h in range(heads)]
+        yield [((0, offsets[h]), (0, offsets[heads + h])) for h in range(heads)]
+
+
+def _parts(
+    caches: list[Tensor], head_size: int, places: list[_Sides], token_stride: int
+) -> list[PagePart]:
+    """Neighbouring heads at equal distances are one part."""
+    runs: list[list[_Sides]] = []
+    for sides in places:
+        if not runs or not _continues(runs[-1], sides):
+            runs.append([])
+        runs[-1].append(sides)
+    parts, first = [], 0
+    for run in runs:
+        step = run[1][0][1] - run[0][0][1] if len(run) > 1 else head_size
+        key, value = (
+            _view(caches[layer], offset, len(run), step, token_stride, head_size)
+            for layer, offset in run[0]
+        )
+        parts.append(PagePart(slice(first, first + len(run)), key, value))
+        first += len(run)
+    return parts
+
+
+def _continues(run: list[_Sides], sides: _Sides) -> bool:
+    """Whether a head's K and V lie as far behind the last head's as those behind their last."""
+    last = run[-1]
+    if [layer for layer, _ in last] != [layer for layer, _ in sides]:
+        return False
+    key_step, value_step = (now[1] - before[1] for before, now in zip(last, sides, strict=True))
+    return key_step == value_step and (len(run) == 1 or key_step == last[0][1] - run[-2][0][1])
+
+
+def _view(
+    cache: Tensor, offset: int, heads: int, head_stride: int, token_stride: int, head_size: int
+) -> Tensor:
+    blocks, _, tokens, _ = cache.shape
+    return cache.as_strided(
+        (blocks, heads, tokens, head_size),
+        (cache.stride(0), head_stride, token_stride, 1),
+        cache.storage_offset() + offset,
+    )
