@@ -114,6 +114,7 @@ def build(head: str, dtype: str, drafts: int, requests: int) -> Any:
 
     load_general_plugins()
     from safetensors.torch import load_file
+    from vllm.model_executor.layers.attention import Attention
 
     from vllm_specformer.engine.metrics import DraftClock
     from vllm_specformer.engine.model import SpecFormerDraftModel
@@ -130,6 +131,15 @@ def build(head: str, dtype: str, drafts: int, requests: int) -> Any:
         },
     ).create_engine_config()
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
+        text = config.model_config.hf_text_config
+        # The target's layer whose pages the head's are like.
+        Attention(
+            text.num_attention_heads,
+            text.head_dim,
+            1.0,
+            num_kv_heads=text.num_key_value_heads,
+            prefix="model.layers.0.self_attn.attn",
+        )
         model = SpecFormerDraftModel(vllm_config=config)
         model.load_weights(load_file(f"{head}/model.safetensors").items())
         target = make_target(load_file(f"{TARGET}/model.safetensors"), model.config)
@@ -216,10 +226,11 @@ def step(proposer: Any, requests: int, context: int, drafts: int) -> Callable[[]
     attention, config = proposer.model.attn, proposer.model.config
     rows = drafts + 1
     pages = -(-(context + drafts) // PAGE_SIZE)
-    shape = (requests * pages + 1, attention.num_kv_heads, PAGE_SIZE, 2 * attention.head_size)
+    (layer,), head = attention.layers, attention.shape
+    shape = (requests * pages + 1, head.kv_heads, PAGE_SIZE, 2 * head.head_size)
     counts = torch.full((requests,), pages)
     attention.block_counts = lambda: counts
-    attention.kv_cache = torch.randn(shape).to(proposer.dtype)
+    layer.kv_cache = torch.randn(shape).to(proposer.dtype)
     table = torch.randperm(requests * pages, dtype=torch.int32).view(requests, pages) + 1
     positions = torch.arange(context - rows, context).expand(requests, rows)
     slots = table.gather(1, positions // PAGE_SIZE) * PAGE_SIZE + positions % PAGE_SIZE

@@ -87,13 +87,13 @@ class DraftPages(DraftLayer):
     """One layer as vLLM sees it: found through `static_forward_context`, asked for its spec, bound.
 
     Args:
-        on_bind: called when vLLM binds `kv_cache`, or lets it go by setting an empty tensor.
+        on_change: called when vLLM binds `kv_cache`, or lets it go by setting an empty tensor.
     """
 
-    def __init__(self, name: str, lender: Lender, on_bind: Callable[[], None]) -> None:
-        self.layer_name, self._lender, self._on_bind = name, lender, on_bind
+    def __init__(self, name: str, lender: Lender, on_change: Callable[[DraftPages], None]) -> None:
+        self.layer_name, self._lender, self._on_change = name, lender, on_change
         self.impl: Any = DraftAttentionImpl()
-        self.kv_cache = torch.tensor([])
+        self._kv_cache = torch.tensor([])
 
     @property
     def kv_cache(self) -> Tensor:
@@ -103,7 +103,7 @@ class DraftPages(DraftLayer):
     @kv_cache.setter
     def kv_cache(self, kv_cache: Tensor) -> None:
         self._kv_cache = kv_cache
-        self._on_bind()
+        self._on_change(self)
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return DraftAttentionBackend
@@ -139,7 +139,8 @@ class DraftAttention(nn.Module):
         self.shape = HeadShape(num_kv_heads, head_size, config.model_config.dtype)
         lender = Lender(config, self.shape)
         layers = range(first_layer, first_layer + lender.num_layers)
-        self.layers = [DraftPages(head_layer_name(i), lender, self._forget) for i in layers]
+        self.layers = [DraftPages(head_layer_name(i), lender, self._changed) for i in layers]
+        self._parts: list[PagePart] = []
         context = config.compilation_config.static_forward_context
         for layer in self.layers:
             if layer.layer_name in context:
@@ -163,18 +164,14 @@ class DraftAttention(nn.Module):
     @property
     def is_bound(self) -> bool:
         """Whether vLLM has given the layers their pages (not during memory profiling)."""
-        return self.layers[0].kv_cache.numel() > 0
+        return bool(self._parts)
 
-    def _forget(self) -> None:
-        """Views of pages must not keep memory that vLLM lets go."""
-        self._parts: list[PagePart] | None = None
-
-    def parts(self) -> list[PagePart]:
-        """The head's places in the pages that are bound."""
-        if self._parts is None:
+    def _changed(self, layer: DraftPages) -> None:
+        """Find the head's places anew; views of pages must not keep memory that vLLM lets go."""
+        self._parts = []
+        if layer is self.layers[-1] and layer.kv_cache.numel():  # vLLM binds them in order
             caches = [layer.kv_cache for layer in self.layers]
             self._parts = lay_out(caches, self.shape, dense=self.block_counts is not None)
-        return self._parts
 
     def store(
         self,
@@ -193,8 +190,7 @@ class DraftAttention(nn.Module):
         """
         if not self.is_bound:
             return query
-        parts = self.parts()
-        pages = self._cpu_pages(parts)
+        parts, pages = self._parts, self._cpu_pages()
         if pages:
             key = rotated(key, rotary_table, positions)
             for part, page in zip(parts, pages, strict=True):
@@ -228,8 +224,7 @@ class DraftAttention(nn.Module):
         """
         if not self.is_bound or block_table is None:
             return UnboundContext()
-        parts = self.parts()
-        pages = self._cpu_pages(parts)
+        parts, pages = self._parts, self._cpu_pages()
         contexts: list[DraftContext]
         if pages:
             assert self.block_counts is not None
@@ -243,11 +238,11 @@ class DraftAttention(nn.Module):
             return contexts[0]
         return SplitContext([part.heads for part in parts], contexts, self.shape.kv_heads)
 
-    def _cpu_pages(self, parts: list[PagePart]) -> list[CpuPages]:
+    def _cpu_pages(self) -> list[CpuPages]:
         """The parts as vLLM's CPU kernels have them; empty where those do not take them."""
         if self.block_counts is None:
             return []
-        pages = [CpuPages.over(part.key, part.value) for part in parts]
+        pages = [CpuPages.over(part.key, part.value) for part in self._parts]
         return [page for page in pages if page is not None] if all(pages) else []
 
     def paged(

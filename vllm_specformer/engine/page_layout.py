@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_specformer.errors import SpeculativeConfigError
+
 
 @dataclass(frozen=True)
 class HeadShape:
@@ -65,7 +67,7 @@ def lay_out(caches: Sequence[Tensor], shape: HeadShape, dense: bool) -> list[Pag
             number, as the target's own do.
 
     Raises:
-        ValueError: in this layout the pages do not hold the head.
+        SpeculativeConfigError: in this layout the pages do not hold the head.
     """
     caches = [cache.view(shape.dtype) for cache in caches]
     candidates = _dense_places if dense else _places
@@ -75,9 +77,10 @@ def lay_out(caches: Sequence[Tensor], shape: HeadShape, dense: bool) -> list[Pag
         for places in _assigned(shape.kv_heads, len(caches), offsets)
     ]
     if not found:
-        raise ValueError(
-            f"the KV cache's layout (pages {list(caches[0].shape)}, strides {caches[0].stride()}) "
-            f"has no room for keys of head_dim={shape.head_size}; set VLLM_KV_CACHE_LAYOUT=LBNHC"
+        raise SpeculativeConfigError(
+            f"VLLM_KV_CACHE_LAYOUT: in the layout chosen, of pages {list(caches[0].shape)} with "
+            f"strides {caches[0].stride()}, no slot has room for a key of head_dim="
+            f"{shape.head_size}; set it to LBHNC, where a page is one piece of memory"
         )
     return min(found, key=len)  # the first of the best
 

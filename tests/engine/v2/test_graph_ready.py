@@ -122,7 +122,7 @@ class FakeGraphs:
         monkeypatch.setattr(ours, "_run", observed)
 
     def _cache(self) -> Tensor:
-        return self.ours.model.attn.kv_cache
+        return self.ours.model.attn.layers[0].kv_cache
 
     def _dispatch(self, manager: Any, requests: int, num_rows: int, **kwargs: Any) -> Any:
         assert manager is self
@@ -223,14 +223,15 @@ def test_capture_leaves_no_trace(
             captured.append(requests)
 
     monkeypatch.setattr(CudaGraphManager, "capture", capture)
-    ours.model.attn.kv_cache.fill_(0.5)  # pages that an inert row must not touch
-    before = ours.model.attn.kv_cache.clone()
+    (layer,) = ours.model.attn.layers
+    layer.kv_cache.fill_(0.5)  # pages that an inert row must not touch
+    before = layer.kv_cache.clone()
     assert ours.draft_logits is not None
     logits = ours.draft_logits.clone()
     ours.capture()
     assert torch.equal(ours.draft_logits, logits)
     assert captured == [1, 2, ours.max_num_reqs]
-    assert torch.equal(ours.model.attn.kv_cache, before)
+    assert torch.equal(layer.kv_cache, before)
     llm.reset_prefix_cache()
     assert_parity(generate(llm, 4), answers)
 

@@ -116,13 +116,14 @@ def probe(root: Path) -> dict[str, Signature]:
         raise FileNotFoundError(f"{root} is not a vllm package folder (no __init__.py in it)")
     found = {}
     for reliance in RELIED_ON:
-        module, _, qualified = reliance.symbol.partition(":")
-        tree = parse(root, module)
-        signature = _find(root, tree, qualified.split(".")) if tree is not None else None
-        if signature is not None:
-            # A registry's whole content would only make snapshots long.
-            keep = signature.strings if reliance.contains else ()
-            found[reliance.symbol] = replace(signature, strings=keep)
+        for symbol in filter(None, (reliance.symbol, reliance.later)):
+            module, _, qualified = symbol.partition(":")
+            tree = parse(root, module)
+            signature = _find(root, tree, qualified.split(".")) if tree is not None else None
+            if signature is not None:
+                # A registry's whole content would only make snapshots long.
+                keep = signature.strings if reliance.contains else ()
+                found[symbol] = replace(signature, strings=keep)
     parse.cache_clear()
     return found
 
@@ -140,7 +141,7 @@ def evaluate(found: Mapping[str, Signature]) -> list[str]:
     """Compare a probe's outcome, fresh or recorded, with RELIED_ON; one line per difference."""
     lines = []
     for reliance in RELIED_ON:
-        signature = found.get(reliance.symbol)
+        signature = found.get(reliance.symbol) or found.get(reliance.later)
         problems = (
             ["not found in this vLLM"] if signature is None else _compare(reliance, signature)
         )

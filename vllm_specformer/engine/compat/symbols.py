@@ -24,7 +24,7 @@ class Reliance:
 
     `overridden` marks methods our subclasses replace: vLLM calls them by position, so the order of
     the parameters counts too. `passes_on` marks functions we wrap and hand all parameters on to:
-    there new ones do no harm.
+    there new ones do no harm. `later` is the symbol's place in later versions.
     """
 
     symbol: str
@@ -36,6 +36,7 @@ class Reliance:
     passes_on: bool = False
     bases: tuple[str, ...] = ()
     contains: tuple[str, ...] = ()
+    later: str = ""
 
 
 def members(owner: str, needed_by: str, reason: str, names: str) -> tuple[Reliance, ...]:
@@ -58,6 +59,9 @@ DRAFTERS = "engine/patches/drafters.py"
 MODEL = "engine/model.py"
 CHECKS = "engine/checks.py"
 ATTENTION = "engine/attention.py"
+TARGET_PAGES = "engine/target_pages.py"
+PAGE_LAYOUT = "engine/page_layout.py"
+KV_GROUPS = "engine/patches/kv_groups.py"
 CPU_PAGES = "engine/cpu/pages.py"
 SHARDING = "engine/sharding.py"
 V1 = "engine/proposer_v1.py"
@@ -87,6 +91,7 @@ _RANKS = "vllm.distributed.parallel_state"
 _TOGETHER = "vllm.distributed.communication_op"
 
 _OPS = "vllm._custom_ops"
+_CACHE = "vllm.v1.kv_cache_interface"
 _CPU_BACKEND = "vllm.v1.attention.backends.cpu_attn"
 
 REGISTRATION: tuple[Reliance, ...] = (
@@ -137,7 +142,11 @@ LAYERS: tuple[Reliance, ...] = (
         "we accept any block size",
         "kv_cache_spec",
     ),
-    override(f"{_BACKEND}:AttentionBackend.supported_kv_cache_layouts", ATTENTION, "all of them"),
+    call(
+        f"{_BACKEND}:AttentionBackend.supported_kv_cache_layouts",
+        ATTENTION,
+        "None unless overridden: the target's backend chooses",
+    ),
     *members(
         f"{_BACKEND}:AttentionBackend",
         ATTENTION,
@@ -175,20 +184,49 @@ LAYERS: tuple[Reliance, ...] = (
         "query_start_loc seq_lens num_reqs num_actual_tokens max_seq_len block_table_tensor "
         "slot_mapping",
     ),
-    Reliance(
-        "vllm.v1.kv_cache_interface:FullAttentionSpec",
-        ATTENTION,
-        "puts the head in the target's KV group",
-        CLASS,
-        bases=("AttentionSpec",),
+    *(
+        Reliance(
+            f"{_CACHE}:{name}", TARGET_PAGES, "kinds of the target's caches", CLASS, bases=base
+        )
+        for name, base in (
+            ("KVCacheSpec", ()),
+            ("AttentionSpec", ("KVCacheSpec",)),
+            ("FullAttentionSpec", ("AttentionSpec",)),
+            ("MLAAttentionSpec", ("FullAttentionSpec",)),
+            ("SlidingWindowSpec", ("AttentionSpec",)),
+        )
+    ),
+    Reliance(f"{_CACHE}:SparseCacheRole", TARGET_PAGES, "an indexer keeps other pages", CLASS),
+    *members(f"{_CACHE}:MLAAttentionSpec", TARGET_PAGES, "tells an indexer", "cache_role"),
+    *members(
+        f"{_CACHE}:AttentionSpec",
+        TARGET_PAGES + ", " + PAGE_LAYOUT,
+        "size of a target layer's pages",
+        "num_heads state_content_size_bytes tokens_per_state",
+    ),
+    call(f"{_CACHE}:replace_as", TARGET_PAGES, "a windowed layer kept", "spec target_cls drop"),
+    call(
+        "vllm.v1.worker.utils:customize_attention_spec",
+        TARGET_PAGES,
+        "a layer's spec as the runners ask for it",
+        "backend spec",
+    ),
+    *members(f"{_CACHE}:KVCacheGroupSpec", KV_GROUPS, "gets layers", "layer_names kv_cache_spec"),
+    *members(f"{_CACHE}:UniformTypeKVCacheSpecs", KV_GROUPS, "gets layers", "kv_cache_specs"),
+    *members(
+        "vllm.config.scheduler:SchedulerConfig",
+        TARGET_PAGES,
+        "whether windows free pages",
+        "disable_hybrid_kv_cache_manager",
     ),
     *members(
-        "vllm.v1.kv_cache_interface:AttentionSpec",
-        ATTENTION,
-        "shape of the head's K/V",
-        "num_kv_heads head_size dtype",
+        "vllm.config.cache:CacheConfig",
+        TARGET_PAGES,
+        "windows of all layers; named in messages",
+        "sliding_window block_size cache_dtype",
     ),
-    Reliance("vllm.v1.kv_cache_interface:KVCacheLayout", ATTENTION, "all layouts", IMPORT),
+    *members("vllm.config.model:ModelConfig", TARGET_PAGES, "kind of target", "use_mla"),
+    *members("vllm.config.attention:AttentionConfig", TARGET_PAGES, "refused", "hisparse_config"),
     call("vllm.config.vllm:get_current_vllm_config", ATTENTION, "configs during load"),
     *members(
         "vllm.config.compilation:CompilationConfig",

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import envs
+from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
 _SPLITS_CONTEXTS: bool = envs.VLLM_CPU_ATTN_SPLIT_KV
@@ -28,17 +29,21 @@ def _instruction_set(dtype: torch.dtype, page_size: int, head_size: int) -> str 
 
     Each orders the K of a page in its own way.
     """
-    multiples = CPUAttentionBackend.get_supported_kernel_block_sizes()
+    sizes = CPUAttentionBackend.get_supported_kernel_block_sizes()
     if (
         not hasattr(torch.ops._C, "cpu_attention_with_kv_cache")
         or dtype not in CPUAttentionBackend.supported_dtypes
         or head_size not in CPUAttentionBackend.get_supported_head_sizes()
-        or any(page_size % multiple.base for multiple in multiples)
+        or not any(_is_of_size(page_size, size) for size in sizes)
     ):
         return None
     isa = _get_attn_isa(dtype, page_size, head_size)
     # The same instructions in units of 16 tokens instead of 32: slots take a tenth less time.
     return "vec16" if isa == "vec" else isa
+
+
+def _is_of_size(page_size: int, size: int | MultipleOf) -> bool:
+    return page_size == size if isinstance(size, int) else page_size % size.base == 0
 
 
 @lru_cache(maxsize=256)

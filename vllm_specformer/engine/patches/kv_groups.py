@@ -8,12 +8,12 @@ prefill and decode instances must agree about them.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
-_MARK = "_specformer_joins_groups"
+from vllm_specformer.engine.patches.ledger import patch
+
 _INFIX = ".specformer."
 
 
@@ -26,32 +26,29 @@ def is_head_layer(name: str) -> bool:
     return _INFIX in name
 
 
-def join_target_groups(module: ModuleType) -> None:
-    """Let `get_kv_cache_groups` group the target's layers alone and add the head's to a group."""
-    original = module.get_kv_cache_groups
-    if hasattr(original, _MARK):
-        return
-
-    @functools.wraps(original)
-    def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: dict[str, Any]) -> Any:
-        heads = {name: spec for name, spec in kv_cache_spec.items() if is_head_layer(name)}
-        target = {name: spec for name, spec in kv_cache_spec.items() if name not in heads}
-        lent = next(iter(heads.values()), None)
-        lenders = {name for name, spec in target.items() if spec == lent}
-        if not lenders:  # no head, or one in a target of windowed layers that are kept whole
-            return original(vllm_config, kv_cache_spec)
-        groups = original(vllm_config, target)
-        kv_cache_spec.update(target)  # the original may have changed specs in place
-        joined = min(
-            (group for group in groups if not lenders.isdisjoint(group.layer_names)),
-            key=lambda group: len(group.layer_names),
-        )
-        return [
-            _with(group, list(heads), lenders) if group is joined else group for group in groups
-        ]
-
-    setattr(get_kv_cache_groups, _MARK, True)
-    module.get_kv_cache_groups = get_kv_cache_groups  # type: ignore[attr-defined]
+@patch(
+    "vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
+    later="vllm.v1.core.kv_cache_planning:get_kv_cache_groups",  # 0.33
+    why="layers of a head would change how vLLM groups the target's KV caches: groups these alone "
+    "and adds the head's layers to one group",
+    guard="acts only where there are layers of a SpecFormer head",
+)
+def get_kv_cache_groups(
+    original: Callable[..., Any], vllm_config: Any, kv_cache_spec: dict[str, Any]
+) -> Any:
+    heads = {name: spec for name, spec in kv_cache_spec.items() if is_head_layer(name)}
+    target = {name: spec for name, spec in kv_cache_spec.items() if name not in heads}
+    lent = next(iter(heads.values()), None)
+    lenders = {name for name, spec in target.items() if spec == lent}
+    if not lenders:  # no head, or one in a target of windowed layers that are kept whole
+        return original(vllm_config, kv_cache_spec)
+    groups = original(vllm_config, target)
+    kv_cache_spec.update(target)  # the original may have changed specs in place
+    joined = min(
+        (group for group in groups if not lenders.isdisjoint(group.layer_names)),
+        key=lambda group: len(group.layer_names),
+    )
+    return [_with(group, list(heads), lenders) if group is joined else group for group in groups]
 
 
 def _with(group: Any, names: list[str], lenders: set[str]) -> Any:

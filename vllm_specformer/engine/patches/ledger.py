@@ -142,9 +142,7 @@ class Ledger(importlib.abc.MetaPathFinder):
 
             own, passes_on = _signature(ours, 2 if "." in target.partition(":")[2] else 1)
             names = own if parameters is None else tuple(parameters.split())
-            self._declare(
-                ours, target, why, guard, "function", change, names, (), passes_on, later
-            )
+            self._declare(ours, target, why, guard, "function", change, names, (), passes_on, later)
             return ours
 
         return declare
