@@ -25,7 +25,10 @@ def no_connector_stays() -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_the_head_finds_its_context_in_what_was_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kv_heads", "layers"), [(2, 1), (4, 2)])
+def test_the_head_finds_its_context_in_what_was_loaded(
+    kv_heads: int, layers: int, tmp_path: Path
+) -> None:
     """Pages that were not moved would be another request's or empty, and drafts would show it."""
     connector = {
         "kv_connector": "ExampleConnector",
@@ -33,10 +36,13 @@ def test_the_head_finds_its_context_in_what_was_loaded(tmp_path: Path) -> None:
         "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "pages")},
     }
     expected = token_ids(run_plain({"all": JOB})["all"])
-    head = make_head(tmp_path / "head", "default")
+    head = make_head(tmp_path / "head", "default", num_key_value_heads=kv_heads)
     # Without vLLM's own prefix cache, so that the second time everything comes from outside.
     options = {"kv_transfer_config": connector, "enable_prefix_caching": False, "block_size": 32}
     with engine(drafting(4, head), **options) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        runner = core.model_executor.driver_worker.worker.model_runner
+        assert len(runner.drafter.model.attn.layers) == layers
         assert token_ids(JOB.run(llm)) == expected
         with watching() as watch, counting(llm) as counted:
             assert token_ids(JOB.run(llm)) == expected

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from .drafts import compare, truth, watching
-from .engines import Job, continuations, drafting, engine, greedy, make_head, prompts
-from .seen_states import SeenStates, seeing
+from support.drafts import compare, truth, watching
+from support.engines import Job, drafting, engine, greedy, prompts
+from support.heads import make_head
+from support.outputs import continuations
+from support.seen_states import SeenStates, seeing
 
 JOB = Job(prompts()[:12], greedy(24))
 

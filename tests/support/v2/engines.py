@@ -48,3 +48,9 @@ def runner(llm: LLM) -> Any:
 
 def speculator(llm: LLM) -> SpecFormerSpeculator:
     return runner(llm).speculator
+
+
+def groups_of(llm: LLM) -> list[tuple[int, Any]]:
+    """Number of layers and spec of each KV-cache group."""
+    groups = runner(llm).kv_cache_config.kv_cache_groups
+    return [(len(group.layer_names), group.kv_cache_spec) for group in groups]

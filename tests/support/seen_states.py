@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support.dense import DenseReference
+from support.outputs import Tokens
+from support.paths import HEAD, TARGET
 from vllm_specformer.engine.proposer_v1 import SpecFormerProposer
-
-from .engines import HEAD, TARGET, DenseReference, Tokens
 
 
 class SeenStates(DenseReference):

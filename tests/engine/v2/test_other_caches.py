@@ -1,0 +1,77 @@
+"""Targets whose KV cache is not what the head's own would be, on the V2 runner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+from support.engines import drafting, greedy
+from support.heads import make_head
+from support.outputs import continuations
+from support.seen_states import SeenStates
+from support.v2.drafts import assert_all_equal, watching
+from support.v2.engines import MAX_TOKENS, TEXTS, K, engine, groups_of, runner
+from support.v2.triton_ops import use_triton
+from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
+
+
+@contextmanager
+def seeing(reference: SeenStates, states: Any) -> Iterator[None]:
+    """Let a reference see what the speculator is given; `states` are the runner's requests."""
+    original = SpecFormerSpeculator.propose
+
+    def propose(self: SpecFormerSpeculator, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        hooks, num_rejected = args[3], args[5]
+        starts = batch.query_start_loc.tolist()
+        for row in range(batch.num_reqs):
+            state = int(batch.idx_mapping[row])
+            text = states.all_token_ids.gpu[state].tolist()
+            for index in range(starts[row], starts[row + 1] - int(num_rejected[row])):
+                reference.see(text, int(batch.positions[index]), [hook[index] for hook in hooks])
+        return original(self, batch, *args, **kwargs)
+
+    SpecFormerSpeculator.propose = propose  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SpecFormerSpeculator.propose = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("cache", "kv_heads", "layers"),
+    [("fp8", 2, 4), ("fixed sizes", 2, 1), ("other shapes", 4, 2)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_drafts(
+    cache: str, kv_heads: int, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head's K and V keep their dtype; the target's group has its own spec, and layers more.
+
+    On the head's Triton kernels, which find K and V in layers of their own.
+    """
+    options: dict[str, Any] = {"enable_prefix_caching": False}
+    if cache == "fp8":
+        options["kv_cache_dtype"] = "fp8_e4m3"
+    elif cache == "fixed sizes":  # the backend's spec is customised then
+        sizes = staticmethod(lambda kv_cache_spec=None: [32])
+        monkeypatch.setattr(CPUAttentionBackend, "get_supported_kernel_block_sizes", sizes)
+        options["block_size"] = 32
+    head = make_head(tmp_path / "head", "default", num_draft_slots=K, num_key_value_heads=kv_heads)
+    reference, params = SeenStates(head), greedy(MAX_TOKENS)
+    with engine(None, **options) as llm:
+        ((target_layers, target_spec),) = groups_of(llm)
+        plain = continuations(llm.generate(TEXTS[:5], params, use_tqdm=False))
+    use_triton(monkeypatch)
+    with (
+        engine(drafting(K, head), **options) as llm,
+        watching(llm, plain) as watch,
+        seeing(reference, runner(llm).req_states),
+    ):
+        assert groups_of(llm) == [(target_layers + layers, target_spec)]
+        assert continuations(llm.generate(TEXTS[:5], params, use_tqdm=False)) == plain
+    assert_all_equal(reference, watch, at_least=40)
