@@ -27,9 +27,8 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.utils import allocate_kv_cache, customize_attention_spec
 
-from vllm_specformer.engine.page_layout import HeadShape, lay_out
+from vllm_specformer.engine.head_pages import HeadShape, Lender, lay_out
 from vllm_specformer.engine.patches.kv_groups import head_layer_name
-from vllm_specformer.engine.target_pages import Lender
 
 MAX_MODEL_LEN = 8192
 BFLOAT16 = torch.bfloat16

@@ -21,8 +21,8 @@ from kv_group_settings import BACKENDS, BFLOAT16, Setting
 from kv_group_targets import TARGETS, Target
 from vllm.v1.core import kv_cache_utils
 
-from vllm_specformer.engine.page_layout import HeadShape
-from vllm_specformer.engine.patches.kv_groups import join_target_groups
+from vllm_specformer.engine.head_pages import HeadShape
+from vllm_specformer.engine.patches import ledger
 from vllm_specformer.errors import SpecFormerError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +52,7 @@ def row(target: Target, kv_dtype: str, backend: str, tp: int) -> dict[str, Any]:
 
 
 def rows(targets: tuple[Target, ...] = TARGETS) -> Iterator[dict[str, Any]]:
-    join_target_groups(kv_cache_utils)
+    ledger.apply(["kv_groups"])
     kv_cache_utils.logger.setLevel(logging.ERROR)  # its remarks on padding
     for target in targets:
         for kv_dtype in ("bf16", "fp8"):

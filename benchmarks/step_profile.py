@@ -122,7 +122,7 @@ def work(order: dict[str, Any]) -> dict[str, Any]:
     import vllm
     from vllm import SamplingParams
 
-    from vllm_specformer.engine.measuring import hold_drafts
+    from vllm_specformer.engine.patches.measuring import hold_drafts
 
     llm = vllm.LLM(**order["engine"])
     engine, drafts = llm.llm_engine, order["drafts"]
@@ -167,7 +167,7 @@ def run_worker(args: argparse.Namespace, drafts: int | None) -> dict[str, Any]:
         "enable_prefix_caching": False, "max_num_batched_tokens": 8192,
     }  # fmt: skip
     if drafts is not None:
-        from vllm_specformer.engine.measuring import listing_schedule
+        from vllm_specformer.engine.patches.measuring import listing_schedule
 
         engine["speculative_config"] = {
             "method": "specformer",

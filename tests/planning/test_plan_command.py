@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from support.paths import HEAD, ROOT, TARGET
 from vllm_specformer.bench.enlarge import HeavyPair, enlarge
 from vllm_specformer.cli.main import main
-from vllm_specformer.engine.measuring import listing_schedule
+from vllm_specformer.engine.patches.measuring import listing_schedule
 from vllm_specformer.planning.measure import EngineProcess, Machine, Settings
 from vllm_specformer.planning.plan_file import read_plan
 

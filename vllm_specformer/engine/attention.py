@@ -3,7 +3,7 @@
 The layers join the KV-cache group of the target's full-attention layers, so they share their block
 table and slot mapping and vLLM allocates, caches, preempts and frees their pages with theirs. The
 pages are laid out for the target; only the head reads or writes the contents of its own, so
-`page_layout` finds places in them for its K and V, in its own dtype.
+`head_pages` finds places in them for its K and V, in its own dtype.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_specformer.engine.cpu.pages import CpuContext, CpuPages, rotated
-from vllm_specformer.engine.page_layout import HeadShape, PagePart, lay_out
+from vllm_specformer.engine.head_pages import DraftLayer, HeadShape, Lender, PagePart, lay_out
 from vllm_specformer.engine.patches.kv_groups import head_layer_name
-from vllm_specformer.engine.target_pages import DraftLayer, Lender
 
 
 @dataclass

@@ -17,10 +17,10 @@ from vllm.v1.spec_decode.dflash import DFlashProposer
 
 from vllm_specformer.engine.checks import check_patches, check_target_class, check_v1_verification
 from vllm_specformer.engine.confidence import ConfidenceCut, largest_log_probs
+from vllm_specformer.engine.head_pages import check_cache
 from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
 from vllm_specformer.engine.patches.late_store import DeferredRows, has_time_between_steps
-from vllm_specformer.engine.target_pages import check_cache
 
 
 class SpecFormerProposer(DFlashProposer):

@@ -25,10 +25,10 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_specformer.engine.checks import check_patches, check_target_class, check_v2_adapters
 from vllm_specformer.engine.confidence import check_no_cut
+from vllm_specformer.engine.head_pages import check_cache
 from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
 from vllm_specformer.engine.speculative_config import verifies_coupled
-from vllm_specformer.engine.target_pages import check_cache
 
 
 def drafts_by_batch_size(vllm_config: VllmConfig) -> list[int]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from vllm_specformer.engine.measuring import listing_schedule
+from vllm_specformer.engine.patches.measuring import listing_schedule
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.serving.server import server_environment
 

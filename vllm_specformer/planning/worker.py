@@ -110,7 +110,7 @@ class Worker:
 
     def _hold(self, count: int) -> None:
         if self.drafts:
-            from vllm_specformer.engine.measuring import hold_drafts
+            from vllm_specformer.engine.patches.measuring import hold_drafts
 
             hold_drafts(self.llm, count)
 

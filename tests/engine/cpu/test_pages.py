@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_specformer.engine.cpu.pages import CpuContext, CpuPages, rotated
-from vllm_specformer.engine.page_layout import HeadShape, lay_out
+from vllm_specformer.engine.head_pages import HeadShape, lay_out
 from vllm_specformer.head import rotary_table
 
 # RMS error over RMS of the float64 result.

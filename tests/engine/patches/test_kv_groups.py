@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import csv
-import sys
 from collections.abc import Iterator
-from importlib import import_module
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import kv_groups
 import pytest
+from kv_group_settings import BFLOAT16, Setting
+from kv_group_targets import TARGETS, Target
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from vllm_specformer.engine.attention import DraftAttentionBackend
-from vllm_specformer.engine.page_layout import HeadShape, layers_needed
-from vllm_specformer.engine.patches.kv_groups import head_layer_name, join_target_groups
-from vllm_specformer.engine.target_pages import check_cache
+from vllm_specformer.engine.head_pages import HeadShape, check_cache, layers_needed
+from vllm_specformer.engine.patches import ledger
+from vllm_specformer.engine.patches.kv_groups import head_layer_name
 from vllm_specformer.errors import SpeculativeConfigError
-
-# At the end: the folder has a `kernels.py`, which is not the package that Transformers looks for.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-kv_groups = import_module("kv_groups")
-BFLOAT16, Setting = kv_groups.BFLOAT16, kv_groups.Setting
-TARGETS, Target = kv_groups.TARGETS, kv_groups.Target
 
 BY_NAME = {target.name: target for target in TARGETS}
 SUBSET = [
@@ -115,7 +109,7 @@ def test_layers_of_any_number_join_one_group(full: int, windowed: int, of_head: 
     setting = Setting(target, "bf16", "FlashAttention", 1, drafts=4)
     specs = setting.head_specs(HeadShape(8 * of_head, 64, BFLOAT16))
     assert len(specs) == layers_needed(16, 8 * of_head)
-    join_target_groups(kv_cache_utils)
+    ledger.apply(["kv_groups"])
     alone, together = setting.groups({}), setting.groups(specs)
     assert [set(g.layer_names) for g in alone] == [
         set(g.layer_names) - specs.keys() for g in together
@@ -141,7 +135,7 @@ def test_a_group_of_several_specs() -> None:
     target = Target("", (8, 64), ((2, 8, 64, 0), (3, 4, 64, 0)))
     setting = Setting(target, "fp8", "FlashInfer", 1, drafts=4)
     specs = setting.head_specs(HeadShape(8, 64, BFLOAT16))
-    join_target_groups(kv_cache_utils)
+    ledger.apply(["kv_groups"])
     (group,) = setting.groups(specs)
     assert group.layer_names[-2:] == list(specs)
     assert {name: group.kv_cache_spec.kv_cache_specs[name] for name in specs} == specs
@@ -203,7 +197,7 @@ def test_windowed_layers_that_are_kept_whole_lend_their_spec() -> None:
     with pytest.raises(SpeculativeConfigError, match=r"SlidingWindowSpec; .*disable_hybrid_kv"):
         setting.head_specs(shape)
     setting.config.scheduler_config.disable_hybrid_kv_cache_manager = True
-    join_target_groups(kv_cache_utils)
+    ledger.apply(["kv_groups"])
     assert isinstance(setting.groups({})[0].kv_cache_spec, SlidingWindowSpec)
     (group,) = setting.groups(setting.head_specs(shape))
     assert isinstance(group.kv_cache_spec, FullAttentionSpec)

@@ -59,8 +59,7 @@ DRAFTERS = "engine/patches/drafters.py"
 MODEL = "engine/model.py"
 CHECKS = "engine/checks.py"
 ATTENTION = "engine/attention.py"
-TARGET_PAGES = "engine/target_pages.py"
-PAGE_LAYOUT = "engine/page_layout.py"
+HEAD_PAGES = "engine/head_pages.py"
 KV_GROUPS = "engine/patches/kv_groups.py"
 CPU_PAGES = "engine/cpu/pages.py"
 SHARDING = "engine/sharding.py"
@@ -78,7 +77,7 @@ DRAFTLESS = "engine/patches/draftless_steps.py"
 LATE_STORE = "engine/patches/late_store.py"
 CPU_NORMS = "engine/cpu/norms.py"
 CLIENT = "bench/client.py"
-MEASURING = "engine/measuring.py"
+MEASURING = "engine/patches/measuring.py"
 EVALUATION = "evaluation/serve_worker.py"
 
 _SPEC = "vllm.config.speculative"
@@ -185,9 +184,7 @@ LAYERS: tuple[Reliance, ...] = (
         "slot_mapping",
     ),
     *(
-        Reliance(
-            f"{_CACHE}:{name}", TARGET_PAGES, "kinds of the target's caches", CLASS, bases=base
-        )
+        Reliance(f"{_CACHE}:{name}", HEAD_PAGES, "kinds of the target's caches", CLASS, bases=base)
         for name, base in (
             ("KVCacheSpec", ()),
             ("AttentionSpec", ("KVCacheSpec",)),
@@ -196,18 +193,18 @@ LAYERS: tuple[Reliance, ...] = (
             ("SlidingWindowSpec", ("AttentionSpec",)),
         )
     ),
-    Reliance(f"{_CACHE}:SparseCacheRole", TARGET_PAGES, "an indexer keeps other pages", CLASS),
-    *members(f"{_CACHE}:MLAAttentionSpec", TARGET_PAGES, "tells an indexer", "cache_role"),
+    Reliance(f"{_CACHE}:SparseCacheRole", HEAD_PAGES, "an indexer keeps other pages", CLASS),
+    *members(f"{_CACHE}:MLAAttentionSpec", HEAD_PAGES, "tells an indexer", "cache_role"),
     *members(
         f"{_CACHE}:AttentionSpec",
-        TARGET_PAGES + ", " + PAGE_LAYOUT,
+        HEAD_PAGES,
         "size of a target layer's pages",
         "num_heads state_content_size_bytes tokens_per_state",
     ),
-    call(f"{_CACHE}:replace_as", TARGET_PAGES, "a windowed layer kept", "spec target_cls drop"),
+    call(f"{_CACHE}:replace_as", HEAD_PAGES, "a windowed layer kept", "spec target_cls drop"),
     call(
         "vllm.v1.worker.utils:customize_attention_spec",
-        TARGET_PAGES,
+        HEAD_PAGES,
         "a layer's spec as the runners ask for it",
         "backend spec",
     ),
@@ -215,18 +212,18 @@ LAYERS: tuple[Reliance, ...] = (
     *members(f"{_CACHE}:UniformTypeKVCacheSpecs", KV_GROUPS, "gets layers", "kv_cache_specs"),
     *members(
         "vllm.config.scheduler:SchedulerConfig",
-        TARGET_PAGES,
+        HEAD_PAGES,
         "whether windows free pages",
         "disable_hybrid_kv_cache_manager",
     ),
     *members(
         "vllm.config.cache:CacheConfig",
-        TARGET_PAGES,
+        HEAD_PAGES,
         "windows of all layers; named in messages",
         "sliding_window block_size cache_dtype",
     ),
-    *members("vllm.config.model:ModelConfig", TARGET_PAGES, "kind of target", "use_mla"),
-    *members("vllm.config.attention:AttentionConfig", TARGET_PAGES, "refused", "hisparse_config"),
+    *members("vllm.config.model:ModelConfig", HEAD_PAGES, "kind of target", "use_mla"),
+    *members("vllm.config.attention:AttentionConfig", HEAD_PAGES, "refused", "hisparse_config"),
     call("vllm.config.vllm:get_current_vllm_config", ATTENTION, "configs during load"),
     *members(
         "vllm.config.compilation:CompilationConfig",

@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, MLAA
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.utils import allocate_kv_cache
 
-from vllm_specformer.engine.page_layout import HeadShape, lay_out, layers_needed, rows_per_layer
+from vllm_specformer.engine.head_pages import HeadShape, lay_out, layers_needed, rows_per_layer
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 BLOCK_SIZE, NUM_BLOCKS = 32, 3
