@@ -39,6 +39,7 @@ class Arguments:
     block_mask: Tensor
     scale: float
     max_block_len: int
+    pages_per_block: int = 1
 
     def as_dict(self) -> dict:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -276,6 +277,22 @@ def test_large_pages_and_odd_groups(
         make_arguments((2, 9), (129, 65), heads=heads, block_size=block_size, mask="tree"),
         kernel_device,
     )
+
+
+@pytest.mark.parametrize("units", [1, 3])
+@pytest.mark.parametrize("pages", [2, 4])
+def test_blocks_of_several_pages(
+    pages: int, units: int, split: Callable[..., None], kernel_device: str
+) -> None:
+    """The table names blocks, the cache is cut into pages: page p of block b is b * pages + p."""
+    split(units)
+    whole = make_arguments((2, 9, 1), (193, 65, 0), block_size=64, mask="tree")
+    cut = whole.kv_cache.unflatten(2, (pages, -1)).transpose(1, 2).flatten(0, 1)
+    args = replace(whole, kv_cache=cut, pages_per_block=pages)
+    expected = loop_over_rows(whole)
+    assert_close(reference.block_attention(**args.as_dict()), expected, 1e-6)
+    found = launch.block_attention(**args.to(kernel_device).as_dict())
+    assert_close(found, expected, ERROR_RATIO[torch.float32])
 
 
 @pytest.mark.parametrize("mask", ["ones", "causal", "tree"])
@@ -524,6 +541,7 @@ def test_ragged_batches(
         ("block_mask", lambda tensor: tensor.int()),
         ("max_block_len", lambda _: 65),
         ("max_block_len", lambda _: 0),
+        ("pages_per_block", lambda _: 0),
     ],
 )
 def test_refuses_arguments(name: str, change, implementation) -> None:

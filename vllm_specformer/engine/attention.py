@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from specformer_kernels.block_attention import block_attention
+from specformer_kernels.block_attention import block_attention, page_table
 from specformer_kernels.kv_store import kv_store
 from torch import Tensor, nn
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -122,6 +122,10 @@ class DraftAttention(nn.Module):
     # Blocks that each row of the block table owns, integer [rows]. Set by a runner that
     # knows them, before the cache is bound: on a CPU it lets vLLM's kernels have the pages.
     block_counts: Callable[[], Tensor] | None = None
+    # Tokens of a block in the runner's block tables, set by the runner before the first step. Where
+    # the target's backend wants smaller pages, vLLM cuts the cache into those and leaves the tables
+    # as they are. None: a block is a page.
+    table_block_size: int | None = None
 
     def __init__(
         self,
@@ -171,6 +175,22 @@ class DraftAttention(nn.Module):
         if layer is self.layers[-1] and layer.kv_cache.numel():  # vLLM binds them in order
             caches = [layer.kv_cache for layer in self.layers]
             self._parts = lay_out(caches, self.shape, dense=self.block_counts is not None)
+
+    @property
+    def pages_per_block(self) -> int:
+        """Pages of the bound cache that one block of the runner's tables stands for.
+
+        Raises:
+            ValueError: pages and blocks do not fit each other.
+        """
+        page_size = self._parts[0].key.shape[2]
+        block_size = self.table_block_size or page_size
+        if block_size % page_size:
+            raise ValueError(
+                f"the KV cache has pages of {page_size} tokens, which blocks of {block_size} are "
+                "no multiple of; set --block-size to a multiple of the pages"
+            )
+        return block_size // page_size
 
     def store(
         self,
@@ -227,10 +247,9 @@ class DraftAttention(nn.Module):
         contexts: list[DraftContext]
         if pages:
             assert self.block_counts is not None
-            counts = self.block_counts()[: len(block_table)]
-            contexts = [
-                CpuContext(page, block_table, context_lens, counts, self.scale) for page in pages
-            ]
+            counts = self.block_counts()[: len(block_table)] * self.pages_per_block
+            table = page_table(block_table, self.pages_per_block)
+            contexts = [CpuContext(page, table, context_lens, counts, self.scale) for page in pages]
         else:
             contexts = [PagedContext(self, part, block_table, context_lens) for part in parts]
         if len(parts) == 1:
@@ -268,6 +287,7 @@ class DraftAttention(nn.Module):
             self.scale,
             rows,
             part.value,
+            self.pages_per_block,
         )
         return out.view_as(query)
 

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.engine.attention import DraftAttention
 from vllm_specformer.engine.cpu import norms
+from vllm_specformer.engine.hooked_states import keep_hooked_states
 from vllm_specformer.engine.sharding import HeadShard
 from vllm_specformer.engine.target_logits import CopiedRows, logits_of_some, without_adapters
 from vllm_specformer.head import SpecFormerHead
@@ -81,6 +82,8 @@ class SpecFormerDraftModel(nn.Module):
     def bind_target(self, target: Any) -> None:
         """Share the target's embedding table, final norm and logits, by reference, unregistered.
 
+        The target's layers get copies of its hooked states from now on.
+
         Raises:
             ValueError: the target's decoder has none of the names that decoders give them.
         """
@@ -95,6 +98,8 @@ class SpecFormerDraftModel(nn.Module):
                 f"target {type(target).__name__}: {error}; SpecFormer cannot share it, serve this "
                 "target without speculation"
             ) from None
+        config = self.config
+        keep_hooked_states(decoder, config.aux_hidden_state_layer_ids, config.target_num_layers)
         language = without_adapters(language)
         logits = getattr(language, "compute_logits", target.compute_logits)
         token_ids, like = self.head.draft_token_ids, self.head.context_norm.weight

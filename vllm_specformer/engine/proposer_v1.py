@@ -49,6 +49,13 @@ class SpecFormerProposer(DFlashProposer):
             self.model.attn.block_counts = self._block_counts
             self.model.use_cpu_norms()
 
+    def initialize_attn_backend(
+        self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None
+    ) -> None:
+        super().initialize_attn_backend(kv_cache_config, kernel_block_sizes)
+        group = kv_cache_config.kv_cache_groups[self.kv_cache_gid]
+        self.model.attn.table_block_size = group.kv_cache_spec.block_size
+
     def _block_counts(self) -> Tensor:
         """Blocks of each row of the runner's block table for the head's KV group, int32 [rows]."""
         table = self.runner.input_batch.block_table[self.kv_cache_gid]

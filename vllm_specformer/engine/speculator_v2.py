@@ -118,6 +118,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         groups = self.kv_cache_config.kv_cache_groups
         self.group = next(i for i, group in enumerate(groups) if layer in group.layer_names)
         self._block_table = self.block_tables.input_block_tables[self.group]
+        self.model.attn.table_block_size = groups[self.group].kv_cache_spec.block_size
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Full graphs for whole batches, or none: the step has no part worth a piecewise graph."""

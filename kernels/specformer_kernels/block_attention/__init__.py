@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from specformer_kernels.block_attention import reference
+from specformer_kernels.block_attention.reference import page_table
 
-__all__ = ["block_attention"]
+__all__ = ["block_attention", "page_table"]
 
 
 def block_attention(
@@ -21,6 +22,7 @@ def block_attention(
     scale: float,
     max_block_len: int,
     value_cache: Tensor | None = None,
+    pages_per_block: int = 1,
 ) -> Tensor:
     """Attend each row to its request's cached context and to the allowed rows of its own block.
 
@@ -31,8 +33,8 @@ def block_attention(
         query: [T, num_heads, head_size] floating point, last dimension contiguous.
         key: [T, num_kv_heads, head_size], query's dtype; num_heads % num_kv_heads == 0.
         value: like `key`.
-        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], query's dtype; K in the
-            first half of the last dimension, V in the second. Any strides but the last's.
+        kv_cache: [num_pages, num_kv_heads, page_size, 2 * head_size], query's dtype; K in the first
+            half of the last dimension, V in the second. Any strides but the last's.
         block_table: [R, max_blocks] int32, the blocks of each request's context in order; entries
             past a request's own blocks are ignored.
         context_lens: [R] int32 or int64, cached tokens every row of the request sees; may be 0.
@@ -44,6 +46,8 @@ def block_attention(
         max_block_len: upper bound of the rows of one request, 1 to 64.
         value_cache: the context's V if it does not lie beside K. Both caches then are [num_blocks,
             num_kv_heads, block_size, head_size], with equal strides.
+        pages_per_block: pages that each block of the table consists of: block b is the pages from
+            b * pages_per_block on.
 
     Returns:
         [T, num_heads, head_size] in query's dtype, contiguous. Rows at or past block_start_loc[R]
@@ -70,4 +74,5 @@ def block_attention(
         scale,
         max_block_len,
         value_cache,
+        pages_per_block,
     )

@@ -77,6 +77,7 @@ def block_attention(
     scale: float,
     max_block_len: int,
     value_cache: Tensor | None = None,
+    pages_per_block: int = 1,
 ) -> Tensor:
     """Launch one program per split of context, KV head and tile of rows, then join the splits.
 
@@ -95,6 +96,7 @@ def block_attention(
         block_mask,
         max_block_len,
         value_cache,
+        pages_per_block,
     )
     if query.dtype == torch.float64:
         raise ValueError("query: the kernel computes in float32, found torch.float64")
@@ -113,7 +115,7 @@ def block_attention(
 
     splits = target_splits(num_kv_heads * num_tiles, head_size, query.device)
     # The longest context that the table has room for.
-    max_context = block_table.shape[1] * kv_cache.shape[2]
+    max_context = block_table.shape[1] * pages_per_block * kv_cache.shape[2]
     is_split = splits > 1 and max_context > MIN_SPLIT_TOKENS
     partials: tuple[Tensor | None, ...] = (None, None, None)
     if is_split:
@@ -162,6 +164,7 @@ def block_attention(
             block_table.stride(0),
             IS_SPLIT=is_split,
             PAGE_SIZE=kv_cache.shape[2],
+            PAGES_PER_BLOCK=pages_per_block,
             **splitting,
             **tiles,
         )

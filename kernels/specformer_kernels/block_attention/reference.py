@@ -24,6 +24,7 @@ def check_arguments(
     block_mask: Tensor,
     max_block_len: int,
     value_cache: Tensor | None,
+    pages_per_block: int,
 ) -> tuple[Tensor, Tensor]:
     """The pages of K and those of V.
 
@@ -72,6 +73,8 @@ def check_arguments(
         raise ValueError(f"block_mask: expected torch.int64 words, found {block_mask.dtype}")
     if not 1 <= max_block_len <= MAX_BLOCK_LEN:
         raise ValueError(f"max_block_len: expected 1 to {MAX_BLOCK_LEN}, found {max_block_len}")
+    if pages_per_block < 1:
+        raise ValueError(f"pages_per_block: expected 1 or more, found {pages_per_block}")
     return pages
 
 
@@ -87,6 +90,7 @@ def block_attention(
     scale: float,
     max_block_len: int,
     value_cache: Tensor | None = None,
+    pages_per_block: int = 1,
 ) -> Tensor:
     """Attend each row to its request's cached context and to the allowed rows of its own block.
 
@@ -104,7 +108,9 @@ def block_attention(
         block_mask,
         max_block_len,
         value_cache,
+        pages_per_block,
     )
+    block_table = page_table(block_table, pages_per_block)
     num_rows, num_requests = query.shape[0], block_table.shape[0]
     if num_rows == 0:
         return torch.zeros_like(query)
@@ -127,6 +133,14 @@ def block_attention(
     padded = _attend(query, key, value, allowed, pages, block_table, context_lens, scale)
     out[row_index[is_row]] = padded[is_row]
     return out
+
+
+def page_table(block_table: Tensor, pages_per_block: int) -> Tensor:
+    """The pages of each block of a table [R, blocks] in order: [R, blocks * pages_per_block]."""
+    if pages_per_block == 1:
+        return block_table
+    within = torch.arange(pages_per_block, dtype=block_table.dtype, device=block_table.device)
+    return (block_table[:, :, None] * pages_per_block + within).flatten(1)
 
 
 def _unpack_words(words: Tensor, columns: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def attend_context(
     b_max,
     b_sum,
     b_out,
-    key_cache_ptr,  # the KV head's [num_blocks, page_size, head_size]
+    key_cache_ptr,  # the KV head's [num_pages, page_size, head_size]
     value_cache_ptr,  # the same of V, with K's strides
     table_ptr,  # the request's [max_blocks]
     first_token,
@@ -87,6 +87,7 @@ def attend_context(
     cache_stride_s,
     HEAD_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    PAGES_PER_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -97,8 +98,10 @@ def attend_context(
     for first in range(0, num_tokens, BLOCK_N):
         is_token = first + b_n < num_tokens
         b_position = first_token + first + b_n
-        # Block id * stride passes 2**31 elements in any large cache.
-        b_page = tl.load(table_ptr + b_position // PAGE_SIZE, mask=is_token, other=0).to(tl.int64)
+        b_index = b_position // PAGE_SIZE
+        b_block = tl.load(table_ptr + b_index // PAGES_PER_BLOCK, mask=is_token, other=0)
+        # Page id * stride passes 2**31 elements in any large cache.
+        b_page = b_block.to(tl.int64) * PAGES_PER_BLOCK + b_index % PAGES_PER_BLOCK
         b_token = b_page * cache_stride_b + (b_position % PAGE_SIZE) * cache_stride_s
         b_place = b_token[:, None] + b_d[None, :]
         n_mask = is_token[:, None] & (b_d < HEAD_SIZE)[None, :]
@@ -119,7 +122,7 @@ def _block_attention_kernel(
     query_ptr,  # [T, num_heads, head_size]
     key_ptr,  # [T, num_kv_heads, head_size]
     value_ptr,  # [T, num_kv_heads, head_size]
-    key_cache_ptr,  # [num_blocks, num_kv_heads, page_size, head_size]
+    key_cache_ptr,  # [num_pages, num_kv_heads, page_size, head_size]
     value_cache_ptr,  # the same of V, with K's strides
     block_table_ptr,  # [R, max_blocks]
     context_lens_ptr,  # [R]
@@ -146,6 +149,7 @@ def _block_attention_kernel(
     GROUP: tl.constexpr,  # query heads per KV head
     HEAD_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    PAGES_PER_BLOCK: tl.constexpr,  # pages of a block of the table
     BLOCK_R: tl.constexpr,  # requests per step of the search for a split
     BLOCK_M: tl.constexpr,  # rows of a tile: block rows x query heads of one KV head
     BLOCK_N: tl.constexpr,  # columns per step: tokens of the context or of the block
@@ -233,6 +237,7 @@ def _block_attention_kernel(
         cache_stride_s,
         HEAD_SIZE,
         PAGE_SIZE,
+        PAGES_PER_BLOCK,
         BLOCK_N,
         BLOCK_D,
     )
