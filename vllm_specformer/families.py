@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from vllm_specformer.hooks import HandedOut
+
 RECORD = Path(__file__).parent / "families.json"
 
 
@@ -22,7 +24,9 @@ class Family:
     Attributes:
         served_by: vLLM's class, "module:Class" below `vllm.model_executor.models`.
         hands_out_states: whether that class can return auxiliary hidden states.
-        wraps_transformers: whether it runs the Transformers code, which has no state 0 for hooks.
+        wraps_transformers: whether it runs the Transformers code.
+        first_state, last_state: whether it hands out states 0 and L on every platform, see
+            `hooks.HandedOut`.
         model_type: of the causal language model Transformers has by this name, or None.
         obstacle: why its states cannot be hooked in training; empty if they can.
     """
@@ -31,8 +35,20 @@ class Family:
     served_by: str
     hands_out_states: bool
     wraps_transformers: bool
+    first_state: bool
+    last_state: bool
     model_type: str | None
     obstacle: str
+
+    @property
+    def handed_out(self) -> HandedOut:
+        return HandedOut(self.first_state, self.last_state)
+
+    @property
+    def default_hooks(self) -> str:
+        """The hooks that `specformer train` chooses, in terms of the number of layers L."""
+        last = ("L-1", "L") if self.last_state else ("L-2", "L-1")
+        return ", ".join(("0" if self.first_state else "1", "L/2", *last))
 
     @property
     def refusal(self) -> str:

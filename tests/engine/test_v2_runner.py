@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from support.personalities import NAMES
 from support.v2.child import ADAPTERS, FOLDER, MATRIX, run_child
 
 FAMILIES = FOLDER / "test_family_groups.py"  # with `make test-families`
@@ -23,6 +24,16 @@ def test_coupled_verification_of_a_hundred_texts(
 ) -> None:
     monkeypatch.setenv("SPECFORMER_COUPLED_TEXTS", "100")
     run_child(capfd, [str(FOLDER / "test_coupled.py")], 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_parity_and_drafts_under_each_personality(
+    name: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECFORMER_PERSONALITY", name)
+    files = ("test_greedy_parity.py", "test_drafts_match_dense.py", "test_graph_ready.py")
+    run_child(capfd, [str(FOLDER / file) for file in files], 20)
 
 
 @pytest.mark.families

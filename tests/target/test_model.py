@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma4TextConfig,
     GPTNeoXConfig,
@@ -19,6 +20,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3_5MoeTextConfig,
@@ -164,9 +166,32 @@ def test_what_vllm_cannot_serve_is_refused() -> None:
     with pytest.raises(UnsupportedTargetError, match=message):
         head_config("default", cohere, "c")
     starcoder = Starcoder2Config(architectures=["Starcoder2ForCausalLM"])
-    with pytest.raises(UnsupportedTargetError, match=r"hands out no state 0.*--hooks 15,29,30"):
-        head_config("default", starcoder, "s")
-    head_config("default", starcoder, "s", aux_hidden_state_layer_ids=(15, 29, 30))
+    with pytest.raises(
+        UnsupportedTargetError, match=r"hands out no hidden state 0; train .* --hooks 1,15,29,30"
+    ):
+        head_config("default", starcoder, "s", aux_hidden_state_layer_ids=(0, 15, 29, 30))
+    sparse = DeepseekV3Config(architectures=["DeepseekV32ForCausalLM"])
+    with pytest.raises(
+        UnsupportedTargetError, match=r"no hidden state 0 and 61; train .* --hooks 1,30,59,60"
+    ):
+        head_config("default", sparse, "d", aux_hidden_state_layer_ids=(0, 30, 60, 61))
+
+
+@pytest.mark.parametrize(
+    ("config", "hooks"),
+    [
+        (LlamaConfig(architectures=["LlamaForCausalLM"]), [0, 16, 31, 32]),
+        (Starcoder2Config(architectures=["Starcoder2ForCausalLM"]), [1, 15, 29, 30]),
+        (DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"]), [1, 30, 60, 61]),
+        (DeepseekV3Config(architectures=["DeepseekV32ForCausalLM"]), [1, 30, 59, 60]),
+        (LlamaConfig(architectures=["Unheard"]), [0, 16, 31, 32]),
+    ],
+)
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_default_hooks_are_handed_out(
+    preset: str, config: PreTrainedConfig, hooks: list[int]
+) -> None:
+    assert head_config(preset, config, "t").aux_hidden_state_layer_ids == hooks
 
 
 def test_positions_in_several_dimensions_are_refused() -> None:

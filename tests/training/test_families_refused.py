@@ -40,4 +40,5 @@ def test_refused_before_weights_load(
     assert "CohereForCausalLM" in message
     assert "cannot return hidden states" in message
     olmo = make_pair(tmp_path / "olmo", Olmo2Config(**SHAPE))
-    assert "--hooks 2,3,4" in refusal(capsys, command(olmo, tmp_path / "out2"))
+    message = refusal(capsys, command(olmo, tmp_path / "out2", hooks="0,2,3,4"))
+    assert "--hooks 1,2,3,4" in message

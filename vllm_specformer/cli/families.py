@@ -7,6 +7,7 @@ import csv
 from pathlib import Path
 
 from vllm_specformer.families import RECORD, Families, Family, read_families
+from vllm_specformer.hooks import HandedOut
 
 _ROOT = "vllm.model_executor.models."
 
@@ -50,6 +51,7 @@ def make_list() -> Families:
     """Look at the installed vLLM and Transformers; half a minute."""
     import transformers
 
+    from vllm_specformer.engine.compat.handed_out import handed_out
     from vllm_specformer.engine.compat.target_classes import target_classes
     from vllm_specformer.engine.compat.versions import installed_vllm, vllm_root
     from vllm_specformer.training.buildable import model_types, obstacles
@@ -57,12 +59,19 @@ def make_list() -> Families:
     classes, types = target_classes(vllm_root()), model_types()
     wanted = {c.architecture: types.get(c.architecture) for c in classes if c.hands_out_states}
     found = obstacles(sorted({t for t in wanted.values() if t is not None}))
+    nothing = HandedOut(first=False, last=False)
+    states = dict.fromkeys(classes, nothing)
+    for c in classes:
+        if c.hands_out_states:
+            states[c] = handed_out(vllm_root(), c.module, c.name) or nothing
     families = tuple(
         Family(
             architecture=c.architecture,
             served_by=f"{c.module.removeprefix(_ROOT)}:{c.name}",
             hands_out_states=c.hands_out_states,
             wraps_transformers=c.wraps_transformers,
+            first_state=states[c].first,
+            last_state=states[c].last,
             model_type=types.get(c.architecture),
             obstacle=found.get(types.get(c.architecture, ""), "") if c.hands_out_states else "",
         )
@@ -77,8 +86,7 @@ def as_text(families: Families, refused: bool) -> str:
     lines = [f"vLLM {families.vllm}, Transformers {families.transformers}"]
     for family in families.families:
         if not family.refusal:
-            note = "hooks from 1 on" if family.wraps_transformers else ""
-            lines.append(f"{family.architecture:<{width}}  {note}".rstrip())
+            lines.append(f"{family.architecture:<{width}}  hooks {family.default_hooks}")
         elif refused:
             lines.append(f"{family.architecture:<{width}}  refused: {family.refusal}")
     supported = sum(not family.refusal for family in families.families)
@@ -94,9 +102,9 @@ def updated(page: str, families: Families, results: Path) -> str:
     supported = [family for family in families.families if not family.refusal]
     served_by = ["Transformers" if f.wraps_transformers else f"`{f.served_by}`" for f in supported]
     table = _markdown(
-        ["architecture", "model type", "vLLM's class"],
+        ["architecture", "model type", "vLLM's class", "default hooks"],
         [
-            [f.architecture, str(f.model_type), by]
+            [f.architecture, str(f.model_type), by, f.default_hooks]
             for f, by in zip(supported, served_by, strict=True)
         ],
     )

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from vllm_specformer.config import SpecFormerConfig, read_head_config
-from vllm_specformer.engine.compat.versions import check_chosen, check_complete
+from vllm_specformer.engine.compat.handed_out import handed_out
+from vllm_specformer.engine.compat.versions import check_chosen, check_complete, vllm_root
 from vllm_specformer.engine.patches.ledger import LEDGER
 from vllm_specformer.engine.speculative_config import check_fields, checked_tokens, verifies_coupled
 from vllm_specformer.errors import SpeculativeConfigError
@@ -170,22 +171,31 @@ def _check_states(head: SpecFormerConfig, model_config: Any) -> None:
         )
 
 
-def check_target_class(model_config: Any) -> None:
-    """Refuse a target whose vLLM class cannot hand out hidden states.
+def check_target_class(vllm_config: Any) -> None:
+    """Refuse a target whose vLLM class cannot hand out the head's hidden states.
 
     Called in the worker when the proposer is built, before the target's weights are loaded: only
     there may the model's class be imported without touching the device too early.
 
     Raises:
-        SpeculativeConfigError: the class lacks vLLM's `SupportsEagle3` interface.
+        SpeculativeConfigError: the class lacks vLLM's `SupportsEagle3` interface, or a state that
+            the head is hooked to.
     """
     from vllm.model_executor.model_loader.utils import get_model_cls
     from vllm.model_executor.models.interfaces import supports_eagle3
 
-    target = get_model_cls(model_config)
+    target = get_model_cls(vllm_config.model_config)
     if not supports_eagle3(target):
         raise SpeculativeConfigError(
             f"target class {target.__name__} cannot return auxiliary hidden states (it lacks "
             "vLLM's SupportsEagle3 interface), which SpecFormer drafts from; serve this model "
             "without speculation"
+        )
+    handed = handed_out(vllm_root(), target.__module__, target.__name__)
+    head = vllm_config.speculative_config.draft_model_config.hf_config.specformer
+    hooks, layers = head["aux_hidden_state_layer_ids"], head["target_num_layers"]
+    if handed is not None and (refusal := handed.refusal(hooks, layers)):
+        raise SpeculativeConfigError(
+            f"the head is hooked to states {list(hooks)}, but target class {target.__name__} "
+            f"{refusal}, or serve this target without speculation"
         )

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.engine.attention import DraftAttention
 from vllm_specformer.engine.cpu import norms
-from vllm_specformer.engine.hooked_states import keep_hooked_states
+from vllm_specformer.engine.patches.hooked_states import keep_hooked_states
 from vllm_specformer.engine.sharding import HeadShard
 from vllm_specformer.engine.target_logits import CopiedRows, logits_of_some, without_adapters
 from vllm_specformer.head import SpecFormerHead

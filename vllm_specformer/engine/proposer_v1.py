@@ -26,7 +26,7 @@ from vllm_specformer.engine.patches.late_store import DeferredRows, has_time_bet
 class SpecFormerProposer(DFlashProposer):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, runner: Any = None) -> None:
         check_patches()
-        check_target_class(vllm_config.model_config)
+        check_target_class(vllm_config)
         check_cache(vllm_config)
         check_v1_verification(vllm_config.speculative_config)
         self.cut = ConfidenceCut.of(vllm_config)

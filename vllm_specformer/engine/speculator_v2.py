@@ -50,7 +50,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_patches()
-        check_target_class(vllm_config.model_config)
+        check_target_class(vllm_config)
         check_cache(vllm_config)
         check_no_cut(vllm_config.speculative_config)
         check_v2_adapters(vllm_config.lora_config)

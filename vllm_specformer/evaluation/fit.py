@@ -18,6 +18,7 @@ from vllm_specformer.config import SpecFormerConfig, read_head_config
 from vllm_specformer.data.manifest import TargetRecord
 from vllm_specformer.distill.encode import load_encoder
 from vllm_specformer.engine.checks import checked_tokens
+from vllm_specformer.engine.compat.handed_out import handed_out
 from vllm_specformer.engine.compat.target_classes import INTERFACE, target_classes
 from vllm_specformer.engine.compat.versions import (
     IncompatibleVLLMError,
@@ -139,6 +140,8 @@ def _vllm(config: SpecFormerConfig) -> Iterator[Finding]:
     yield Finding("vLLM", OK, f"{version} ({name}), tested: {supported_range()}")
     architecture = config.target_architecture
     known = classes.get(architecture)
+    hooks, layers = config.aux_hidden_state_layer_ids, config.target_num_layers
+    handed = handed_out(vllm_root(), known.module, known.name) if known is not None else None
     if known is None:
         yield Finding(
             "vLLM class",
@@ -153,12 +156,12 @@ def _vllm(config: SpecFormerConfig) -> Iterator[Finding]:
             f"{known.name} does not hand out hidden states (it lacks {INTERFACE})",
             "serve this model without speculation; `specformer families` lists those that can",
         )
-    elif known.wraps_transformers and config.aux_hidden_state_layer_ids[0] == 0:
+    elif handed is not None and (lacking := handed.lacking(hooks, layers)):
         yield Finding(
             "vLLM class",
             MISFIT,
-            f"{architecture} runs by its Transformers code, which hands out no state 0",
-            "train a head with --hooks that leave 0 out",
+            f"{known.name} hands out no hidden state {' and '.join(map(str, lacking))}",
+            f"train a head with --hooks {','.join(map(str, handed.default_hooks(layers)))}",
         )
     else:
         yield Finding("vLLM class", OK, f"{known.name} hands out hidden states")

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from vllm_specformer.config import HeadConfigError, SpecFormerConfig, paper_hooks
+from vllm_specformer.config import HeadConfigError, SpecFormerConfig
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.families import read_families
 from vllm_specformer.target.hidden_states import HookedTarget, find_decoder
@@ -41,7 +41,7 @@ def head_config(
         UnsupportedTargetError: the target is unsuitable, or a field is out of range.
     """
     try:
-        config = SpecFormerConfig.preset(preset, target, name, **changes)
+        config = SpecFormerConfig.preset(preset, target, name, **(_default_hooks(target) | changes))
     except HeadConfigError as error:
         raise UnsupportedTargetError(f"target {name}: {error}") from None
     except AttributeError as error:
@@ -58,6 +58,15 @@ def head_config(
     return config
 
 
+def _default_hooks(target: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """The hooks to choose where vLLM is known not to hand out the paper's."""
+    family = read_families().find((target.architectures or [""])[0])
+    if family is None or not family.hands_out_states:
+        return {}
+    layers = target.get_text_config().num_hidden_layers
+    return {"aux_hidden_state_layer_ids": family.handed_out.default_hooks(layers)}
+
+
 def _check_served(config: SpecFormerConfig, name: str) -> None:
     """Refuse what is known not to work when it is served (see `families.py`)."""
     known = read_families()
@@ -70,11 +79,10 @@ def _check_served(config: SpecFormerConfig, name: str) -> None:
             f"({family.served_by}) that cannot return hidden states, which heads draft from; "
             "`specformer families` lists the models that can have one"
         )
-    if family.wraps_transformers and config.aux_hidden_state_layer_ids[0] == 0:
-        rest = ",".join(map(str, paper_hooks(config.target_num_layers)[1:]))
+    hooks, layers = config.aux_hidden_state_layer_ids, config.target_num_layers
+    if refusal := family.handed_out.refusal(hooks, layers):
         raise UnsupportedTargetError(
-            f"target {name}: vLLM {known.vllm} runs {family.architecture} by its Transformers "
-            f"code and hands out no state 0; leave it out of --hooks, as in --hooks {rest}"
+            f"target {name}: vLLM {known.vllm}'s class for {family.architecture} {refusal}"
         )
 
 

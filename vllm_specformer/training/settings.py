@@ -70,7 +70,9 @@ class TrainSettings(BaseModel):
         None, ge=0, description="Score only so many tokens, the answers' most frequent; 0: all."
     )
     hooks: IntList | None = Field(
-        None, description="Hooked states in vLLM's numbering, as in 0,3,5,6; default: the paper's."
+        None,
+        description="Hooked states in vLLM's numbering, as in 0,3,5,6; default: the paper's, or "
+        "the nearest that vLLM's class for the target hands out.",
     )
     slot_mask: Literal["slots", "mixed"] | None = Field(
         None, description="What slots see: each other, or the context too."

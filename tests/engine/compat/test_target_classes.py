@@ -111,13 +111,15 @@ def test_page_shows_list_and_results(tmp_path: Path) -> None:
     page = "a\n<!-- results -->\nold\n<!-- /results -->\nb\n<!-- list -->\n<!-- /list -->\nc\n"
     results = tmp_path / "results.csv"
     results.write_text("family,drafts\nllama,10 (0)\n")
-    llama = Family("LlamaForCausalLM", "llama:LlamaForCausalLM", True, False, "llama", "")
-    other = Family("OtherForCausalLM", "other:Other", False, False, "other", "")
+    llama = Family(
+        "LlamaForCausalLM", "llama:LlamaForCausalLM", True, False, True, True, "llama", ""
+    )
+    other = Family("OtherForCausalLM", "other:Other", False, False, False, False, "other", "")
     text = updated(page, Families("1", "2", (llama, other)), results)
     assert "| llama | 10 (0) |" in text
     assert "old" not in text
     assert "vLLM 1 and Transformers 2: 1 of the 2 architectures" in text
-    assert "| LlamaForCausalLM | llama | `llama:LlamaForCausalLM` |" in text
+    assert "| LlamaForCausalLM | llama | `llama:LlamaForCausalLM` | 0, L/2, L-1, L |" in text
     assert "OtherForCausalLM" not in text
     assert text.startswith("a\n")
     assert text.endswith("c\n")

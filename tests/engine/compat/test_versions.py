@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from vllm_specformer.engine.compat import versions as compat
 from vllm_specformer.engine.compat.versions import (
     ALLOW_UNTESTED,
     RECORDED,
@@ -29,6 +28,7 @@ from vllm_specformer.engine.compat.versions import (
     vllm_root,
     write_snapshot,
 )
+from vllm_specformer.engine.compat import versions as compat
 
 SNAPSHOTS = Path(__file__).parents[1] / "snapshots"
 PROPOSE = "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator.propose"

@@ -9,12 +9,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config
+from transformers import DeepseekV2Config, GPT2Config
 from vllm.config import ModelConfig
 
 from support.configs import SLOTS, asking, configured
@@ -248,10 +249,9 @@ def test_class_without_hidden_states(tmp_path: Path) -> None:
         n_layer=6, n_embd=32, n_head=4, vocab_size=2048, n_positions=128,
         architectures=["GPT2LMHeadModel"],
     ).save_pretrained(tmp_path / "gpt2")  # fmt: skip
-    config = ModelConfig(model=str(tmp_path / "gpt2"), dtype="float32", max_model_len=64)
     message = "GPT2LMHeadModel cannot return auxiliary hidden states.*serve this model without"
     with pytest.raises(SpeculativeConfigError, match=message):
-        check_target_class(config)
+        check_target_class(serving(tmp_path / "gpt2", (0, 3, 5, 6)))
 
 
 def test_transformers_code_has_no_state_zero() -> None:
@@ -267,8 +267,34 @@ def test_positions_in_several_dimensions(tmp_path: Path) -> None:
         configured(asking(HEAD), target)
 
 
+def serving(target: Path, hooks: tuple[int, ...]) -> Any:
+    """What the check reads of a configuration with a head of a target of six layers."""
+    head = {"aux_hidden_state_layer_ids": list(hooks), "target_num_layers": 6}
+    draft = SimpleNamespace(hf_config=SimpleNamespace(specformer=head))
+    return SimpleNamespace(
+        model_config=ModelConfig(model=str(target), dtype="float32", max_model_len=64),
+        speculative_config=SimpleNamespace(draft_model_config=draft),
+    )
+
+
 def test_class_with_hidden_states() -> None:
-    check_target_class(ModelConfig(model=str(TARGET), dtype="float32", max_model_len=64))
+    check_target_class(serving(TARGET, (0, 3, 5, 6)))
+
+
+def test_class_without_the_hooked_states(tmp_path: Path) -> None:
+    """vLLM's DeepSeek V2 adds a residual to the embedding, which has none, and fails."""
+    config = DeepseekV2Config(
+        num_hidden_layers=6, hidden_size=32, num_attention_heads=2, vocab_size=256,
+        architectures=["DeepseekV2ForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "deepseek")
+    message = (
+        r"hooked to states \[0, 3, 5, 6\], but target class DeepseekV2ForCausalLM hands out no "
+        r"hidden state 0; train a head with --hooks 1,3,5,6, or serve this target without"
+    )
+    with pytest.raises(SpeculativeConfigError, match=message):
+        check_target_class(serving(tmp_path / "deepseek", (0, 3, 5, 6)))
+    check_target_class(serving(tmp_path / "deepseek", (1, 3, 5, 6)))
 
 
 # --- the model runner ---

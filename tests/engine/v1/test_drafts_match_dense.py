@@ -20,6 +20,7 @@ from support.engines import Job, drafting, engine, greedy, prompts, run_plain
 from support.heads import make_head
 from support.outputs import Counted, Tokens, continuations, counting, token_ids
 from support.paths import HEAD
+from support.personalities import personality
 from vllm_specformer.engine.cpu.pages import CpuPages
 
 Answers = dict[Tokens, Tokens]
@@ -86,6 +87,17 @@ def test_plain(head: Path, reference: DenseReference, answers: Answers) -> None:
 def test_trained_head(answers: Answers) -> None:
     watch, _ = drafts_of(TEXTS, greedy(MAX_TOKENS), answers, drafting(4, HEAD))
     assert_all_equal(DenseReference(HEAD), watch, at_least=500)
+
+
+@pytest.mark.parametrize("name", ["in-place", "pages-of-32"])
+def test_under_a_personality_of_cuda(
+    name: str, head: Path, reference: DenseReference, answers: Answers
+) -> None:
+    """The prompts are longer than a block of 64."""
+    texts, params = [*TEXTS[:4], *LONG[:2]], greedy(16)
+    with personality(name) as changes:
+        watch, _ = drafts_of(texts, params, answers, drafting(4, head), **changes)
+    assert_all_equal(reference, watch, at_least=100)
 
 
 def test_a_wrong_cache_would_be_seen(

@@ -14,7 +14,9 @@ def test_class_is_judged_before_weights_load(monkeypatch: pytest.MonkeyPatch) ->
 
     config = SimpleNamespace(model_config="the target's")
     monkeypatch.setattr(
-        proposer_v1, "check_target_class", lambda c: (_ for _ in ()).throw(LookupError(c))
+        proposer_v1,
+        "check_target_class",
+        lambda c: (_ for _ in ()).throw(LookupError(c.model_config)),
     )
     with pytest.raises(LookupError, match="the target's"):
         proposer_v1.SpecFormerProposer.__init__(

@@ -8,6 +8,7 @@ pytest run leaves the folder alone.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from support.outputs import Tokens
 
 MARKER = "SPECFORMER_V2_TESTS"
+PERSONALITY = "SPECFORMER_PERSONALITY"
 
 collect_ignore_glob: list[str] = []
 
@@ -26,6 +28,21 @@ if os.environ.get(MARKER) == "1":
     prepare_interpreted_engines()
 else:
     collect_ignore_glob.append("*")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def whole_run() -> Iterator[None]:
+    """The personality that every engine of this run is to have, if one is asked for."""
+    name = os.environ.get(PERSONALITY)
+    if not name:
+        yield
+        return
+    from support.personalities import personality
+    from support.v2.engines import SMALL
+
+    with personality(name) as changes:
+        SMALL.update(changes)
+        yield
 
 
 @pytest.fixture(scope="session")

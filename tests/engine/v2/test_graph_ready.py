@@ -24,6 +24,7 @@ from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 from support.dense import DenseReference
 from support.engines import drafting, greedy
 from support.outputs import Tokens, continuations
+from support.personalities import poisoned
 from support.v2.drafts import assert_all_equal, watching
 from support.v2.engines import LONG, MAX_TOKENS, TEXTS, K, engine, speculator
 from support.v2.triton_ops import OUR_KERNELS, use_triton
@@ -173,7 +174,7 @@ def test_padded_steps_draft_the_same(
     """Every step as a graph of 4 or 8 requests would do it, whatever the batch's size."""
     graphs = FakeGraphs(speculator(llm), monkeypatch)
     # On the Triton kernels: the references build small tensors from values they have read.
-    with monkeypatch.context() as patches, watching(llm, answers) as watch:
+    with monkeypatch.context() as patches, poisoned(llm), watching(llm, answers) as watch:
         launches = use_triton(patches, _disable_current_modes)
         assert_parity(generate(llm), answers)
         # A good head needs few steps; each graph is to be replayed more than once.

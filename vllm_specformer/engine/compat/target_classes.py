@@ -19,6 +19,7 @@ INTERFACE = "SupportsEagle3"
 # Tables of the registry with models that generate text.
 TABLES = ("_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS")
 _MODELS = "vllm.model_executor.models"
+TRANSFORMERS = f"{_MODELS}.transformers"
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,25 @@ class TargetClass:
     @property
     def wraps_transformers(self) -> bool:
         """Whether it runs the model's Transformers code, which has no state 0 to hand out."""
-        return self.module == f"{_MODELS}.transformers"
+        return self.module == TRANSFORMERS
 
 
 def target_classes(root: Path) -> list[TargetClass]:
     """Every architecture of the registry under `root`, the vllm package folder, by name.
+
+    Raises:
+        FileNotFoundError: `root` holds no registry of models.
+    """
+    found = {
+        architecture: TargetClass(architecture, module, name, _derives(root, module, name))
+        for architecture, (module, name) in registered(root).items()
+    }
+    return [found[architecture] for architecture in sorted(found)]
+
+
+@cache
+def registered(root: Path) -> dict[str, tuple[str, str]]:
+    """Module and name of the class that serves each architecture of the registry.
 
     Raises:
         FileNotFoundError: `root` holds no registry of models.
@@ -52,10 +67,8 @@ def target_classes(root: Path) -> list[TargetClass]:
             continue
         for architecture, (module, name) in ast.literal_eval(node.value).items():
             module = module if module.startswith("vllm.") else f"{_MODELS}.{module}"
-            found[architecture] = TargetClass(
-                architecture, module, name, _derives(root, module, name)
-            )
-    return [found[architecture] for architecture in sorted(found)]
+            found[architecture] = (module, name)
+    return found
 
 
 @cache
@@ -71,7 +84,7 @@ def _derives(root: Path, module: str, name: str) -> bool:
         return any(_derives(root, module, b.id) for b in node.bases if isinstance(b, ast.Name))
     within = [node] if isinstance(node, ast.ImportFrom) else ast.walk(tree)
     return any(
-        _derives(root, _absolute(root, module, statement), original)
+        _derives(root, absolute(root, module, statement), original)
         for statement, original in _imports(within, name)
     )
 
@@ -89,7 +102,7 @@ def _imports(nodes: Iterable[ast.AST], name: str) -> Iterator[tuple[ast.ImportFr
                     yield statement, alias.name
 
 
-def _absolute(root: Path, module: str, node: ast.ImportFrom) -> str:
+def absolute(root: Path, module: str, node: ast.ImportFrom) -> str:
     """The module that an import inside `module` names."""
     if not node.level:
         return node.module or ""

@@ -9,6 +9,10 @@ from vllm_specformer.engine.patches.ledger import extend, patch
 from vllm_specformer.engine.speculative_config import OwnFields, as_dictionary, split_own_fields
 from vllm_specformer.names import ARCHITECTURE, SPECULATORS_TYPE
 
+# Count up when what the plugin adds to the target's graph changes (see `hooked_states`): vLLM keeps
+# compiled targets, and takes one from a release before for as good.
+GRAPH = 1
+
 
 @extend(
     "vllm.model_executor.models.registry:ModelRegistry",
@@ -34,6 +38,7 @@ def to_vllm_config(config_dict: dict[str, Any], pre_trained_config: dict[str, An
         is_causal=True,  # keeps vLLM from asking for a non-causal backend for our one layer
         mask_token_id=0,  # required of parallel drafters; our slots are not made from a token
         eagle_aux_hidden_state_layer_ids=list(fields["aux_hidden_state_layer_ids"]),
+        specformer_graph=GRAPH,  # a part of what vLLM looks compiled graphs up by
         specformer=fields,
     )
 

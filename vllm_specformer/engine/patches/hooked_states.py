@@ -71,6 +71,7 @@ def _copy_all(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _copy_if_alone(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The same, unless the layer is given two of one shape: then their sum is handed out."""
-    shapes = [a.shape for a in (*args, *kwargs.values()) if _is_state(a)]
-    return _copy_all(layer, args, kwargs) if len(shapes) == len(set(shapes)) else None
+    """The same, unless the layer is given two of one width: then their sum is handed out."""
+    # Not whole shapes: to compare numbers of tokens would fix them when the target is compiled.
+    widths = [a.shape[-1] for a in (*args, *kwargs.values()) if _is_state(a)]
+    return _copy_all(layer, args, kwargs) if len(widths) == len(set(widths)) else None
