@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.family_targets import FAMILIES, make_target
+from support.family_targets import make_target
 from support.training_texts import write_distilled
 from vllm_specformer.cli.main import main
 from vllm_specformer.training.texts import Text, Texts
@@ -45,9 +45,6 @@ def make_pair(folder: Path, family: str) -> Pair:
     arguments += ["--slots", 4, "--max-steps", STEPS, "--batch-tokens", 512, "--eval-every", STEPS]
     # Its term is added to the logits, so their scale and cap decide about drafts.
     arguments += ["--markov-rank", 8]
-    hooks = FAMILIES[family].hooks
-    if hooks:
-        arguments += ["--hooks", hooks]
     assert main(["train", *map(str, arguments)]) == 0
     return pair
 

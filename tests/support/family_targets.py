@@ -30,11 +30,10 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 @dataclass(frozen=True)
 class TinyFamily:
-    """What the family has that others have not, its configuration, and hooks if not the default."""
+    """What the family has that others have not, and its configuration."""
 
     particular: str
     config: Callable[[], hf.PreTrainedConfig]
-    hooks: str | None = None
 
 
 def _yarn(factor: float) -> dict[str, Any]:
@@ -132,13 +131,10 @@ FAMILIES: dict[str, TinyFamily] = {
         "partial rotary embedding", lambda: hf.Phi3Config(**WIDE, partial_rotary_factor=0.75)
     ),
     "ernie4_5": TinyFamily("interleaved rotary embedding", lambda: hf.Ernie4_5Config(**SHAPE)),
-    "olmo2": TinyFamily(
-        "Transformers code inside vLLM", lambda: hf.Olmo2Config(**WIDE), hooks="2,3,4"
-    ),
+    "olmo2": TinyFamily("Transformers code inside vLLM", lambda: hf.Olmo2Config(**WIDE)),
     "starcoder2": TinyFamily(
         "the same, with LayerNorm and biases",
         lambda: hf.Starcoder2Config(**WIDE, tie_word_embeddings=False),
-        hooks="2,3,4",
     ),
 }
 

@@ -68,7 +68,7 @@ def poisoned(llm: Any) -> Iterator[None]:
 
     Before a step: its part of every staged buffer, entries of the block table past a request's own
     blocks, and the drafts of the step before. After it: the hooked states. At the beginning: every
-    page of the head's cache.
+    page of the head's cache but vLLM's null block.
     """
     from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
@@ -93,6 +93,7 @@ def poisoned(llm: Any) -> Iterator[None]:
 
     core = llm.llm_engine.engine_core.engine_core
     ours = core.model_executor.driver_worker.worker.model_runner.speculator
-    ours.model.attn.kv_cache.fill_(math.nan)
+    layer = ours.model.attn
+    layer.kv_cache[layer.pages_per_block :] = math.nan  # rows that pad a batch read the null block
     with torch.inference_mode(), mock.patch.object(SpecFormerSpeculator, "propose", propose):
         yield

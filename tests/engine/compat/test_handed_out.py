@@ -114,18 +114,19 @@ def test_class_that_builds_another_one_by_its_architecture(root: Path) -> None:
 def test_what_a_base_builds_may_be_replaced(root: Path) -> None:
     write(root, "inner", leaving=BY_HAND)
     write(root, "own", before=AT_START, leaving=BY_HAND)
-    path = root / "model_executor" / "models" / "derived.py"
+    models = root / "model_executor" / "models"
     imports = (
         "from vllm.model_executor.models.inner import Target as Base\n"
         "from .own import Decoder as Own\n"
     )
-    path.write_text(imports + "class Target(Base):\n    model_cls = Own\n")
-    assert found(root, "derived") == ALL
-    path.write_text(imports + "class Target(Base):\n    pass\n")
-    assert found(root, "derived") == HandedOut(first=False, last=True)
+    (models / "replaces.py").write_text(imports + "class Target(Base):\n    model_cls = Own\n")
+    assert found(root, "replaces") == ALL
+    (models / "keeps.py").write_text(imports + "class Target(Base):\n    pass\n")
+    assert found(root, "keeps") == HandedOut(first=False, last=True)
 
 
 def test_method_of_a_base_may_be_replaced(root: Path) -> None:
+    """A decoder that no longer collects is none, whatever its base did."""
     write(root, "inner", before=AT_START, leaving=AFTER_EACH)
     path = root / "model_executor" / "models" / "derived.py"
     path.write_text(
@@ -133,7 +134,7 @@ def test_method_of_a_base_may_be_replaced(root: Path) -> None:
         "class Plain(Decoder):\n    def forward(self):\n        return 0\n"
         "class Target:\n    model_cls = Plain\n"
     )
-    assert found(root, "derived") != HandedOut(first=False, last=True)
+    assert found(root, "derived") is None
 
 
 def test_every_platform_counts(root: Path) -> None:

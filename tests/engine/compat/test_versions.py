@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vllm_specformer.engine.compat import versions as compat
 from vllm_specformer.engine.compat.versions import (
     ALLOW_UNTESTED,
     RECORDED,
@@ -28,7 +29,6 @@ from vllm_specformer.engine.compat.versions import (
     vllm_root,
     write_snapshot,
 )
-from vllm_specformer.engine.compat import versions as compat
 
 SNAPSHOTS = Path(__file__).parents[1] / "snapshots"
 PROPOSE = "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator.propose"

@@ -12,8 +12,8 @@ from vllm.plugins import load_general_plugins
 
 from support.configs import asking, configured
 from support.paths import HEAD, TARGET
-from vllm_specformer.engine.compat.versions import ALLOW_UNTESTED, IncompatibleVLLMError
 from vllm_specformer.engine.compat import versions as compat
+from vllm_specformer.engine.compat.versions import ALLOW_UNTESTED, IncompatibleVLLMError
 from vllm_specformer.plugin import register
 
 

@@ -44,23 +44,28 @@ def handed_out(root: Path, module: str, name: str) -> HandedOut | None:
 
 def _decoders(
     root: Path, module: str, name: str, seen: set[tuple[str, str]]
-) -> Iterator[tuple[_Function, ...]]:
-    """Methods of every decoder found behind `module:name` that collects states."""
-    place = (module, name)
-    if place in seen:
-        return
-    seen.add(place)
+) -> list[tuple[_Function, ...]]:
+    """Methods of every decoder found at or behind `module:name` that collects states."""
+    if (module, name) in seen:
+        return []
+    seen.add((module, name))
+    found: list[tuple[_Function, ...]] = []
     for home, node in definitions(root, module, name):
         methods = tuple(_methods(root, home, node).values())
-        if _of_decoder(*methods) is not None:
-            yield methods
-            continue
-        found = [d for m in _mentioned(root, home, node.body) for d in _decoders(root, *m, seen)]
-        if not found:  # what a base mentions may be replaced in the class itself
-            found = [
-                d for m in _mentioned(root, home, node.bases) for d in _decoders(root, *m, seen)
-            ]
-        yield from found
+        collects = _of_decoder(*methods) is not None
+        found += [methods] if collects else _behind(root, home, node, seen)
+    return found
+
+
+def _behind(
+    root: Path, module: str, node: ast.ClassDef, seen: set[tuple[str, str]]
+) -> list[tuple[_Function, ...]]:
+    """Decoders that a class builds, or else its bases: what they build it may have replaced."""
+    found = [d for m in _mentioned(root, module, node.body) for d in _decoders(root, *m, seen)]
+    if found:
+        return found
+    bases = [place for b in _bases(node) for place in definitions(root, module, b)]
+    return [d for home, base in bases for d in _behind(root, home, base, seen)]
 
 
 @cache
@@ -95,10 +100,14 @@ def _imported(root: Path, module: str) -> dict[str, list[tuple[str, str]]]:
 def _methods(root: Path, module: str, node: ast.ClassDef) -> dict[str, _Function]:
     """A class's methods by name, with those it inherits."""
     methods: dict[str, _Function] = {}
-    for base in reversed([b.id for b in node.bases if isinstance(b, ast.Name)]):
+    for base in reversed(_bases(node)):
         for home, inherited in definitions(root, module, base):
             methods |= _methods(root, home, inherited)
     return methods | {m.name: m for m in node.body if isinstance(m, _Function)}
+
+
+def _bases(node: ast.ClassDef) -> list[str]:
+    return [base.id for base in node.bases if isinstance(base, ast.Name)]
 
 
 def _mentioned(root: Path, module: str, nodes: Sequence[ast.AST]) -> Iterator[tuple[str, str]]:
@@ -148,7 +157,7 @@ def _ends(index: ast.expr) -> tuple[str, ...]:
     return ("first",)
 
 
-def _asked(node: ast.expr) -> ast.expr | None:
+def _asked(node: ast.AST) -> ast.expr | None:
     """`index` of `index in self.aux_hidden_state_layers`."""
     if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In):
         return node.left if _is_attribute(node.comparators[0], _WANTED) else None
