@@ -111,6 +111,12 @@ class DraftClock:
         self._seconds, self._steps = 0.0, 0
         self._shared = _shared_numbers(parallel_config)
 
+    def reset(self) -> None:
+        """Forget everything, as after a warm-up."""
+        self._pending.clear()
+        self._seconds, self._steps = 0.0, 0
+        self._add(0.0, 0)
+
     def timed(self, step: Callable[[], Any], counts: int = 1) -> Any:
         """`step()`, its time added up; `counts` 0 for the rest of a step that counts already."""
         if self._shared is None:
@@ -194,6 +200,11 @@ class AcceptanceMonitor:
         self._copied = torch.cuda.Event() if self._on_gpu else None
         self._drafted = 0
         self._judging = 0  # drafted tokens of the window being copied; 0: none
+
+    def reset(self) -> None:
+        """Forget everything, as after a warm-up."""
+        self._rejected.zero_()
+        self._drafted = self._judging = 0
 
     def observe(self, drafted: int, num_rejected: Tensor) -> None:
         """Add one step: `drafted` tokens were verified, `num_rejected` [R] of them refused."""

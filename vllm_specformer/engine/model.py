@@ -57,9 +57,9 @@ class SpecFormerDraftModel(nn.Module):
         super().__init__()
         speculative = vllm_config.speculative_config
         self.config: SpecFormerConfig = head_config(speculative.draft_model_config.hf_config)
-        # RoPE must cover what is served, whatever length the head was trained at.
-        served = vllm_config.model_config.max_model_len
-        self.config.max_position_embeddings = max(self.config.max_position_embeddings, served)
+        # RoPE covers what is served, whatever length the head was made for: a table for ten million
+        # positions would take gigabytes.
+        self.config.max_position_embeddings = vllm_config.model_config.max_model_len
         self.head = SpecFormerHead(self.config)
         ranks = vllm_config.parallel_config.tensor_parallel_size
         wanted = speculative.draft_parallel_config.tensor_parallel_size

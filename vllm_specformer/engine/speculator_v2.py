@@ -132,8 +132,13 @@ class SpecFormerSpeculator(DFlashSpeculator):
         )
 
     def capture(self) -> None:
-        """Capture the step for every batch size, with all rows inert."""
+        """Capture the step for every batch size, with all rows inert.
+
+        Before it, every kernel is compiled that serving may launch outside of a graph; after it,
+        what vLLM's warm-up has drafted is forgotten.
+        """
         self._make_inert()
+        self._compile_kernels()
         self.query_cudagraph_manager.capture(
             self._generate_draft,
             self.input_buffers,
@@ -145,6 +150,15 @@ class SpecFormerSpeculator(DFlashSpeculator):
             prepare_forward=self._prepare_graph_forward,
             progress_bar_desc="Capturing specformer CUDA graphs",
         )
+        self.monitor.reset()
+        self.clock.reset()
+
+    @torch.inference_mode()
+    def _compile_kernels(self) -> None:
+        """Draft once for every number of drafts, and store without drafting, with inert rows."""
+        self._store_context_and_query(0, 1)
+        for wanted in sorted({*self._scheduled_drafts, self.num_speculative_steps} - {0}):
+            self._draft(1, 1, wanted)
 
     def _prepare_graph_forward(self, num_reqs: int, attn_metadata: Any = None) -> None:
         """Nothing: the draft pass stores the context as it rotates its queries."""

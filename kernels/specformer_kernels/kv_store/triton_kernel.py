@@ -33,7 +33,11 @@ def rotated(
     return b_first_rotated, b_second_rotated
 
 
-@triton.jit
+# Rows of a step and where they begin in their buffers must not make a step compile another variant.
+@triton.jit(
+    do_not_specialize=["num_key_programs"],
+    do_not_specialize_on_alignment=["slot_mapping_ptr", "positions_ptr"],
+)
 def _kv_store_kernel(
     key_cache_ptr,  # [num_blocks, num_kv_heads, page_size, head_size]
     value_cache_ptr,  # the same of V, with K's strides

@@ -24,10 +24,12 @@ from vllm.v1.worker.gpu.dp_utils import dispatch_cg_and_sync_dp
 from support.dense import DenseReference
 from support.engines import drafting, greedy
 from support.outputs import Tokens, continuations
+from support.paths import HEAD
 from support.personalities import poisoned
 from support.v2.drafts import assert_all_equal, watching
 from support.v2.engines import LONG, MAX_TOKENS, TEXTS, K, engine, speculator
 from support.v2.triton_ops import OUR_KERNELS, use_triton
+from vllm_specformer.config import read_head_config
 from vllm_specformer.engine import speculator_v2
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
@@ -154,7 +156,9 @@ class FakeGraphs:
         pages, size = before.shape[0], before.shape[2]
         written = torch.zeros(pages * size, dtype=torch.bool)
         written[slots] = True
-        changed = (self._cache() != before).any(-1).any(1).flatten()
+        # As bits: poison is not equal to itself.
+        changed = self._cache().view(torch.int32) != before.view(torch.int32)
+        changed = changed.any(-1).any(1).flatten()
         assert not (changed & ~written).any(), "a row that pads the batch wrote to the cache"
         assert changed.any()
         if logits is not None:
@@ -229,12 +233,28 @@ def test_capture_leaves_no_trace(
     before = layer.kv_cache.clone()
     assert ours.draft_logits is not None
     logits = ours.draft_logits.clone()
+    ours.monitor.observe(4, torch.tensor([4]))
+    ours.clock._seconds = 1.0
+    drafted: list[int] = []
+    draft = ours._draft
+    monkeypatch.setattr(ours, "_draft", lambda n, m, k: (drafted.append(k), draft(n, m, k)))
+    monkeypatch.setattr(ours, "_scheduled_drafts", [0, 0, 2, K, 2, 0])
     ours.capture()
+    assert drafted[:2] == [2, K], "not every number of drafts is compiled before serving"
+    assert (ours.monitor._drafted, int(ours.monitor._rejected)) == (0, 0)
+    assert (ours.clock._seconds, ours.clock._steps) == (0.0, 0)
     assert torch.equal(ours.draft_logits, logits)
     assert captured == [1, 2, ours.max_num_reqs]
     assert torch.equal(layer.kv_cache, before)
     llm.reset_prefix_cache()
     assert_parity(generate(llm, 4), answers)
+
+
+def test_rotary_table_covers_what_is_served_and_no_more(llm: LLM) -> None:
+    head = speculator(llm).model.head
+    served = llm.llm_engine.model_config.max_model_len
+    assert served < read_head_config(HEAD).max_position_embeddings
+    assert len(head.rotary(torch.device("cpu"))) == served + head.config.num_draft_slots
 
 
 def test_graphs_are_asked_for_when_vllm_wants_them(

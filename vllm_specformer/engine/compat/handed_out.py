@@ -142,7 +142,7 @@ def _places(method: _Function) -> Iterator[str]:
             yield "between"  # a layer is told to give the state before it, which the first has not
         elif isinstance(node, ast.If) and _collects(node.body):
             for part in ast.walk(node.test):
-                if (index := _asked(part)) is not None:
+                if isinstance(part, ast.expr) and (index := _asked(part)) is not None:
                     adds_nothing = isinstance(index, ast.Name) and _adds_residual(node.body)
                     yield from ("between",) if adds_nothing else _ends(index)
 

@@ -47,7 +47,7 @@ RUNNER_V1: tuple[Reliance, ...] = (
         "draws the drafts and keeps q",
         "logits sampling_metadata",
     ),
-    call(
+    override(
         f"{_BASE_V1}.initialize_attn_backend",
         V1,
         "finds the head's KV group",
