@@ -10,7 +10,7 @@ import functools
 
 import aot
 import torch
-from specformer_kernels.block_attention.triton_kernel import block_attention
+from specformer_kernels.block_attention.launch import block_attention
 from specformer_kernels.grouped_rms_norm.triton_kernel import grouped_rms_norm
 from specformer_kernels.kv_store.triton_kernel import kv_store
 from torch import Tensor
