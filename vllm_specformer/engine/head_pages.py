@@ -45,6 +45,11 @@ def check_cache(vllm_config: VllmConfig) -> None:
         SpeculativeConfigError: see its message.
     """
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    if model.is_attention_free:
+        raise SpeculativeConfigError(
+            f"target {model.model}: it has no attention layer; a SpecFormer head keeps K/V of "
+            "every token beside those of one; serve it without speculation"
+        )
     text = model.hf_text_config
     windows = vllm_config.cache_config.sliding_window  # set if every layer has it
     if set(getattr(text, "layer_types", None) or ()) == {"sliding_attention"}:

@@ -151,7 +151,7 @@ def test_the_target_keeps_its_layout() -> None:
 def config(**text: Any) -> Any:
     model = SimpleNamespace(model="some/model", hf_text_config=SimpleNamespace(**text))
     return SimpleNamespace(
-        model_config=SimpleNamespace(**vars(model), use_mla=False),
+        model_config=SimpleNamespace(**vars(model), use_mla=False, is_attention_free=False),
         cache_config=SimpleNamespace(sliding_window=None),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         attention_config=SimpleNamespace(hisparse_config=None),
@@ -175,6 +175,13 @@ def test_windows_everywhere_are_refused_before_weights() -> None:
         check_cache(every_layer)
     check_cache(config(layer_types=["sliding_attention", "full_attention"], sliding_window=128))
     check_cache(config(layer_types=["sliding_attention"], sliding_window=None))
+
+
+def test_a_recurrent_target_is_refused_before_weights() -> None:
+    recurrent = config()
+    recurrent.model_config.is_attention_free = True
+    with pytest.raises(SpeculativeConfigError, match="has no attention layer"):
+        check_cache(recurrent)
 
 
 def test_connectors_and_caches_that_cannot_be_shared() -> None:
