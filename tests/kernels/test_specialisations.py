@@ -11,8 +11,12 @@ import functools
 import aot
 import torch
 from specformer_kernels.block_attention.launch import block_attention
+from specformer_kernels.draft_inputs import DraftBuffers, StepInputs
+from specformer_kernels.draft_inputs.triton_kernel import draft_inputs
 from specformer_kernels.grouped_rms_norm.triton_kernel import grouped_rms_norm
 from specformer_kernels.kv_store.triton_kernel import kv_store
+from specformer_kernels.rotate_slots.triton_kernel import rotate_slots
+from specformer_kernels.swiglu.triton_kernel import swiglu
 from torch import Tensor
 from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import create_function_from_signature
@@ -69,7 +73,7 @@ def attend(requests: int, rows: int) -> None:
         torch.zeros(MOST * rows, dtype=torch.int64)[: requests * rows],
         SIZE**-0.5,
         rows,
-        4,
+        pages_per_block=4,
     )
 
 
@@ -113,3 +117,52 @@ def test_hook_norm() -> None:
             grouped_rms_norm(states, torch.ones(3, SIZE), 1e-6)
 
     assert len(variants(aot.launches_of(normalise))) == 1
+
+
+def test_slots() -> None:
+    """One variant per number of drafts, which tell strides."""
+
+    def all_batches(slots: int) -> None:
+        for requests in BATCHES:
+            projected = torch.zeros(requests, slots, HEADS + 2 * KV_HEADS, SIZE)
+            anchors = torch.zeros(MOST, dtype=torch.int64)[:requests]
+            rotate_slots(projected[:, :, : HEADS + KV_HEADS], TABLE, anchors)
+            swiglu(torch.zeros(requests, slots, 96))
+
+    for slots in (1, 2, 4, 7, 16):
+        launches = aot.launches_of(functools.partial(all_batches, slots))
+        assert len(variants(launches)) == 2  # of two kernels
+
+
+def test_inputs() -> None:
+    integers = torch.zeros(4096, dtype=torch.int64)
+    counts = integers.int()
+    buffers = DraftBuffers(
+        *(integers[:2048] for _ in range(2)),
+        *(integers[:MOST] for _ in range(4)),
+        *(integers[: 4 * MOST] for _ in range(2)),
+        integers[:MOST],
+        torch.zeros(MOST),
+        integers[:MOST],
+    )
+
+    def all_steps() -> None:
+        for place, rows in enumerate(ROWS):
+            # The batch's tensors lie somewhere in larger ones.
+            requests, start = min(MOST, rows), place % 5
+            of_rows, of_requests = integers[start:], counts[start:]
+            step = StepInputs(
+                query_start_loc=of_requests,
+                positions=of_rows,
+                slot_mapping=of_rows,
+                idx_mapping=of_requests,
+                num_sampled=of_requests,
+                num_rejected=of_requests,
+                last_sampled=integers,
+                next_prefill_tokens=counts,
+                temperature=torch.zeros(MOST),
+                seeds=integers,
+            )
+            draft_inputs(step, buffers, requests, rows)
+
+    assert len(variants(aot.launches_of(all_steps))) == 1
