@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=160, help="prompts to choose")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    prompts = read_prompts(args.prompts, args.target, args.longest + 1, _CONTEXT)
+    prompts = read_prompts(args.prompts, args.target, args.longest + 1, _CONTEXT, print)
     found = chosen(
         prompts, answers(args.target, prompts, args.longest + 1), args.shortest, args.longest
     )

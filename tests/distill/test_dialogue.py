@@ -153,6 +153,58 @@ def test_a_template_may_refuse_a_conversation(encoder: Encoder) -> None:
     assert (grown.cut, grown.reason) == (TEMPLATE, "it does not show earlier answers")
 
 
+TOOLS_TEMPLATE = "{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}" + CHAT_TEMPLATE
+LOOKED_UP = {
+    "messages": [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}, {"id": "2"}]},
+        {"role": "tool", "content": "rain", "tool_call_id": "1"},
+        {"role": "tool", "content": "wind", "tool_call_id": "2"},
+        {"role": "assistant", "content": "somebody else's answer"},
+        {"role": "user", "content": "thanks"},
+    ],
+    "tools": [{"name": "look"}, {"name": "ask"}],
+}
+
+
+def test_tools_are_described_and_their_results_answered(encoder: Encoder) -> None:
+    told = with_template(encoder, TOOLS_TEMPLATE)
+    assert told.shows_tools
+    grown = dialogue(parse(0, LOOKED_UP), told)
+    shown = "[look][ask]user: weather?\nassistant: "
+    assert told.decode(grown.request().prompt_ids) == shown
+    between = ("tool: rain\ntool: wind\nassistant: ", "user: thanks\nassistant: ", None)
+    for text, after in zip(ANSWERS, between, strict=True):
+        grown.accept(Answer([*ids(told, text), END], "stop"))
+        shown += f"{text}<|endoftext|>\n{after}"
+        if after:
+            assert told.decode(grown.request().prompt_ids) == shown
+    assert not grown.is_open
+
+
+def test_tools_of_a_record_replace_those_of_the_command(encoder: Encoder) -> None:
+    given = {"tools": [{"name": "other"}]}
+    told = Encoder(encoder.tokenizer, TOOLS_TEMPLATE, given, encoder.end_ids)
+    shown = [
+        told.decode(dialogue(parse(0, record), told).request().prompt_ids)
+        for record in (LOOKED_UP, chat("a"))
+    ]
+    assert shown == ["[look][ask]user: weather?\nassistant: ", "[other]user: a\nassistant: "]
+
+
+def test_a_template_that_leaves_out_what_tools_return(encoder: Encoder) -> None:
+    """Then the target would be asked twice for one answer."""
+    deaf = with_template(
+        encoder,
+        CHAT_TEMPLATE.replace("messages %}", "messages if message.role != 'tool' %}"),
+    )
+    assert not deaf.shows_tools
+    grown = dialogue(parse(0, LOOKED_UP), deaf)
+    assert deaf.decode(grown.request().prompt_ids) == "user: weather?\nassistant: "
+    grown.accept(Answer([*ids(deaf, "look"), END], "stop"))
+    assert (grown.cut, grown.reason) == (TEMPLATE, "it does not show what tools return")
+
+
 def test_template_arguments(encoder: Encoder) -> None:
     template = "{% if brief is defined and brief %}!{% endif %}" + CHAT_TEMPLATE
     brief = Encoder(encoder.tokenizer, template, {"brief": True}, encoder.end_ids)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -290,6 +292,55 @@ def test_bad_lines_are_reported(target: Path, prompts: Path, tmp_path: Path) -> 
     assert "1 malformed records left out" in said[0]
     assert f"{prompts}, line 24: not valid JSON" in said[0]
     assert manifest.prompts[0].bad == 1
+
+
+def test_a_template_without_a_place_for_tools_is_told(target: Path, tmp_path: Path) -> None:
+    record = chat("a") | {"tools": [{"name": "f"}]}
+    prompts = write_lines(tmp_path / "prompts.jsonl", [chat("a"), record, record])
+    said: list[str] = []
+    manifest = distill(options(target, prompts, tmp_path / "out"), open_fake, said.append)
+    assert said[0].startswith("warning: 2 conversations have tools, and the chat template has no")
+    assert manifest.counts.conversations == 3
+
+
+def test_prompts_through_a_pipe(target: Path, prompts: Path, tmp_path: Path) -> None:
+    """The same rows as from the file, and a run that is continued from another pipe."""
+    content, pipe, out = prompts.read_bytes(), tmp_path / "pipe", tmp_path / "out"
+    os.mkfifo(pipe)
+
+    def distilled(engine: FakeEngine) -> None:
+        writer = threading.Thread(target=pipe.write_bytes, args=(gzip.compress(content, mtime=0),))
+        writer.start()
+        try:
+            distill(options(target, pipe, out), lambda *_: engine, silent)
+        finally:
+            writer.join()
+
+    with pytest.raises(KeyboardInterrupt):
+        distilled(StoppingEngine(9, KeyboardInterrupt()))
+    assert 0 < len(read_manifest(out, allow_incomplete=True).shards) < 6
+    distilled(FakeEngine())
+    distill(options(target, prompts, tmp_path / "whole"), open_fake, silent)
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+
+
+def test_prompts_that_shrink_while_they_are_answered(
+    target: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out, content = tmp_path / "out", prompts.read_bytes()
+
+    class Shrinking(FakeEngine):
+        def answer(self, dialogues: Sequence[Dialogue], progress: Progress) -> None:
+            super().answer(dialogues, progress)
+            if dialogues[0].prompt.id == 4:
+                os.truncate(prompts, len(content) // 2)
+
+    with pytest.raises(PromptError, match=r"has changed since .*\. 2 of 6 shards are finished"):
+        distill(options(target, prompts, out), lambda *_: Shrinking(), silent)
+    prompts.write_bytes(content)
+    distill(options(target, prompts, out), open_fake, silent)
+    distill(options(target, prompts, tmp_path / "whole"), open_fake, silent)
+    assert rows_of(out) == rows_of(tmp_path / "whole")
 
 
 def test_a_template_that_refuses_everything_is_found_before_the_engine_starts(

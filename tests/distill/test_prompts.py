@@ -1,9 +1,17 @@
-"""Reading prompts: every form, every container, and what is said about bad records."""
+"""Reading prompts: every form of record and container, and what is said about bad ones."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import hashlib
 import json
+import lzma
+import os
 import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +23,7 @@ from hypothesis import strategies as st
 
 from support.distill.fakes import chat, write_lines
 from vllm_specformer.data.prompts import Prompt, PromptError, PromptSet, derive, parse, scan
+from vllm_specformer.data.sources import Source
 
 USER = {"role": "user", "content": "Hi"}
 
@@ -52,10 +61,96 @@ def contents(prompt: Prompt) -> list[tuple[str, str]]:
         # UltraChat's records hold the first question under `prompt` as well.
         ({"prompt": "Hi", "prompt_id": "1", "messages": [USER]}, [("user", "Hi")]),
         ({"text": None, "messages": [USER]}, [("user", "Hi")]),
+        ({"conversations": [USER, {"role": "assistant", "content": "x"}]}, [("user", "Hi")]),
+        ({"messages": [{"from": "human", "value": "Hi"}]}, [("user", "Hi")]),
+        ({"prompt": [{"role": "system", "content": "s"}, USER]}, [("system", "s"), ("user", "Hi")]),
+        ({"conversations": [USER], "system": "s"}, [("system", "s"), ("user", "Hi")]),
+        (
+            {"conversations": [{"from": "system", "value": "t"}, USER], "system": "s"},
+            [("system", "t"), ("user", "Hi")],
+        ),
+        # LLaMA-Factory's names: the call is the model's, so it is an answer.
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "a"},
+                    {"from": "function_call", "value": "{}"},
+                    {"from": "observation", "value": "b"},
+                    {"from": "gpt", "value": "c"},
+                ]
+            },
+            [("user", "a"), ("tool", "b")],
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+                    {"role": "tool", "content": "", "tool_call_id": "1"},
+                ]
+            },
+            [("user", "Hi"), ("tool", "")],
+        ),
     ],
 )
 def test_conversations_keep_questions_only(record: Any, expected: list[tuple[str, str]]) -> None:
     assert contents(parse(0, record)) == expected
+
+
+@pytest.mark.parametrize(
+    ("role", "names"),
+    [
+        ("user", ["user", "USER", "human"]),
+        ("tool", ["tool", "function", "observation", "ipython"]),
+        ("assistant", ["assistant", "gpt", "chatgpt", "model", "BOT", "bard", "bing", "claude"]),
+        ("system", ["system", "developer"]),
+    ],
+)
+def test_names_of_roles(role: str, names: list[str]) -> None:
+    for name in names:
+        turns = [{"from": "human", "value": "Hi"}, {"from": name, "value": "x"}]
+        expected = [("user", "Hi"), (role, "x")][: 1 if role == "assistant" else 2]
+        assert contents(parse(0, {"conversations": turns})) == expected
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}},
+    },
+    {"type": "function", "function": {"name": "g", "strict": True}},
+]
+
+
+def test_tools_and_what_they_return(tmp_path: Path) -> None:
+    """Each turn ends where the target is to speak: after a question, after all results of calls."""
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}, {"id": "2"}]}
+    results = [
+        {"role": "tool", "content": "rain", "tool_call_id": "1", "name": "f"},
+        {"role": "tool", "content": "wind", "tool_call_id": "2"},
+    ]
+    thanks = {"role": "user", "content": "thanks"}
+    record = {"messages": [USER, called, *results, thanks], "tools": TOOLS}
+    prompt = parse(0, record)
+    assert list(prompt.tools) == TOOLS
+    assert prompt.turns == [[USER], results, [thanks]]
+    written = record | {"tools": json.dumps(TOOLS)}
+    nothing = [record | {"tools": none} for none in (None, [], "", "[]")]
+    paths = [
+        write_lines(tmp_path / "1.jsonl", [record]),
+        write_lines(tmp_path / "2.jsonl", [written]),
+        tmp_path / "3.parquet",
+        tmp_path / "4.parquet",
+        write_lines(tmp_path / "5.jsonl", nothing),
+    ]
+    # Parquet gives every tool the fields of all of them.
+    pq.write_table(pa.Table.from_pylist([record]), paths[2])
+    pq.write_table(pa.Table.from_pylist([written]), paths[3])
+    found = scan(paths)
+    assert (found.bad, found.with_tools) == ([], 4)
+    read = everything(found)
+    assert [list(prompt.tools) for prompt in read] == [TOOLS] * 4 + [[]] * 4
+    assert all(prompt.turns == [[USER], results, [thanks]] for prompt in read)
 
 
 @pytest.mark.parametrize("name", ["text", "prompt"])
@@ -77,9 +172,19 @@ def test_plain_text(name: str) -> None:
         (b'{"messages": {}}', "messages: expected a list, found dict"),
         (b'{"messages": []}', "messages: no user message"),
         (b'{"messages": [{"role": "assistant", "content": "x"}]}', "no user message"),
-        (b'{"messages": ["x"]}', "an entry is no object with role and content"),
+        (b'{"messages": ["x"]}', "an entry is no object with role and content or from and value"),
         (b'{"messages": [{"role": "user"}]}', "content: expected text, found NoneType"),
-        (b'{"messages": [{"role": "tool", "content": "x"}]}', "role 'tool' is not one of system"),
+        (
+            b'{"messages": [{"role": "critic", "content": "x"}]}',
+            "role 'critic' is not one of system, user, assistant, tool",
+        ),
+        (
+            b'{"messages": [{"role": "tool", "content": "x"}, {"role": "user", "content": "a"}]}',
+            "a tool speaks before the user",
+        ),
+        (b'{"messages": [{"role": "user", "content": "a"}], "tools": "[{"}', "tools: not valid"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "tools": 3}', "tools: expected a list"),
+        (b'{"text": "a", "tools": [{"name": "f"}]}', "a text has no place for tools"),
         (
             b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
             "only text parts are supported",
@@ -139,7 +244,13 @@ def test_too_many_bad_records(tmp_path: Path) -> None:
         (b"[{", "begins like a JSON list but is none"),
         (b"PAR1 and no more", "not readable as Parquet"),
         (b'{"question": "a"}\n', "no record can be used; the first: "),
-        (b"\x1f\x8b\x08", "no record can be used; the first: "),
+        (b"\x1f\x8b\x08", "packed with gzip, and damaged or not whole"),
+        (b'{\n "text": "a"\n}\n{\n "text"', "at line 4 there is no whole object"),
+        ('{"text": "a"}\n'.encode("utf-16")[:-1], "not valid UTF-16"),
+        (b"PK\x03\x04rest", "a ZIP archive; unpack it"),
+        (b"ARROW1\0\0", "an Arrow file; write it as Parquet"),
+        (b"a.jsonl".ljust(257, b"\0") + b"ustar\x0000", "a tar archive; unpack it"),
+        (gzip.compress(b"PAR1"), "a Parquet file packed with gzip; unpack it"),
     ],
 )
 def test_unusable_files(tmp_path: Path, content: bytes, message: str) -> None:
@@ -149,6 +260,131 @@ def test_unusable_files(tmp_path: Path, content: bytes, message: str) -> None:
         scan([path])
     assert message in str(error.value)
     assert str(path) in str(error.value)
+
+
+RECORDS = [{"text": f"größe {i} 你好 \u2028"} for i in range(2000)]
+LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS)
+PACKERS = {
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+    "zstd": lambda content: pa.compress(content, codec="zstd", asbytes=True),
+}
+
+
+def texts(found: PromptSet) -> list[str | None]:
+    assert not found.bad
+    return [prompt.text for prompt in everything(found)]
+
+
+@pytest.mark.parametrize("name", PACKERS)
+def test_packed_files(tmp_path: Path, name: str) -> None:
+    path, pack = tmp_path / "prompts", PACKERS[name]
+    expected = [record["text"] for record in RECORDS]
+    packed = pack(LINES.encode())
+    path.write_bytes(packed)
+    found = scan([path])
+    assert texts(found) == expected
+    assert texts(found) == expected  # the second reading
+    assert found.files[0].sha256 == hashlib.sha256(packed).hexdigest()
+    path.write_bytes(packed + packed)  # as `cat` joins them
+    assert texts(scan([path])) == expected * 2
+    path.write_bytes(pack(json.dumps(RECORDS, indent=1).encode("utf-16")))
+    assert texts(scan([path])) == expected
+    for cut in (len(packed) // 2, len(packed) - 3):
+        path.write_bytes(packed[:cut])
+        with pytest.raises(PromptError, match=f"packed with {name}, and damaged or not whole"):
+            scan([path])
+
+
+def test_zstd_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "prompts.zst"
+    path.write_bytes(PACKERS["zstd"](LINES.encode()))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(PromptError, match="takes pyarrow to read; unpack it with `zstd -d`"):
+        scan([path])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
+def test_encodings(tmp_path: Path, encoding: str) -> None:
+    """Lines, a list and objects over several lines, with a byte-order mark and without."""
+    path = tmp_path / "prompts"
+    expected = [record["text"] for record in RECORDS]
+    laid_out = "\n".join(json.dumps(r, indent=2, ensure_ascii=False) for r in RECORDS)
+    listed = json.dumps(RECORDS, ensure_ascii=False)
+    for content in (LINES, LINES.replace("\n", "\r\n"), listed, laid_out):
+        path.write_bytes(content.encode(encoding))
+        assert texts(scan([path])) == expected
+
+
+def test_objects_over_several_lines_have_places(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text('\n{\n "text":\n  "a"\n}\n\n{\n "txt": "b"\n} {"text": "c"}\n')
+    found = scan([path])
+    assert [(prompt.id, prompt.text) for prompt in everything(found)] == [(0, "a"), (2, "c")]
+    assert found.bad == [f"{path}, line 7: has txt, none of messages, conversations, prompt, text"]
+
+
+def test_pipes_are_read_once(tmp_path: Path) -> None:
+    """What a pipe holds, whole, at every reading: more than fits into its buffer."""
+    path, packed = tmp_path / "pipe", gzip.compress(LINES.encode())
+    for content in (LINES.encode(), packed, json.dumps(RECORDS).encode()):
+        os.mkfifo(path)
+        writer = threading.Thread(target=path.write_bytes, args=(content,))
+        writer.start()
+        found = scan([path])
+        writer.join()
+        path.unlink()
+        expected = [record["text"] for record in RECORDS]
+        assert texts(found) == expected
+        assert texts(found) == expected
+        assert found.files[0].sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_standard_input(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys\n"
+        "from vllm_specformer.data.prompts import scan\n"
+        "found = scan([pathlib.Path('/dev/stdin')])\n"
+        "print(found.files[0].records, [len(list(found.read(found.ids))) for _ in '12'])\n"
+    )
+    command = [sys.executable, "-c", script]
+    piped = subprocess.run(command, input=LINES.encode(), capture_output=True, check=True)
+    assert piped.stdout == b"2000 [2000, 2000]\n"
+    path = write_lines(tmp_path / "prompts.jsonl", RECORDS)
+    with path.open("rb") as file:
+        redirected = subprocess.run(command, stdin=file, capture_output=True, check=True)
+    assert redirected.stdout == b"2000 [2000, 2000]\n"
+
+
+def test_files_that_change(tmp_path: Path) -> None:
+    """Between the readings, in the middle of the second, and while the first goes on."""
+    path = write_lines(tmp_path / "prompts.jsonl", RECORDS)
+    found = scan([path])
+    content = path.read_bytes()
+    os.utime(path, ns=(1, 1))
+    assert len(texts(found)) == 2000  # touched, with the same content
+    os.truncate(path, len(content) // 2)
+    with pytest.raises(PromptError, match="it has changed since it was checked; give the command"):
+        texts(found)
+    path.write_bytes(content)
+    started = found.read(list(found.ids))
+    assert next(started).id == 0
+    os.truncate(path, len(content) // 2)
+    with pytest.raises(PromptError, match="it has changed since it was checked"):
+        next(started)
+    path.write_bytes(content)
+    started = found.read(list(found.ids))
+    first = next(started)
+    path.rename(tmp_path / "elsewhere")  # what is open stays what it was
+    assert len([first, *started]) == 2000
+    with pytest.raises(PromptError, match="No such file or directory"):
+        texts(found)
+    source = Source(write_lines(path, RECORDS))
+    with source.reading(), path.open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(PromptError, match="it changed while it was read"):
+        source.seal()
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
@@ -189,9 +425,9 @@ json_values = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                ["messages", "conversations", "text", "role", "content", "from", "value"]
+                ["messages", "conversations", "text", "role", "content", "from", "value", "tools"]
             ),
-            inner | st.sampled_from(["user", "human", "assistant"]),
+            inner | st.sampled_from(["user", "human", "assistant", "tool"]),
             max_size=4,
         )
     ),
@@ -207,4 +443,4 @@ def test_any_json_is_a_prompt_or_refused(value: Any) -> None:
     except ValueError:
         return
     assert prompt.num_turns >= 1
-    assert all(turn[-1]["role"] == "user" for turn in prompt.turns)
+    assert all(turn[-1]["role"] in ("user", "tool") for turn in prompt.turns)

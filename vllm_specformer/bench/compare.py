@@ -98,7 +98,7 @@ class _Comparison:
             names, head, self.head.slots, schedule, options.speculative_config, confident
         )
         context = options.max_model_len(config.max_position_embeddings)
-        self.prompts = read_prompts(options.prompts, self.place, options.max_tokens, context)
+        self.prompts = read_prompts(options.prompts, self.place, options.max_tokens, context, say)
         for concurrency in options.concurrency:
             options.requests(concurrency, len(self.prompts))
         self.serve = [

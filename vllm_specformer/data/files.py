@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,12 +15,61 @@ from pathlib import Path
 from vllm_specformer.errors import SpecFormerError
 
 LOCK_FILE = ".lock"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Errors that nothing but a write gives, and what to do about them.
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or have the quota raised",
+    errno.EFBIG: "raise the limit on the size of files (`ulimit -f`)",
+    errno.EROFS: "choose a place that is not read-only, or make it writable",
+}
+_DENIED = (errno.EACCES, errno.EPERM)
+_NUMBER = re.compile(r"(?:os error |\[Errno )(\d+)")
 _CHUNK = 1 << 20
 
 
 class DiskFullError(SpecFormerError):
-    """The file system took no more; what was whole before is whole still."""
+    """The file system took no more; what was whole before is whole still.
+
+    It is full, or the quota, or larger than a file may be, or read-only: the message says which.
+    """
+
+
+def refusal(error: BaseException) -> int | None:
+    """Number of the system's error by which a disk refused a write; None for any other error.
+
+    Libraries wrap such errors in their own, which have the number or its text in their message.
+    """
+    if isinstance(error, OSError):
+        return error.errno if error.errno in _REMEDIES else None
+    text = str(error)
+    match = _NUMBER.search(text)
+    if match and int(match[1]) in _REMEDIES:
+        return int(match[1])
+    return next((number for number in _REMEDIES if os.strerror(number) in text), None)
+
+
+def remedy(number: int) -> str:
+    """What to do about an error that `refusal` found, beginning in lower case."""
+    return _REMEDIES.get(number, "choose a place that can be written to")
+
+
+@contextmanager
+def write_errors(what: str = "") -> Iterator[None]:
+    """Turn a write that the disk refuses into one message, whichever library reports it.
+
+    Raises:
+        DiskFullError: instead of the system's or a library's error; other errors pass.
+    """
+    try:
+        yield
+    except SpecFormerError:
+        raise
+    except Exception as error:
+        number = refusal(error)
+        if number is None:
+            raise
+        name = what or getattr(error, "filename", None) or "a file could not be written"
+        raise DiskFullError(f"{name}: {os.strerror(number)}; {remedy(number)}") from error
 
 
 class DirectoryInUseError(SpecFormerError):
@@ -35,7 +85,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Write `path` so that a kill or a power cut leaves the old file or the new one, whole.
 
     Raises:
-        DiskFullError: no space left, or the quota is used up; the unfinished file is removed.
+        DiskFullError: the disk takes no more, or nothing here; the unfinished file is removed.
     """
     partial = partial_path(path)
     try:
@@ -46,10 +96,12 @@ def write_atomic(path: Path, content: bytes) -> None:
         os.replace(partial, path)
         _sync_directory(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        if error.errno in _FULL:
+        with suppress(OSError):  # of a disk that has become read-only
+            partial.unlink(missing_ok=True)
+        number = error.errno or 0
+        if number in _REMEDIES or number in _DENIED:
             raise DiskFullError(
-                f"{path}: {error.strerror} while writing {len(content):,} bytes; free some space"
+                f"{path}: {error.strerror} while writing {len(content):,} bytes; {remedy(number)}"
             ) from None
         raise
 
@@ -100,7 +152,8 @@ def directory_lock(directory: Path) -> Iterator[None]:
         yield
     finally:
         # Removed while still locked: whoever opened it meanwhile sees that it has lost its name.
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         os.close(descriptor)
         if not existed:
             with suppress(OSError):  # it is kept if anything was written

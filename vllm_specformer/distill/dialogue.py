@@ -65,7 +65,7 @@ class Dialogue:
             opening = (
                 encoder.text(prompt.text)
                 if prompt.text is not None
-                else encoder.opening(self._turns[0])
+                else encoder.opening(self._turns[0], prompt.tools)
             )
         except TemplateRefusedError as error:
             self.refuse(TEMPLATE, str(error))
@@ -132,7 +132,7 @@ class Dialogue:
 
     def _next_turn(self) -> None:
         try:
-            between = self.encoder.following(self._turns[: self._turn + 1])
+            between = self.encoder.following(self._turns[: self._turn + 1], self.prompt.tools)
         except TemplateRefusedError as error:
             self.refuse(TEMPLATE, str(error))
             return

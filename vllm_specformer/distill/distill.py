@@ -26,7 +26,14 @@ from vllm_specformer.data.manifest import (
     ShardRecord,
     read_manifest,
 )
-from vllm_specformer.data.prompts import Prompt, PromptSet, scan, shortened
+from vllm_specformer.data.prompts import (
+    Prompt,
+    PromptError,
+    PromptSet,
+    scan,
+    shortened,
+    without_tools,
+)
 from vllm_specformer.data.shards import ShardWriter, settings_of_shards
 from vllm_specformer.distill.backend import Engine, EngineError
 from vllm_specformer.distill.dialogue import TEMPLATE, Dialogue
@@ -233,12 +240,14 @@ class _Run:
         """Refuse, before the engine starts, a template that takes none of the conversations."""
         if not self.prompts.chats:
             return
+        if self.prompts.with_tools and not self.encoder.shows_tools:
+            self.report(f"warning: {without_tools(self.prompts.with_tools)}")
         refusals = []
         for prompt in islice(self.prompts.read(self.ids[:_TRIED_TEMPLATES]), _TRIED_TEMPLATES):
             if prompt.text is not None:
                 return
             try:
-                self.encoder.opening(prompt.turns[0])
+                self.encoder.opening(prompt.turns[0], prompt.tools)
                 return
             except TemplateRefusedError as error:
                 refusals.append(str(error))
@@ -268,7 +277,7 @@ class _Run:
                 bar.answered(sum(dialogue.missing_turns for dialogue in dialogues), 0)
                 self.finished[number] = self._write(number, dialogues)
                 manifest = self._write_manifest(versions)
-        except (DiskFullError, EngineError) as error:
+        except (DiskFullError, EngineError, PromptError) as error:
             raise type(error)(f"{error}. {safe(self.directory)}") from None
         finally:
             bar.close()

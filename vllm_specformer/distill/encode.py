@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_specformer.data.prompts import Message
+from vllm_specformer.data.prompts import Message, Tool, shows_tools
 from vllm_specformer.target.files import TargetError, end_token_ids
 
 # Stands for an answer while the text after it is looked up. No template trims or escapes it.
@@ -49,15 +49,25 @@ class Encoder:
         """A text to be continued, with the tokens that the tokenizer puts before any text."""
         return list(self.tokenizer(text)["input_ids"])
 
-    def opening(self, turn: Sequence[Message]) -> list[int]:
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the template has a place for descriptions of tools."""
+        return shows_tools(self.template)
+
+    def opening(self, turn: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """The first turn up to where the target's answer begins.
+
+        Args:
+            tools: the conversation's, which the template describes to the target.
 
         Raises:
             TemplateRefusedError: see the message.
         """
-        return self._plain(self._render(list(turn)))
+        return self._plain(self._render(list(turn), tools))
 
-    def following(self, turns: Sequence[Sequence[Message]]) -> list[int]:
+    def following(
+        self, turns: Sequence[Sequence[Message]], tools: Sequence[Tool] = ()
+    ) -> list[int]:
         """What stands between the answer to the last turn but one and the last turn's answer.
 
         It comes from the template with a stand-in for the answers, so these are never encoded
@@ -69,7 +79,10 @@ class Encoder:
         messages: list[Message] = []
         for turn in turns[:-1]:
             messages += [*turn, {"role": "assistant", "content": _ANSWER}]
-        rendered = self._render([*messages, *turns[-1]])
+        rendered = self._render([*messages, *turns[-1]], tools)
+        asked = [message for message in turns[-1] if message["role"] != "tool"]
+        if len(asked) < len(turns[-1]) and rendered == self._render([*messages, *asked], tools):
+            raise TemplateRefusedError("it does not show what tools return")
         _, found, after = rendered.rpartition(_ANSWER)
         if not found:
             raise TemplateRefusedError("it does not show earlier answers")
@@ -81,7 +94,7 @@ class Encoder:
     def _plain(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _render(self, messages: list[Message]) -> str:
+    def _render(self, messages: list[Message], tools: Sequence[Tool]) -> str:
         from jinja2 import TemplateError
 
         try:
@@ -91,7 +104,7 @@ class Encoder:
                     chat_template=self.template,
                     tokenize=False,
                     add_generation_prompt=True,
-                    **self.arguments,
+                    **self.arguments | ({"tools": list(tools)} if tools else {}),
                 )
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:

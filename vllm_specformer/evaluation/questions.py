@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vllm_specformer.data.manifest import Sampling, read_manifest
-from vllm_specformer.data.prompts import Prompt, derive, scan, shortened
+from vllm_specformer.data.prompts import Prompt, derive, scan, shortened, without_tools
 from vllm_specformer.data.shards import read_shards
 from vllm_specformer.distill.dialogue import SEED_BITS, Dialogue, Request
 from vllm_specformer.distill.encode import Encoder
@@ -66,6 +66,8 @@ def from_files(
     if found.bad:
         say(f"{len(found.bad)} malformed records left out:\n{shortened(found.bad)}")
     encode = encoder(bool(found.chats))
+    if found.with_tools and not encode.shows_tools:
+        say(without_tools(found.with_tools))
     sampling = Sampling(
         temperature=0,
         sampled_share=0,
@@ -94,7 +96,7 @@ def from_files(
 def _first_turn(prompt: Prompt) -> Prompt:
     if prompt.text is not None:
         return prompt
-    return Prompt(prompt.id, messages=tuple(prompt.turns[0]))
+    return replace(prompt, messages=tuple(prompt.turns[0]))
 
 
 def unseen(

@@ -182,7 +182,7 @@ def _measured(
     grown = sum(counts) + len(counts)
     longest = max(options.max_tokens, grown * (options.steps + 2) + 1)
     context = int(options.engine_args.get("max_model_len", config.max_position_embeddings))
-    texts = read_prompts(options.prompts, place, longest, context)[: options.max_prompts]
+    texts = read_prompts(options.prompts, place, longest, context, say)[: options.max_prompts]
     tokenizer = AutoTokenizer.from_pretrained(place)
     ids = [list(tokenizer(text)["input_ids"]) for text in texts]
     engine = {"model": str(place), **options.engine_args}
