@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_specformer.data.files import refusal, refused
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.serving.server import server_environment
 
@@ -63,6 +64,10 @@ class Client:
         call = [*arguments, *saved, "--result-filename", result.name]
         print(json.dumps(call), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline().strip()
+        number = refusal(ClientError(answer))
+        if number is not None:
+            result.unlink(missing_ok=True)
+            raise refused(result, number)
         if answer != "done" or not result.is_file():
             tail = self.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
             raise ClientError("\n".join([f"vllm bench serve failed: {answer}", *tail]))

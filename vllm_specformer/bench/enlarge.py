@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_specformer.config import SpecFormerConfig, read_head_config
-from vllm_specformer.data.files import directory_lock, write_atomic
+from vllm_specformer.data.files import directory_lock, write_atomic, write_errors
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.pairing import WEIGHTS_FILE, check_pair
 from vllm_specformer.shapes import TargetShape
@@ -172,7 +172,8 @@ def _write_target(
     for layer in range(old, larger["num_hidden_layers"]):
         for name, tensor in template.items():
             tensors[_LAYER.format(layer) + name] = _idle(name, tensor, generator)
-    save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
+    with write_errors(str(out / WEIGHTS_FILE)):
+        save_file(tensors, out / WEIGHTS_FILE, metadata={"format": "pt"})
     write_atomic(out / "config.json", _json(larger))
 
 

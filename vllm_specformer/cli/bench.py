@@ -106,6 +106,7 @@ def run(options: argparse.Namespace) -> int:
     from vllm_specformer.bench.compare import compare
     from vllm_specformer.bench.options import Options
     from vllm_specformer.bench.report import report
+    from vllm_specformer.data.files import DiskFullError, write_errors
     from vllm_specformer.errors import SpecFormerError
 
     named = dict(options.speculative_config)
@@ -116,11 +117,15 @@ def run(options: argparse.Namespace) -> int:
     # Ending by SIGTERM has to pass through the blocks that end the servers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        result = compare(chosen, say=say)
+        with write_errors():
+            report(compare(chosen, say=say), options.out)
     except KeyboardInterrupt:
         say("\ninterrupted; what was measured is kept, the same command goes on")
         return INTERRUPTED
-    report(result, options.out)
+    except DiskFullError as error:
+        raise DiskFullError(
+            f"{error}. What was measured is kept, the same command goes on"
+        ) from None
     return 0
 
 

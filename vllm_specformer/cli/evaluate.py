@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from vllm_specformer.cli.arguments import count, json_object, positive, temperature
-from vllm_specformer.cli.common import INTERRUPTED, check_results, fields_of, say
+from vllm_specformer.cli.common import INTERRUPTED, check_results, fields_of, say, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
         return INTERRUPTED
     print_report(report)
     if options.json is not None:
-        write_atomic(options.json, (json.dumps(report, indent=2) + "\n").encode())
+        write_json(options.json, report)
     if options.plot is not None:
         write_atomic(options.plot, plot(report))
     return 0 if all(row["agrees"] for row in report["engine"]) else 1

@@ -15,6 +15,7 @@ from importlib import import_module
 from vllm_specformer import __version__
 from vllm_specformer.cli.extras import check_extras
 from vllm_specformer.cli.serve import serve
+from vllm_specformer.data.files import write_errors
 from vllm_specformer.errors import SpecFormerError
 
 # Takes vLLM's arguments, so none is read here.
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         check_extras(options)
-        return int(options.run(options))
+        with write_errors():
+            return int(options.run(options))
     except SpecFormerError as error:
         print(f"specformer {options.command}: {error}", file=sys.stderr)
         return 2

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from vllm_specformer.cli.arguments import json_object, positive, seconds, share, temperature
-from vllm_specformer.cli.common import INTERRUPTED, check_results, fields_of, say
+from vllm_specformer.cli.common import INTERRUPTED, check_results, fields_of, say, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,8 +143,7 @@ def run(options: argparse.Namespace) -> int:
     head = str(options.head or "HEAD")
     print_plan(plan, head)
     if options.json is not None:
-        content = json.dumps(plan.to_json(head), indent=2) + "\n"
-        write_atomic(options.json, content.encode())
+        write_json(options.json, plan.to_json(head))
     if options.plot is not None:
         write_atomic(options.plot, plot(plan))
     return 0

@@ -53,6 +53,11 @@ def remedy(number: int) -> str:
     return _REMEDIES.get(number, "choose a place that can be written to")
 
 
+def refused(what: object, number: int) -> DiskFullError:
+    """The error for a write that the disk refused, by the number of the system's error."""
+    return DiskFullError(f"{what}: {os.strerror(number)}; {remedy(number)}")
+
+
 @contextmanager
 def write_errors(what: str = "") -> Iterator[None]:
     """Turn a write that the disk refuses into one message, whichever library reports it.
@@ -69,7 +74,7 @@ def write_errors(what: str = "") -> Iterator[None]:
         if number is None:
             raise
         name = what or getattr(error, "filename", None) or "a file could not be written"
-        raise DiskFullError(f"{name}: {os.strerror(number)}; {remedy(number)}") from error
+        raise refused(name, number) from error
 
 
 class DirectoryInUseError(SpecFormerError):

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from vllm_specformer.data.files import DiskFullError, directory_lock, remove_partials
+from vllm_specformer.data.files import DiskFullError, directory_lock, remove_partials, write_errors
 from vllm_specformer.data.manifest import (
     MANIFEST_FILE,
     DistilledDataError,
@@ -141,7 +141,7 @@ def distill(
         SpecFormerError: wrong input, a directory in use or of another run, an engine that does not
             work, a full disk. What was finished before stays.
     """
-    with directory_lock(options.out):
+    with write_errors(), directory_lock(options.out):
         remove_partials(options.out)
         return _Run(options, report).finish(open_engine or start_engine)
 

@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from vllm_specformer.data.files import write_atomic
+from vllm_specformer.data.files import DiskFullError, write_atomic
 
+DISK_FULL = 28  # the exit code where the answers could not be written
 _COUNTERS = (
     "num_preemptions",
     "prefix_cache_hits",
@@ -39,7 +40,7 @@ def main() -> None:
 
         llm = vllm.LLM(**order["engine"])
     except (ImportError, TypeError, ValueError) as error:
-        write_atomic(result_file, json.dumps({"error": str(error)}).encode())
+        _write(result_file, {"error": str(error)})
         return
     config = llm.llm_engine.vllm_config
     result = {
@@ -49,7 +50,15 @@ def main() -> None:
             _run(llm, job, order["extra_tokens"], set(order["end_ids"])) for job in order["jobs"]
         ],
     }
-    write_atomic(result_file, json.dumps(result).encode())
+    _write(result_file, result)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    try:
+        write_atomic(path, json.dumps(result).encode())
+    except DiskFullError as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(DISK_FULL)
 
 
 def _end_with_parent() -> None:

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from vllm_specformer.data.files import DiskFullError
 from vllm_specformer.distill.backend import EngineError
 from vllm_specformer.distill.dialogue import Request
 from vllm_specformer.evaluation.answers import cut
+from vllm_specformer.evaluation.serve_worker import DISK_FULL
 from vllm_specformer.training.texts import Text
 
 WORKER = "vllm_specformer.evaluation.serve_worker"
@@ -135,6 +137,11 @@ def _run_worker(order: dict[str, Any]) -> dict[str, Any]:
         finally:
             worker.kill()
             worker.wait()
+        if code == DISK_FULL:
+            raise DiskFullError(
+                f"--engine: its answers could not be written to {folder}, for the reason above; "
+                "TMPDIR chooses another directory"
+            )
         if not result_file.is_file():
             raise EngineError(
                 f"--engine: vLLM ended with code {code} before it had answered; its messages stand "

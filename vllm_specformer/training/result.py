@@ -53,15 +53,17 @@ def write_result(
     best = directory.best_record()
     last = directory.path / ".last.partial"
     shutil.rmtree(last, ignore_errors=True)
-    trainer.save_head(last)
-    source = directory.best if best else last
-    weights = {
-        "sha256": sha256_of(source / "model.safetensors"),
-        "sha256_of_last_step": sha256_of(last / "model.safetensors"),
-    }
-    for name in ("config.json", "model.safetensors"):
-        write_atomic(directory.path / name, (source / name).read_bytes())
-    shutil.rmtree(last)
+    try:
+        trainer.save_head(last)
+        source = directory.best if best else last
+        weights = {
+            "sha256": sha256_of(source / "model.safetensors"),
+            "sha256_of_last_step": sha256_of(last / "model.safetensors"),
+        }
+        for name in ("config.json", "model.safetensors"):
+            write_atomic(directory.path / name, (source / name).read_bytes())
+    finally:
+        shutil.rmtree(last, ignore_errors=True)
     report.write_log(directory.log, history)
     report.write_table(directory.path, history)
     report.write_plot(directory.path, history)

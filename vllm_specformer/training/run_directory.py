@@ -17,23 +17,27 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from vllm_specformer.data.files import DiskFullError, write_atomic
+from vllm_specformer.data.files import DiskFullError, partial_path, refusal, remedy, write_atomic
 from vllm_specformer.errors import SpecFormerError
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Less than this was left when a write failed: whatever the library says, the disk is full.
-_NOTHING_LEFT = 1 << 20
+_REFUSALS = {
+    errno.ENOSPC: "the disk of {} is full",
+    errno.EDQUOT: "the quota on the disk of {} is used up",
+    errno.EFBIG: "a file in {} may not become as large as it has to",
+    errno.EROFS: "the disk of {} is read-only",
+}
+_PROBE_BYTES = 1 << 20
 
 
 class RunDiskFullError(DiskFullError):
-    """The disk is full; the message says what continuing would start from."""
+    """The disk takes no more; the message says what continuing would start from."""
 
 
 class DirectoryMismatchError(SpecFormerError):
@@ -162,7 +166,8 @@ def disk_errors(
 ) -> Iterator[None]:
     """Turn a failed write into a message that says what is safe.
 
-    Libraries report a full disk in ways of their own; the space left tells.
+    Libraries report it in ways of their own, some without the system's reason: then one more write
+    to what they have left tells.
 
     Args:
         what: what was being written.
@@ -170,24 +175,41 @@ def disk_errors(
         remove: what the failure leaves half written.
 
     Raises:
-        RunDiskFullError: the disk is full.
+        RunDiskFullError: the disk is full, the quota is used up, or the like.
     """
     try:
         yield
     except RunDiskFullError:
         raise
     except (OSError, RuntimeError, SafetensorError, DiskFullError) as error:
-        full = isinstance(error, OSError) and error.errno in _FULL
-        full = full or isinstance(error, DiskFullError)
-        full = full or "No space left" in str(error) or "os error 28" in str(error)
-        full = full or shutil.disk_usage(directory).free < _NOTHING_LEFT
+        number = refusal(error) or _refusal_of_one_more(directory, remove)
         shutil.rmtree(remove, ignore_errors=True)
-        if not full:
+        if number is None and not isinstance(error, DiskFullError):
             raise
+        why = _REFUSALS.get(number or 0, "{} cannot be written to").format(directory)
+        advice = remedy(number or 0)
         raise RunDiskFullError(
-            f"the disk of {directory} is full, {what} could not be written. {safe()} Free some "
-            "space and give the same command again"
+            f"{why}, {what} could not be written. {safe()} {advice[0].upper()}{advice[1:]} and "
+            "give the same command again"
         ) from error
+
+
+def _refusal_of_one_more(directory: Path, unfinished: Path) -> int | None:
+    """How the disk refuses one more write, behind the largest of the unfinished files."""
+    files = [path for path in unfinished.rglob("*") if path.is_file()]
+    probe = partial_path(directory / "probe")
+    path = max(files, key=lambda path: path.stat().st_size, default=probe)
+    try:
+        with path.open("ab") as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return refusal(error)
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+    return None
 
 
 def _differences(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
