@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from support.file_limits import file_limit
 from support.paths import HEAD, ROOT, TARGET
 from vllm_specformer.bench.enlarge import EnlargeError, HeavyPair, enlarge
 from vllm_specformer.cli.main import main
+from vllm_specformer.data.files import DiskFullError
 from vllm_specformer.evaluation.fit import MISFIT, examine
 from vllm_specformer.shapes import TargetShape
 from vllm_specformer.target.hidden_states import HookedTarget
@@ -91,6 +94,15 @@ def test_a_pair_is_made_once(pair: HeavyPair) -> None:
     (pair.target.parent / "enlarged.json").write_text("{}")  # as of another recipe
     assert enlarge(TARGET, HEAD, pair.target.parent, SIZE, LAYERS) == pair
     assert weights.stat().st_mtime_ns > made
+
+
+def test_a_limit_on_files(tmp_path: Path) -> None:
+    weights = tmp_path / "target" / "model.safetensors"
+    message = re.escape(f"{weights}: File too large; raise the limit on the size of files")
+    with file_limit(1 << 20), pytest.raises(DiskFullError, match=message):
+        enlarge(TARGET, HEAD, tmp_path, SIZE, LAYERS)
+    assert not (tmp_path / "enlarged.json").exists()
+    assert enlarge(TARGET, HEAD, tmp_path, SIZE, LAYERS).target == weights.parent
 
 
 @pytest.mark.parametrize(

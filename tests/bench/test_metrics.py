@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.file_limits import file_limit
 from support.paths import HEAD, ROOT, TARGET
 from vllm_specformer.bench.arms import NONE, Arm, build, default_names
 from vllm_specformer.bench.cells import Cell, Cells, Key, make_cell
-from vllm_specformer.bench.client import ClientError
+from vllm_specformer.bench.client import Client, ClientError
 from vllm_specformer.bench.compare import Result, client_arguments
 from vllm_specformer.bench.metrics import COLUMNS, prediction_error, summarise
 from vllm_specformer.bench.options import Options, server_arguments
 from vllm_specformer.bench.report import report
 from vllm_specformer.cli.main import main
+from vllm_specformer.data.files import DiskFullError
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.planning.choose import PlanRow
 from vllm_specformer.planning.plan_file import Plan
@@ -135,6 +139,31 @@ def test_files_of_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "| 4 | k4 | 81.2 | 2.25 | 2.00-2.50 |" in page
     assert "specformer bench HEAD" in page
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_that_cannot_be_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with file_limit(100), pytest.raises(DiskFullError, match=r"bench\.csv: File too large while"):
+        report(result(CELLS), tmp_path)
+    assert "2.25" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_client_that_cannot_write_its_result(tmp_path: Path) -> None:
+    """What vLLM's client reports, in a process that says just that."""
+    path, client = tmp_path / "result.json", Client(tmp_path / "client.log")
+    said = "OSError: [Errno 122] Disk quota exceeded: 'result.json'"
+    client._process = subprocess.Popen(
+        [sys.executable, "-c", f"input(); open({str(path)!r}, 'w').write('half'); print({said!r})"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    message = r"result\.json: Disk quota exceeded; free some space, or have the quota raised$"
+    with client._process, pytest.raises(DiskFullError, match=message):
+        client.measure([], path)
+    assert not path.exists()
 
 
 def test_cells_are_found_again_unless_the_arm_changed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -25,8 +26,14 @@ from support.distill.fakes import (
     rows_of,
     write_lines,
 )
+from support.file_limits import file_limit
 from support.paths import ROOT
-from vllm_specformer.data.files import DirectoryInUseError, directory_lock, partial_path
+from vllm_specformer.data.files import (
+    DirectoryInUseError,
+    DiskFullError,
+    directory_lock,
+    partial_path,
+)
 from vllm_specformer.data.manifest import DistilledDataError, read_manifest
 from vllm_specformer.data.prompts import PromptError
 from vllm_specformer.distill import distill as run
@@ -254,6 +261,53 @@ def test_a_full_disk(target: Path, prompts: Path, tmp_path: Path) -> None:
     distill(given, open_fake, silent)
     distill(options(target, prompts, tmp_path / "whole"), open_fake, silent)
     assert rows_of(out) == rows_of(tmp_path / "whole")
+
+
+def test_a_limit_on_files(target: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = options(target, prompts, out)
+    limit = contextlib.ExitStack()
+
+    class Limited(FakeEngine):
+        def answer(self, dialogues: Sequence[Dialogue], progress: Progress) -> None:
+            super().answer(dialogues, progress)
+            if dialogues[0].prompt.id == 8:
+                limit.enter_context(file_limit(1000))
+
+    with limit, pytest.raises(SpecFormerError) as error:
+        distill(given, lambda *_: Limited(), silent)
+    message = str(error.value)
+    assert "shard-00002.parquet: File too large while writing" in message
+    assert "raise the limit on the size of files (`ulimit -f`). 2 of 6 shards are fin" in message
+    distill(given, open_fake, silent)
+    distill(options(target, prompts, tmp_path / "whole"), open_fake, silent)
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+
+
+def test_a_library_that_cannot_write(target: Path, prompts: Path, tmp_path: Path) -> None:
+    """vLLM, whose caches go elsewhere."""
+
+    class Full(FakeEngine):
+        def answer(self, dialogues: Sequence[Dialogue], progress: Progress) -> None:
+            with open("/dev/full", "w") as file:
+                file.write("cache")
+
+    message = "No space left on device; free some space. 0 of 6 shards are finished and safe"
+    with pytest.raises(DiskFullError, match=message):
+        distill(options(target, prompts, tmp_path / "out"), lambda *_: Full(), silent)
+
+
+def test_a_pipe_that_does_not_fit_into_the_temporary_directory(
+    target: Path, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(b"{}\n" * 1000,))
+    writer.start()
+    message = r"a copy of what a pipe brings, in .*: File too large; raise the limit"
+    with file_limit(1000), pytest.raises(DiskFullError, match=message):
+        distill(options(target, pipe, tmp_path / "out"), open_fake, silent)
+    writer.join()
 
 
 def test_damaged_shards_are_named_and_made_again(

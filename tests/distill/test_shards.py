@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -12,13 +14,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from support.distill.fakes import GREEDY
+from support.file_limits import file_limit
 from support.paths import TARGET
 from vllm_specformer.data.files import (
     DiskFullError,
+    directory_lock,
     partial_path,
+    refusal,
     remove_partials,
     sha256_of,
     write_atomic,
+    write_errors,
 )
 from vllm_specformer.data.manifest import DistilledDataError, Manifest, Settings
 from vllm_specformer.data.shards import (
@@ -183,6 +189,81 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     partial_path(path).write_bytes(b"half")
     remove_partials(tmp_path)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_limit_on_files_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    with file_limit(1000), pytest.raises(DiskFullError) as error:
+        write_atomic(path, bytes(1001))
+    assert str(error.value) == (
+        f"{path}: File too large while writing 1,001 bytes; raise the limit on the size of files "
+        "(`ulimit -f`)"
+    )
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.EDQUOT, "free some space, or have the quota raised"),
+        (errno.EROFS, "choose a place that is not read-only"),
+        (errno.EACCES, "choose a place that can be written to"),
+    ],
+)
+def test_refused_writes_leave_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, advice: str
+) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(DiskFullError) as error:
+        write_atomic(path, b"new")
+    assert f"{path}: {os.strerror(number)} while writing 3 bytes; {advice}" in str(error.value)
+    assert path.read_bytes() == b"old"
+
+
+def test_a_read_only_disk_is_no_second_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the unfinished file nor the lock can be removed there."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def write() -> None:
+        with monkeypatch.context() as patch, directory_lock(tmp_path):
+            patch.setattr(os, "fsync", refuse)
+            patch.setattr(Path, "unlink", refuse)
+            write_atomic(tmp_path / "file", b"new")
+
+    with pytest.raises(DiskFullError, match="Read-only file system while"):
+        write()
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (OSError(errno.ENOSPC, "x"), errno.ENOSPC),
+        (OSError(errno.EACCES, "x"), None),  # reading gives it, too
+        (OSError("no number"), None),
+        (RuntimeError("I/O error: File too large (os error 27)"), errno.EFBIG),
+        (RuntimeError("[Errno 122] Disk quota exceeded: 'x'"), errno.EDQUOT),
+        (RuntimeError("write(): fd 4 failed with No space left on device"), errno.ENOSPC),
+        (RuntimeError("os error 2"), None),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), None),
+    ],
+)
+def test_refused_writes_are_told_from_other_errors(error: Exception, number: int | None) -> None:
+    assert refusal(error) == number
+    kind = type(error) if number is None else DiskFullError
+    with pytest.raises(kind), write_errors():
+        raise error
 
 
 def test_fingerprint_changes_with_what_matters(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from support.file_limits import file_limit
 from support.paths import HEAD, PROMPTS, TARGET
 from support.training_texts import make_texts, write_distilled
 from vllm_specformer.cli.main import main
@@ -68,6 +69,22 @@ def test_prompts_to_figures(
     assert "greedy: tokens per step, 6 texts" in printed
     assert "of bound" in printed
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+
+
+def test_figures_that_cannot_be_written_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "eval.json"
+    arguments = (HEAD, "--target", TARGET, "--prompts", PROMPTS, "--max-prompts", 2)
+    limits = ("--max-tokens", 4, "--num-speculative-tokens", 1, "--json", out)
+    with file_limit(100):
+        assert main(["eval", *map(str, (*arguments, *limits))]) == 2
+    printed = capsys.readouterr()
+    assert f"specformer eval: {out}: File too large while writing" in printed.err
+    assert "raise the limit on the size of files (`ulimit -f`). What the file was to" in printed.err
+    figures = json.loads(printed.out[printed.out.index("\n{") :])
+    assert figures["offline"]["greedy"]["texts"] == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_distilled_answers_to_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from support.file_limits import file_limit
 from support.paths import HEAD, PROMPTS, ROOT, TARGET
 from vllm_specformer.cli.main import main
+from vllm_specformer.data.files import DiskFullError
 from vllm_specformer.evaluation import served
 
 ENGINE_ARGS = {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
@@ -74,6 +76,14 @@ def test_the_worker_does_not_outlive_its_parent(tmp_path: Path) -> None:
     finally:
         worker.kill()
     assert not result.exists()
+
+
+def test_a_worker_that_cannot_write_its_answers(capfd: pytest.CaptureFixture[str]) -> None:
+    """It writes that vLLM does not know an argument, which is a little longer than the order."""
+    name = "x" * 20_000
+    with file_limit(len(name) + 50), pytest.raises(DiskFullError, match="--engine: its answers co"):
+        served._run_worker({"engine": {"model": "x", name: 1}})
+    assert "result.json: File too large while writing" in capfd.readouterr().err
 
 
 @pytest.mark.slow

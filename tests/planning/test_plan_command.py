@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from support.file_limits import file_limit
 from support.paths import HEAD, ROOT, TARGET
 from vllm_specformer.bench.enlarge import HeavyPair, enlarge
 from vllm_specformer.cli.main import main
@@ -141,6 +143,7 @@ def test_a_plan_on_paper(
         ([], "--prompts: needed to measure with"),
         (["--engine-args", '{"model": "x"}'], "--engine-args: 'model' is set by the plan"),
         (["--json", "/nowhere/plan.json"], "no such directory as /nowhere"),
+        (["--json", "/tmp"], "/tmp: a directory; name a file"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_at_once(
@@ -150,6 +153,32 @@ def test_what_cannot_be_planned_is_refused_at_once(
     target = [] if "--target" in given else ["--target", str(TARGET)]
     assert main(["plan", str(HEAD), *target, *given]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_read_only_place_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    plot = tmp_path / "plan.png"
+    assert main(["plan", str(HEAD), "--target", str(TARGET), "--plot", str(plot)]) == 2
+    assert f"{plot}: {tmp_path} cannot be written to; choose another" in capsys.readouterr().err
+
+
+def test_a_plan_that_cannot_be_written_is_printed(
+    evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    command = ["plan", HEAD, "--target", TARGET, "--chip", "h200", "--eval", evaluation]
+    line = [str(part) for part in (*command, "--json", out)]
+    with file_limit(100):
+        assert main(line) == 2
+    printed = capsys.readouterr()
+    assert f"specformer plan: {out}: File too large while writing" in printed.err
+    assert "raise the limit on the size of files (`ulimit -f`). What the file was to" in printed.err
+    assert "Traceback" not in printed.err
+    assert not out.exists()
+    assert main(line) == 0
+    assert json.loads(printed.out[printed.out.index("\n{") :]) == json.loads(out.read_bytes())
 
 
 def test_a_plan_on_paper_needs_no_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

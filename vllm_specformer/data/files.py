@@ -73,8 +73,10 @@ def write_errors(what: str = "") -> Iterator[None]:
         number = refusal(error)
         if number is None:
             raise
-        name = what or getattr(error, "filename", None) or "a file could not be written"
-        raise refused(name, number) from error
+        name = what or getattr(error, "filename", None)
+        if name:
+            raise refused(name, number) from error
+        raise DiskFullError(f"{error}; {remedy(number)}") from error
 
 
 class DirectoryInUseError(SpecFormerError):

@@ -141,7 +141,7 @@ def distill(
         SpecFormerError: wrong input, a directory in use or of another run, an engine that does not
             work, a full disk. What was finished before stays.
     """
-    with write_errors(), directory_lock(options.out):
+    with directory_lock(options.out):
         remove_partials(options.out)
         return _Run(options, report).finish(open_engine or start_engine)
 
@@ -271,12 +271,13 @@ class _Run:
         bar = ProgressBar(self.prompts.turns_of(self.ids), done)
         manifest = Manifest.of(self.settings, self.finished.values(), versions)
         try:
-            for number, ids in missing.items():
-                dialogues = [self._dialogue(prompt) for prompt in islice(stream, len(ids))]
-                engine.answer(dialogues, bar)
-                bar.answered(sum(dialogue.missing_turns for dialogue in dialogues), 0)
-                self.finished[number] = self._write(number, dialogues)
-                manifest = self._write_manifest(versions)
+            with write_errors():
+                for number, ids in missing.items():
+                    dialogues = [self._dialogue(prompt) for prompt in islice(stream, len(ids))]
+                    engine.answer(dialogues, bar)
+                    bar.answered(sum(dialogue.missing_turns for dialogue in dialogues), 0)
+                    self.finished[number] = self._write(number, dialogues)
+                    manifest = self._write_manifest(versions)
         except (DiskFullError, EngineError, PromptError) as error:
             raise type(error)(f"{error}. {safe(self.directory)}") from None
         finally:
