@@ -93,7 +93,7 @@ def test_distilled_answers_to_figures(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["eval", *map(str, (*arguments, "--temperature", "1"))]) == 0
     assert list(json.loads((tmp_path / "f").read_text())["offline"]) == ["temperature_1"]
     line = refused(capsys, *arguments, "--temperature", "0.5")
-    assert "have 0, 1 only; leave it out, or add --engine" in line
+    assert "have 0, 1 only; leave it out, or add --serve" in line
 
 
 def test_what_it_refuses(

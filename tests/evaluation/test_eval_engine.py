@@ -1,4 +1,4 @@
-"""`specformer eval --engine` with real vLLM engines on the bundled pair."""
+"""`specformer eval --serve` with real vLLM engines on the bundled pair."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def evaluate(out: Path, prompts: int, *more: str) -> tuple[int, dict[str, Any]]:
     """Exit code and figures."""
     what = [str(HEAD), "--target", str(TARGET), "--prompts", str(PROMPTS)]
     limits = ["--max-prompts", str(prompts), "--max-tokens", "32", "--dtype", "float32"]
-    engine = ["--engine", "--engine-args", json.dumps(ENGINE_ARGS), "--device", "cpu"]
+    engine = ["--serve", "--engine-args", json.dumps(ENGINE_ARGS), "--device", "cpu"]
     code = main(["eval", *what, *limits, *engine, *more, "--json", str(out)])
     return code, json.loads(out.read_text())
 

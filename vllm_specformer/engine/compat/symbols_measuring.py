@@ -1,4 +1,4 @@
-"""What `bench`, `plan` and `eval --engine` rely on in vLLM; serving needs none of it."""
+"""What `bench`, `plan` and `eval --serve` rely on in vLLM; serving needs none of it."""
 
 from __future__ import annotations
 
