@@ -7,7 +7,7 @@ description. `cli/flags.py` makes its flags from them, so command line and libra
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args
@@ -145,7 +145,12 @@ class CommandSettings(BaseModel):
             raise ValueError(f"one of {', '.join(map(self.written, names))} is needed")
 
 
-def _json_object(value: Any) -> Any:
+def json_object(value: Any) -> Any:
+    """For a validator: text as the JSON object it holds; anything else as it is.
+
+    Raises:
+        ValueError: the text is no JSON object.
+    """
     if isinstance(value, str):
         text = value
         try:
@@ -155,6 +160,17 @@ def _json_object(value: Any) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"expected a JSON object, found {text!r}")
     return value
+
+
+def refuse_own(engine_args: Mapping[str, Any], own: Collection[str], owner: str) -> None:
+    """For a validator: of vLLM's arguments, those in `own` are set by `owner` itself.
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    for name in engine_args:
+        if name.replace("-", "_") in own:
+            raise ValueError(f"--engine-args: {name!r} is set by {owner}; leave it out")
 
 
 def _writable(path: Path) -> Path:
@@ -177,7 +193,7 @@ File = Annotated[Path, Spelling("FILE")]
 Directory = Annotated[Path, Spelling("DIR")]
 # Found unwritable before the work, not behind it.
 ResultFile = Annotated[Path, AfterValidator(_writable), Spelling("FILE")]
-JsonObject = Annotated[dict[str, Any], BeforeValidator(_json_object), Spelling("JSON")]
+JsonObject = Annotated[dict[str, Any], BeforeValidator(json_object), Spelling("JSON")]
 Head = Annotated[Path, Flag(positional=True)]
 
 
