@@ -194,14 +194,10 @@ Directory = Annotated[Path, Spelling("DIR")]
 # Found unwritable before the work, not behind it.
 ResultFile = Annotated[Path, AfterValidator(_writable), Spelling("FILE")]
 JsonObject = Annotated[dict[str, Any], BeforeValidator(json_object), Spelling("JSON")]
-Head = Annotated[Path, Flag(positional=True)]
-
-
-class PairSettings(CommandSettings):
-    """Of a command about a head and its target."""
-
-    head: Head = Field(description="Directory of the head.")
-    target: str | None = Field(
-        None, description="Directory or hub name of the target; default: the one the head names."
-    )
-    revision: str | None = Field(None, description="Branch, tag or commit of a target on the hub.")
+# A command about a head and its target takes all three.
+Head = Annotated[Path, Flag(positional=True), Field(description="Directory of the head.")]
+TargetOfHead = Annotated[
+    str | None,
+    Field(description="Directory or hub name of the target; default: the one the head names."),
+]
+Revision = Annotated[str | None, Field(description="Branch, tag or commit of a target on the hub.")]

@@ -10,13 +10,16 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.settings import (
+    CommandSettings,
     Directory,
     Drafts,
     File,
+    Head,
     JsonObject,
-    PairSettings,
     Positive,
+    Revision,
     Spelling,
+    TargetOfHead,
     Temperature,
     json_object,
     refuse_own,
@@ -49,7 +52,7 @@ NamedConfigs = Annotated[
 ]
 
 
-class BenchSettings(PairSettings):
+class BenchSettings(CommandSettings):
     """One comparison under load."""
 
     GROUPS: ClassVar[dict[str, str]] = {
@@ -59,6 +62,9 @@ class BenchSettings(PairSettings):
         "together": "servers",
     }
 
+    head: Head
+    target: TargetOfHead = None
+    revision: Revision = None
     out: Directory = Field(description="Directory of the results; a second call goes on.")
 
     arms: tuple[Annotated[str, Spelling("NAME")], ...] | None = Field(

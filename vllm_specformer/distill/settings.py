@@ -13,6 +13,7 @@ from vllm_specformer.settings import (
     File,
     JsonObject,
     Positive,
+    Revision,
     Share,
     Spelling,
     Temperature,
@@ -35,8 +36,8 @@ class DistillSettings(CommandSettings):
         "engine": "what answers",
     }
 
-    target: str = Field(description="Directory or hub name of the model.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a model of the hub.")
+    target: str = Field(description="Directory or hub name of the target.")
+    revision: Revision = None
     prompts: tuple[File, ...] = Field(
         description="JSONL, JSON or Parquet with messages, conversations, prompt or text."
     )

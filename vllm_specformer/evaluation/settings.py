@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from vllm_specformer.settings import (
+    CommandSettings,
     Count,
     Directory,
     Drafts,
     File,
     Flag,
+    Head,
     JsonObject,
-    PairSettings,
     Positive,
     ResultFile,
+    Revision,
+    TargetOfHead,
     Temperature,
     Whole,
 )
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 
-class EvalSettings(PairSettings):
+class EvalSettings(CommandSettings):
     """One evaluation."""
 
     GROUPS: ClassVar[dict[str, str]] = {
@@ -34,6 +37,9 @@ class EvalSettings(PairSettings):
         "json_file": "results",
     }
 
+    head: Head
+    target: TargetOfHead = None
+    revision: Revision = None
     prompts: tuple[File, ...] = Field(
         (),
         description="Prompts the head has not seen, in any form that `distill` takes; the target "

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from vllm_specformer.config import MAX_SLOT_LAYERS, MAX_SLOTS
-from vllm_specformer.settings import CommandSettings, Flag
+from vllm_specformer.settings import CommandSettings, Flag, Revision
 
 # They may move between the beginning of a run and its continuation.
 PLACES = ("target", "data", "out")
@@ -51,7 +51,7 @@ class TrainSettings(CommandSettings):
     target: str = Field(description="Model the head is for: a directory or a name on the hub.")
     data: str = Field(description="Directory that `specformer distill` wrote for this target.")
     out: str = Field(description="Directory of the run; in the end it is the head.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a target on the hub.")
+    revision: Revision = None
     target_name: str | None = Field(
         None, description="Where a served head finds its target; default: as in --target."
     )
