@@ -51,21 +51,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         if name == chosen and name != SERVE:
             command = import_module(module)
-            if hasattr(command, "SETTINGS"):
-                add_flags(subparser, command.SETTINGS)
-            else:
-                command.add_arguments(subparser)
+            add_flags(subparser, command.SETTINGS)
             subparser.set_defaults(module=command)
     options = parser.parse_args(arguments)
-    run = options.module.run
-    name = options.command
     try:
         check_extras(options)
-        if hasattr(options.module, "SETTINGS"):
-            options = read(options.module.SETTINGS, options)
-        return int(run(options))
+        return int(options.module.run(read(options.module.SETTINGS, options)))
     except SpecFormerError as error:
-        print(f"specformer {name}: {error}", file=sys.stderr)
+        print(f"specformer {options.command}: {error}", file=sys.stderr)
         return 2
 
 
