@@ -1,4 +1,4 @@
-"""`specformer eval` without an engine: figures, files, and what it refuses."""
+"""`specformer eval` without an engine: metrics, files, and what it refuses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_prompts_to_figures(
+def test_prompts_to_metrics(
     chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = tmp_path / "template"
@@ -51,11 +51,11 @@ def test_prompts_to_figures(
     limits = ("--max-tokens", "12", "--num-speculative-tokens", "1", "4", "--temperature", "0", "1")
     files = ("--json", out, "--plot", plot)
     assert main(["eval", *map(str, (*arguments, *limits, *files))]) == 0
-    figures: dict[str, Any] = json.loads(out.read_text())
-    assert figures["dtype"] == "float32" or figures["device"] == "cuda"
-    assert figures["engine"] == []
-    assert list(figures["offline"]) == ["greedy", "temperature_1"]
-    for name, group in figures["offline"].items():
+    metrics: dict[str, Any] = json.loads(out.read_text())
+    assert metrics["dtype"] == "float32" or metrics["device"] == "cuda"
+    assert metrics["engine"] == []
+    assert list(metrics["offline"]) == ["greedy", "temperature_1"]
+    for name, group in metrics["offline"].items():
         assert group["texts"] == 6
         assert group["mean_answer_tokens"] <= 12
         for part in ("all", "less_repetitive_half"):
@@ -74,7 +74,7 @@ def test_prompts_to_figures(
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
 
 
-def test_distilled_answers_to_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_distilled_answers_to_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of all temperatures they have, or those asked for; nothing is generated."""
     write_distilled(tmp_path / "data", make_texts(24, 2048))
     shutil.copytree(HEAD, tmp_path / "head", ignore=shutil.ignore_patterns("provenance.json"))

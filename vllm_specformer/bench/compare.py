@@ -1,4 +1,4 @@
-"""One comparison from options to figures: `specformer bench` without the command line.
+"""One comparison from settings to metrics: `specformer bench` without the command line.
 
 Servers of all arms seldom fit a machine together. So in every round each arm's server starts in its
 turn, is measured at every concurrency, and ends; a different arm begins each round, and every other

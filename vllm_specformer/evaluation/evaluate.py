@@ -1,4 +1,4 @@
-"""One evaluation from options to figures: `specformer eval` without the command line."""
+"""One evaluation from settings to metrics: `specformer eval` without the command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_specformer.evaluation import questions as asking
 from vllm_specformer.evaluation.agreement import compare
 from vllm_specformer.evaluation.answers import answer
 from vllm_specformer.evaluation.causes import explain, hypotheses
-from vllm_specformer.evaluation.metrics import Figures, group_name, of_agreement, of_texts
+from vllm_specformer.evaluation.metrics import Metrics, group_name, of_agreement, of_texts
 from vllm_specformer.evaluation.provenance import read_provenance
 from vllm_specformer.evaluation.questions import Questions
 from vllm_specformer.evaluation.replay import DraftedText, draft_texts
@@ -36,8 +36,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _MEMORY = {"cuda": 2 << 30, "cpu": DEFAULT_MEMORY}
 
 
-def evaluate(options: EvalSettings, say: Callable[[str], None] = print) -> Figures:
-    """All figures of a head; `say` gets lines for the user.
+def evaluate(options: EvalSettings, say: Callable[[str], None] = print) -> Metrics:
+    """All metrics of a head; `say` gets lines for the user.
 
     Raises:
         SpecFormerError: anything the user can put right, before weights are loaded where possible.
@@ -85,7 +85,7 @@ class _Evaluation:
         self.distilled: Texts | None = None
         self.questions = self._questions()
 
-    def run(self) -> Figures:
+    def run(self) -> Metrics:
         served = self._serve() if self.options.serve else []
         loaded = self._load()
         if served:
@@ -218,7 +218,7 @@ class _Evaluation:
 
     def _compared(
         self, loaded: _Loaded, served: Served, drafted: list[DraftedText] | None
-    ) -> Figures:
+    ) -> Metrics:
         """One engine run against the replay of its answers, which may have drafts already."""
         texts = self._collect(served.texts)
         if drafted is None:

@@ -1,4 +1,4 @@
-"""One plan from options to rows: `specformer plan` without the command line."""
+"""One plan from settings to rows: `specformer plan` without the command line."""
 
 from __future__ import annotations
 
