@@ -19,8 +19,8 @@ from vllm_specformer.bench.cells import Cell, Cells, Key, make_cell
 from vllm_specformer.bench.client import Client, ClientError
 from vllm_specformer.bench.compare import Result, client_arguments
 from vllm_specformer.bench.metrics import COLUMNS, prediction_error, summarise
-from vllm_specformer.bench.options import Options, server_arguments
 from vllm_specformer.bench.report import report
+from vllm_specformer.bench.settings import BenchSettings, server_arguments
 from vllm_specformer.cli.main import main
 from vllm_specformer.data.files import DiskFullError
 from vllm_specformer.errors import SpecFormerError
@@ -235,13 +235,13 @@ def test_options_of_the_server() -> None:
 
 
 def test_requests_of_a_measurement(tmp_path: Path) -> None:
-    options = Options(HEAD, tmp_path, [PROMPTS])
+    options = BenchSettings(head=HEAD, out=tmp_path, prompts=(PROMPTS,))
     assert [options.requests(n, 100) for n in (1, 2, 16, 64)] == [8, 8, 64, 100]
     with pytest.raises(SpecFormerError, match="--concurrency 64: needs as many distinct prompts"):
         options.requests(64, 48)
     arguments = client_arguments(options, "TARGET", tmp_path / "p.json", 4, 16, 128)
     assert "--ignore-eos" not in arguments
-    longer = replace(options, ignore_eos=True)
+    longer = options.model_copy(update={"ignore_eos": True})
     assert client_arguments(longer, "TARGET", tmp_path / "p.json", 4, 16, 128)[-1] == "--ignore-eos"
 
 

@@ -105,7 +105,7 @@ def test_no_provenance_is_a_warning(head: Path, capsys: pytest.CaptureFixture[st
     code, findings = check(capsys, head)
     assert code == 0
     assert findings["provenance"]["status"] == "warning"
-    assert "specformer eval HEAD --engine" in findings["provenance"]["remedy"]
+    assert "specformer eval HEAD --serve" in findings["provenance"]["remedy"]
 
 
 def test_another_release_is_a_warning(head: Path, capsys: pytest.CaptureFixture[str]) -> None:

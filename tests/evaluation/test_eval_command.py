@@ -1,4 +1,4 @@
-"""`specformer eval` without an engine: figures, files, and what it refuses."""
+"""`specformer eval` without an engine: metrics, files, and what it refuses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_prompts_to_figures(
+def test_prompts_to_metrics(
     chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = tmp_path / "template"
@@ -48,11 +48,11 @@ def test_prompts_to_figures(
     limits = ("--max-tokens", "12", "--num-speculative-tokens", "1", "4", "--temperature", "0", "1")
     files = ("--json", out, "--plot", plot)
     assert main(["eval", *map(str, (*arguments, *limits, *files))]) == 0
-    figures: dict[str, Any] = json.loads(out.read_text())
-    assert figures["dtype"] == "float32" or figures["device"] == "cuda"
-    assert figures["engine"] == []
-    assert list(figures["offline"]) == ["greedy", "temperature_1"]
-    for name, group in figures["offline"].items():
+    metrics: dict[str, Any] = json.loads(out.read_text())
+    assert metrics["dtype"] == "float32" or metrics["device"] == "cuda"
+    assert metrics["engine"] == []
+    assert list(metrics["offline"]) == ["greedy", "temperature_1"]
+    for name, group in metrics["offline"].items():
         assert group["texts"] == 6
         assert group["mean_answer_tokens"] <= 12
         for part in ("all", "less_repetitive_half"):
@@ -71,7 +71,7 @@ def test_prompts_to_figures(
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
 
 
-def test_figures_that_cannot_be_written_are_printed(
+def test_metrics_that_cannot_be_written_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "eval.json"
@@ -82,12 +82,12 @@ def test_figures_that_cannot_be_written_are_printed(
     printed = capsys.readouterr()
     assert f"specformer eval: {out}: File too large while writing" in printed.err
     assert "raise the limit on the size of files (`ulimit -f`). What the file was to" in printed.err
-    figures = json.loads(printed.out[printed.out.index("\n{") :])
-    assert figures["offline"]["greedy"]["texts"] == 2
+    metrics = json.loads(printed.out[printed.out.index("\n{") :])
+    assert metrics["offline"]["greedy"]["texts"] == 2
     assert list(tmp_path.iterdir()) == []
 
 
-def test_distilled_answers_to_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_distilled_answers_to_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of all temperatures they have, or those asked for; nothing is generated."""
     write_distilled(tmp_path / "data", make_texts(24, 2048))
     shutil.copytree(HEAD, tmp_path / "head", ignore=shutil.ignore_patterns("provenance.json"))
@@ -106,7 +106,7 @@ def test_distilled_answers_to_figures(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["eval", *map(str, (*arguments, "--temperature", "1"))]) == 0
     assert list(json.loads((tmp_path / "f").read_text())["offline"]) == ["temperature_1"]
     line = refused(capsys, *arguments, "--temperature", "0.5")
-    assert "have 0, 1 only; leave it out, or add --engine" in line
+    assert "have 0, 1 only; leave it out, or add --serve" in line
 
 
 def test_what_it_refuses(

@@ -1,4 +1,4 @@
-"""`specformer eval --engine` with real vLLM engines on the bundled pair."""
+"""`specformer eval --serve` with real vLLM engines on the bundled pair."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evaluate(out: Path, prompts: int, *more: str) -> tuple[int, dict[str, Any]]:
-    """Exit code and figures."""
+    """Exit code and metrics."""
     what = [str(HEAD), "--target", str(TARGET), "--prompts", str(PROMPTS)]
     limits = ["--max-prompts", str(prompts), "--max-tokens", "32", "--dtype", "float32"]
-    engine = ["--engine", "--engine-args", json.dumps(ENGINE_ARGS), "--device", "cpu"]
+    engine = ["--serve", "--engine-args", json.dumps(ENGINE_ARGS), "--device", "cpu"]
     code = main(["eval", *what, *limits, *engine, *more, "--json", str(out)])
     return code, json.loads(out.read_text())
 
 
 def test_replay_and_engine_agree(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Step by step, greedy and sampled; vLLM's own counters speak of the same steps."""
-    code, figures = evaluate(
+    code, metrics = evaluate(
         tmp_path / "eval.json", 16, "--num-speculative-tokens", "4", "--temperature", "0", "1"
     )
     assert code == 0
-    greedy, sampled = figures["engine"]
+    greedy, sampled = metrics["engine"]
     assert (greedy["temperature"], sampled["temperature"]) == (0, 1)
-    for row in figures["engine"]:
+    for row in metrics["engine"]:
         # In fp32 two logits that all but tie may change places, rarely.
         assert row["same_steps"] >= 0.99
         assert abs(row["difference"]) <= 0.01
@@ -57,7 +57,7 @@ def test_replay_and_engine_agree(tmp_path: Path, capfd: pytest.CaptureFixture[st
         assert 0 <= accepted - ours <= 4 * row["answers"]
     assert greedy["greedy_tokens_of_the_offline_target"] >= 0.99
     assert greedy["engine"]["tokens_per_step"] > sampled["engine"]["tokens_per_step"] > 1.1
-    assert list(figures["offline"]) == ["greedy", "temperature_1"]
+    assert list(metrics["offline"]) == ["greedy", "temperature_1"]
     assert "agrees" in capfd.readouterr().out
 
 
@@ -105,8 +105,8 @@ def test_a_mistake_in_the_engine_is_caught(
 ) -> None:
     monkeypatch.setattr(served, "WORKER", "tests.support.wrong_worker")
     monkeypatch.setenv("MISTAKE", mistake)
-    code, figures = evaluate(tmp_path / "eval.json", 32, "--num-speculative-tokens", "4")
-    (row,) = figures["engine"]
+    code, metrics = evaluate(tmp_path / "eval.json", 32, "--num-speculative-tokens", "4")
+    (row,) = metrics["engine"]
     assert row["same_steps"] < 0.99
     assert (code, row["agrees"]) == (0 if agrees else 1, agrees)
     assert cause in row["causes"][0]

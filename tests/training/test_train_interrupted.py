@@ -24,7 +24,7 @@ from support.training_texts import make_texts, write_distilled
 from vllm_specformer.cli.main import main
 from vllm_specformer.data.files import directory_lock
 from vllm_specformer.training import report, run_directory
-from vllm_specformer.training.settings import TrainSettings, option
+from vllm_specformer.training.settings import TrainSettings
 from vllm_specformer.training.trainer import HeadTrainer
 
 # Long enough to be killed in the middle of.
@@ -414,4 +414,4 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "--help"])
     text = capsys.readouterr().out
     for name in TrainSettings.model_fields:
-        assert option(name) in text
+        assert TrainSettings.written(name) in text

@@ -1,4 +1,4 @@
-"""One comparison from options to figures: `specformer bench` without the command line.
+"""One comparison from settings to metrics: `specformer bench` without the command line.
 
 Servers of all arms seldom fit a machine together. So in every round each arm's server starts in its
 turn, is measured at every concurrency, and ends; a different arm begins each round, and every other
@@ -24,8 +24,8 @@ import torch
 from vllm_specformer.bench.arms import Arm, Schedule, build, default_names
 from vllm_specformer.bench.cells import Cell, Cells, Key, all_keys, load_average, make_cell
 from vllm_specformer.bench.client import Client
-from vllm_specformer.bench.options import Options, server_arguments
 from vllm_specformer.bench.prompts import digest, write_data_set
+from vllm_specformer.bench.settings import BenchSettings, server_arguments
 from vllm_specformer.config import HeadFields, read_head_config
 from vllm_specformer.data.files import directory_lock, write_atomic
 from vllm_specformer.data.openings import read_prompts
@@ -61,7 +61,7 @@ class Result:
     plan: Plan | None
 
 
-def compare(options: Options, say: Callable[[str], None]) -> Result:
+def compare(options: BenchSettings, say: Callable[[str], None]) -> Result:
     """Measure what is not measured yet; `say` gets lines for the user.
 
     Raises:
@@ -73,7 +73,7 @@ def compare(options: Options, say: Callable[[str], None]) -> Result:
 class _Comparison:
     """Everything is checked in the constructor."""
 
-    def __init__(self, options: Options, say: Callable[[str], None]) -> None:
+    def __init__(self, options: BenchSettings, say: Callable[[str], None]) -> None:
         self.options, self.say = options, say
         config = read_head_config(options.head)
         check_weights(options.head, config)
@@ -236,7 +236,7 @@ class _Comparison:
 
 
 def client_arguments(
-    options: Options, model: str, data: Path, concurrency: int, requests: int, max_tokens: int
+    options: BenchSettings, model: str, data: Path, concurrency: int, requests: int, max_tokens: int
 ) -> list[str]:
     """The arguments of `vllm bench serve` for one measurement, but for the server's address."""
     arguments = [
@@ -250,7 +250,7 @@ def client_arguments(
     return [*arguments, "--ignore-eos"] if options.ignore_eos else arguments
 
 
-def _fitting(options: Options, slots: int) -> Sequence[int]:
+def _fitting(options: BenchSettings, slots: int) -> Sequence[int]:
     """The numbers of drafted tokens that this head can serve, of those that are default."""
     return [count for count in options.num_speculative_tokens if count <= slots]
 

@@ -37,7 +37,6 @@ from vllm_specformer.target.files import fingerprint, read_json
 from vllm_specformer.target.model import read_target_config
 
 RECORD_FILE = "enlarged.json"
-DEFAULT_LAYERS = 16
 # Pre-norm decoders whose layers add their two outputs to the residual stream and do nothing else.
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -71,7 +70,7 @@ def enlarge(
     head: Path,
     out: Path,
     parameters: int,
-    layers: int = DEFAULT_LAYERS,
+    layers: int,
     seed: int = 0,
 ) -> HeavyPair:
     """Make `out/target` and `out/head` of about `parameters` weights, or find them made.

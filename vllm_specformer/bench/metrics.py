@@ -1,4 +1,4 @@
-"""From measurements to figures: medians over rounds, ratios within a round, the paper's terms."""
+"""From measurements to metrics: medians over rounds, ratios within a round, the paper's terms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm_specformer.bench.arms import CONFIDENT, NONE, SCHEDULE
 from vllm_specformer.bench.cells import Cell
 from vllm_specformer.bench.compare import Result
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 COLUMNS = (
     *("arm", "concurrency", "rounds", "requests"),
     *("tokens_per_second", "tokens_per_second_min", "tokens_per_second_max"),
@@ -21,7 +21,7 @@ COLUMNS = (
 )
 
 
-def summarise(result: Result) -> list[Figures]:
+def summarise(result: Result) -> list[Metrics]:
     """One line per concurrency and arm, in the order of the cells."""
     places: dict[tuple[int, str], list[Cell]] = {}
     for cell in result.cells:
@@ -30,7 +30,7 @@ def summarise(result: Result) -> list[Figures]:
     return [_line(result, cells, plain) for cells in places.values()]
 
 
-def _line(result: Result, cells: Sequence[Cell], plain: dict[tuple[int, int], Cell]) -> Figures:
+def _line(result: Result, cells: Sequence[Cell], plain: dict[tuple[int, int], Cell]) -> Metrics:
     first = cells[0]
     ratios, same = [], []
     for cell in cells:
@@ -44,7 +44,7 @@ def _line(result: Result, cells: Sequence[Cell], plain: dict[tuple[int, int], Ce
     )
     kappa = statistics.median(cell.tokens_per_step for cell in cells)
     ratio = statistics.median(ratios) if ratios else None
-    line: Figures = {
+    line: Metrics = {
         "arm": first.arm,
         "concurrency": first.concurrency,
         "rounds": len(cells),
@@ -71,7 +71,7 @@ def _line(result: Result, cells: Sequence[Cell], plain: dict[tuple[int, int], Ce
     return line | _paper_terms(result, first, kappa, drafted / drafts if drafts else 0.0)
 
 
-def _paper_terms(result: Result, cell: Cell, kappa: float, count: float) -> Figures:
+def _paper_terms(result: Result, cell: Cell, kappa: float, count: float) -> Metrics:
     """Compute ratio p and gain in arithmetic intensity r1 of our own head (ALGORITHMS, 2)."""
     if (cell.speculative or {}).get("method") != "specformer":
         return {"p": None, "r1": None}
@@ -94,7 +94,7 @@ def _predicted(result: Result, cell: Cell, plain: dict[tuple[int, int], Cell]) -
     return plan.expected_ratio(without.lengths, cell.concurrency, lambda batch: count)
 
 
-def prediction_error(lines: Iterable[Figures]) -> float | None:
+def prediction_error(lines: Iterable[Metrics]) -> float | None:
     """Mean of |predicted - measured| / measured over all lines that were predicted."""
     errors = [
         abs(line["predicted_ratio"] - line["ratio_to_none"]) / line["ratio_to_none"]

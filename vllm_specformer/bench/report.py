@@ -14,7 +14,7 @@ from rich.table import Table
 
 from vllm_specformer.bench.arms import NONE
 from vllm_specformer.bench.compare import Result
-from vllm_specformer.bench.metrics import COLUMNS, Figures, prediction_error, summarise
+from vllm_specformer.bench.metrics import COLUMNS, Metrics, prediction_error, summarise
 from vllm_specformer.data.files import write_atomic
 
 _WIDTH = 130
@@ -60,7 +60,7 @@ def _csv(names: Sequence[str], lines: Sequence[dict[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def _cells(line: Figures) -> list[str]:
+def _cells(line: Metrics) -> list[str]:
     compared = line["arm"] != NONE and line["ratio_to_none"] is not None
     spread = f"{line['ratio_min']:.2f}-{line['ratio_max']:.2f}" if compared else ""
     return [
@@ -84,7 +84,7 @@ def _text(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def _table(lines: Sequence[Figures], about: dict[str, Any]) -> Table:
+def _table(lines: Sequence[Metrics], about: dict[str, Any]) -> Table:
     table = Table(
         title=_title(about),
         caption=f"{_caption(about)}\n{_LEGEND}",
@@ -114,7 +114,7 @@ def _caption(about: dict[str, Any]) -> str:
     )
 
 
-def _markdown(lines: Sequence[Figures], about: dict[str, Any]) -> str:
+def _markdown(lines: Sequence[Metrics], about: dict[str, Any]) -> str:
     rows = [f"| {' | '.join(_NAMES)} |", f"|{'---|' * len(_NAMES)}"]
     rows += [f"| {' | '.join(_cells(line))} |" for line in lines]
     known = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
@@ -128,7 +128,7 @@ def _markdown(lines: Sequence[Figures], about: dict[str, Any]) -> str:
     )
 
 
-def plot(lines: Sequence[Figures], about: dict[str, Any]) -> bytes:
+def plot(lines: Sequence[Metrics], about: dict[str, Any]) -> bytes:
     """Ratio and tokens per step over concurrency, time per token over throughput; PNG."""
     from matplotlib.figure import Figure
 

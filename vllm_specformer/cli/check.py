@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from vllm_specformer.cli.arguments import positive
+from pydantic import Field
+
+from vllm_specformer.settings import (
+    CommandSettings,
+    Drafts,
+    Flag,
+    Head,
+    Revision,
+    TargetOfHead,
+)
 
 if TYPE_CHECKING:
     from vllm_specformer.evaluation.fit import Finding
@@ -17,25 +24,32 @@ _WIDTH = 110
 _COLOURS = {"ok": "green", "warning": "yellow", "misfit": "red"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("head", type=Path, metavar="HEAD", help="directory of the head")
-    parser.add_argument("--target", help="directory or hub name; default: the one the head names")
-    parser.add_argument("--revision", help="branch, tag or commit of a model of the hub")
-    parser.add_argument(
-        "--num-speculative-tokens", type=positive, metavar="K", help="as it is to be served"
+class CheckSettings(CommandSettings):
+    """One check of a pair."""
+
+    head: Head
+    target: TargetOfHead = None
+    revision: Revision = None
+    num_speculative_tokens: Drafts | None = Field(
+        None, description="Drafted tokens per step, as the head is to be served."
     )
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    as_json: Annotated[bool, Flag(name="--json")] = Field(
+        False, description="Print the findings as JSON."
+    )
 
 
-def run(options: argparse.Namespace) -> int:
+SETTINGS = CheckSettings
+
+
+def run(settings: CheckSettings) -> int:
     """Print the findings; exit code 0 if the head fits, 1 if it does not."""
     from vllm_specformer.evaluation.fit import MISFIT, examine
 
     findings = examine(
-        options.head, options.target, options.revision, options.num_speculative_tokens
+        settings.head, settings.target, settings.revision, settings.num_speculative_tokens
     )
     fits = all(finding.status != MISFIT for finding in findings)
-    if options.json:
+    if settings.as_json:
         listed = [asdict(finding) for finding in findings]
         print(json.dumps({"fits": fits, "findings": listed}, indent=2))
     else:

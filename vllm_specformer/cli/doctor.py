@@ -6,7 +6,6 @@ seconds, and an installation that cannot be imported is just what one calls a do
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -14,7 +13,9 @@ import platform
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from vllm_specformer import __version__
 from vllm_specformer.engine.compat.versions import (
@@ -27,6 +28,7 @@ from vllm_specformer.engine.compat.versions import (
     vllm_root,
 )
 from vllm_specformer.engine.patches.ledger import ON_ANY_VERSION, SUBJECTS, rows
+from vllm_specformer.settings import CommandSettings, Flag
 
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN_NAME = "specformer"
@@ -58,14 +60,21 @@ class Report:
         return not self.problems
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+class DoctorSettings(CommandSettings):
+    """One examination."""
+
+    as_json: Annotated[bool, Flag(name="--json")] = Field(
+        False, description="Print the findings as JSON."
+    )
 
 
-def run(options: argparse.Namespace) -> int:
+SETTINGS = DoctorSettings
+
+
+def run(settings: DoctorSettings) -> int:
     """Print the report; exit code 0 if nothing stands in the way, else 1."""
     report = examine(os.environ)
-    if options.json:
+    if settings.as_json:
         print(json.dumps({"ok": report.ok, **vars(report)}, indent=2))
     else:
         print(_as_text(report))

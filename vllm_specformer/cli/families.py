@@ -2,48 +2,60 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field, model_validator
 
 from vllm_specformer.families import RECORD, Families, Family, read_families
 from vllm_specformer.hooks import HandedOut
+from vllm_specformer.settings import CommandSettings, Flag, Spelling
+
+if TYPE_CHECKING:
+    from typing import Self
 
 _ROOT = "vllm.model_executor.models."
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--all", action="store_true", help="list the refused ones too, with reasons")
-    what.add_argument("--json", action="store_true", help="print the whole list as JSON")
-    what.add_argument(
-        "--record",
-        action="store_true",
-        help="make the list anew from the installed vLLM and Transformers (maintainers)",
+class FamiliesSettings(CommandSettings):
+    """What to do with the list; one thing at a time."""
+
+    all: bool = Field(False, description="List the refused ones too, with reasons.")
+    as_json: Annotated[bool, Flag(name="--json")] = Field(
+        False, description="Print the whole list as JSON."
     )
-    what.add_argument(
-        "--update",
-        nargs=2,
-        type=Path,
-        metavar=("PAGE", "RESULTS"),
-        help="write list and results into docs/families.md (maintainers)",
+    record: bool = Field(
+        False,
+        description="Make the list anew from the installed vLLM and Transformers (maintainers).",
+    )
+    update: Annotated[tuple[Path, Path], Spelling(("PAGE", "RESULTS"))] | None = Field(
+        None, description="Write list and results into docs/families.md (maintainers)."
     )
 
+    @model_validator(mode="after")
+    def _one_thing(self) -> Self:
+        self.check_alternatives("all", "as_json", "record", "update")
+        return self
 
-def run(options: argparse.Namespace) -> int:
+
+SETTINGS = FamiliesSettings
+
+
+def run(settings: FamiliesSettings) -> int:
     """Print the list, or write it."""
-    if options.record:
+    if settings.record:
         RECORD.write_text(make_list().to_json(), encoding="utf-8")
         read_families.cache_clear()
     families = read_families()
-    if options.json:
+    if settings.as_json:
         print(families.to_json(), end="")
-    elif options.update:
-        path, results = options.update
+    elif settings.update:
+        path, results = settings.update
         page = updated(path.read_text(encoding="utf-8"), families, results)
         path.write_text(page, encoding="utf-8")
     else:
-        print(as_text(families, refused=options.all))
+        print(as_text(families, refused=settings.all))
     return 0
 
 

@@ -1,8 +1,8 @@
 """The command `specformer`: a table of subcommands, each in a module of its own.
 
-A module offers `add_arguments(parser)` and `run(options) -> exit code`; `serve` alone takes the
-arguments as they are, since they are vLLM's. Only the module of the subcommand in use is imported,
-so `specformer doctor` never waits for what training needs.
+A module offers its settings, `SETTINGS`, of which the flags are made, and `run(settings) -> exit
+code`; `serve` alone takes the arguments as they are, since they are vLLM's. Only the module of the
+subcommand in use is imported, so `specformer doctor` never waits for what training needs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from importlib import import_module
 
 from vllm_specformer import __version__
 from vllm_specformer.cli.extras import check_extras
+from vllm_specformer.cli.flags import add_flags, read
 from vllm_specformer.cli.serve import serve
 from vllm_specformer.data.files import write_errors
 from vllm_specformer.errors import SpecFormerError
@@ -51,13 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=summary, description=summary)
         if name == chosen and name != SERVE:
             command = import_module(module)
-            command.add_arguments(subparser)
-            subparser.set_defaults(run=command.run)
+            add_flags(subparser, command.SETTINGS)
+            subparser.set_defaults(module=command)
     options = parser.parse_args(arguments)
     try:
         check_extras(options)
         with write_errors():
-            return int(options.run(options))
+            return int(options.module.run(read(options.module.SETTINGS, options)))
     except SpecFormerError as error:
         print(f"specformer {options.command}: {error}", file=sys.stderr)
         return 2

@@ -11,7 +11,6 @@ import importlib.metadata
 import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -39,11 +38,10 @@ from vllm_specformer.distill.backend import Engine, EngineError
 from vllm_specformer.distill.dialogue import TEMPLATE, Dialogue
 from vllm_specformer.distill.encode import Encoder, TemplateRefusedError, load_encoder
 from vllm_specformer.distill.progress import ProgressBar
+from vllm_specformer.distill.settings import DistillSettings
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.target.files import find_target, read_json, target_record
 
-OFFLINE = "offline"
-DEFAULT_CONCURRENCY = 64
 _TRIED_TEMPLATES = 50  # conversations that are rendered before the engine starts
 # Settings that another value of is refused, by the option that sets them.
 _OPTIONS = {
@@ -72,41 +70,10 @@ class OtherSettingsError(SpecFormerError):
     """The directory was begun with other arguments."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command's arguments; see `cli/distill.py` for their meaning."""
-
-    target: str
-    prompts: Sequence[Path]
-    out: Path
-    revision: str | None = None
-    engine: str = OFFLINE
-    served_model: str | None = None
-    concurrency: int = DEFAULT_CONCURRENCY
-    engine_args: dict[str, Any] = field(default_factory=dict)
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    temperature: float = 0.0
-    sampled_share: float = 0.25
-    sampled_temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 1024
-    max_prompts: int | None = None
-    max_bad_lines: int | None = None
-    seed: int = 0
-    shard_size: int = 1000
-    chat_template: Path | None = None
-    chat_template_args: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def offline(self) -> bool:
-        return self.engine == OFFLINE
+OpenEngine = Callable[[DistillSettings, Path, Encoder], Engine]
 
 
-OpenEngine = Callable[[Options, Path, Encoder], Engine]
-
-
-def start_engine(options: Options, target: Path, encoder: Encoder) -> Engine:
+def start_engine(options: DistillSettings, target: Path, encoder: Encoder) -> Engine:
     """Start vLLM, or connect to the server."""
     if options.offline:
         from vllm_specformer.distill.offline import OfflineEngine
@@ -127,7 +94,7 @@ def start_engine(options: Options, target: Path, encoder: Encoder) -> Engine:
 
 
 def distill(
-    options: Options,
+    options: DistillSettings,
     open_engine: OpenEngine | None = None,
     report: Callable[[str], None] = print,
 ) -> Manifest:
@@ -149,7 +116,7 @@ def distill(
 class _Run:
     """One run into a locked directory: everything is checked before the engine starts."""
 
-    def __init__(self, options: Options, report: Callable[[str], None]) -> None:
+    def __init__(self, options: DistillSettings, report: Callable[[str], None]) -> None:
         self.options = options
         self.report = report
         self.directory = options.out
@@ -371,7 +338,7 @@ def _begun(directory: Path) -> Settings | None:
     return settings_of_shards(directory)
 
 
-def _scanned(options: Options, report: Callable[[str], None]) -> PromptSet:
+def _scanned(options: DistillSettings, report: Callable[[str], None]) -> PromptSet:
     prompts = scan(options.prompts, options.max_bad_lines)
     if prompts.bad:
         report(f"warning: {len(prompts.bad)} malformed records left out:\n{shortened(prompts.bad)}")

@@ -1,10 +1,9 @@
-"""One evaluation from options to figures: `specformer eval` without the command line."""
+"""One evaluation from settings to metrics: `specformer eval` without the command line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +18,12 @@ from vllm_specformer.evaluation import questions as asking
 from vllm_specformer.evaluation.agreement import compare
 from vllm_specformer.evaluation.answers import answer
 from vllm_specformer.evaluation.causes import explain, hypotheses
-from vllm_specformer.evaluation.metrics import Figures, group_name, of_agreement, of_texts
+from vllm_specformer.evaluation.metrics import Metrics, group_name, of_agreement, of_texts
 from vllm_specformer.evaluation.provenance import read_provenance
 from vllm_specformer.evaluation.questions import Questions
 from vllm_specformer.evaluation.replay import DraftedText, draft_texts
 from vllm_specformer.evaluation.served import Served, serve
+from vllm_specformer.evaluation.settings import EvalSettings
 from vllm_specformer.pairing import check_pair, check_weights
 from vllm_specformer.target.files import end_token_ids, find_target, target_record
 from vllm_specformer.target.hidden_states import HookedTarget
@@ -36,31 +36,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _MEMORY = {"cuda": 2 << 30, "cpu": DEFAULT_MEMORY}
 
 
-@dataclass(frozen=True)
-class Options:
-    """The command's arguments; see `cli/evaluate.py` for their meaning."""
-
-    head: Path
-    target: str | None = None
-    revision: str | None = None
-    prompts: Sequence[Path] = ()
-    data: Path | None = None
-    engine: bool = False
-    engine_args: dict[str, Any] = field(default_factory=dict)
-    temperature: Sequence[float] | None = None
-    num_speculative_tokens: Sequence[int] | None = None
-    max_tokens: int = 128
-    max_prompts: int = 256
-    max_bad_lines: int | None = None
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-    chat_template: Path | None = None
-    chat_template_args: dict[str, Any] = field(default_factory=dict)
-
-
-def evaluate(options: Options, say: Callable[[str], None] = print) -> Figures:
-    """All figures of a head; `say` gets lines for the user.
+def evaluate(options: EvalSettings, say: Callable[[str], None] = print) -> Metrics:
+    """All metrics of a head; `say` gets lines for the user.
 
     Raises:
         SpecFormerError: anything the user can put right, before weights are loaded where possible.
@@ -85,7 +62,7 @@ class _Loaded:
 class _Evaluation:
     """Everything is checked in the constructor, before anything large is loaded."""
 
-    def __init__(self, options: Options, say: Callable[[str], None]) -> None:
+    def __init__(self, options: EvalSettings, say: Callable[[str], None]) -> None:
         self.options, self.say = options, say
         self.config: SpecFormerConfig = read_head_config(options.head)
         check_weights(options.head, self.config)
@@ -102,14 +79,14 @@ class _Evaluation:
         self.dtype = _dtype(options.dtype, self.device, self.target_config)
         text = self.target_config.get_text_config()
         self.context: int = min(text.max_position_embeddings, self.config.max_position_embeddings)
-        if options.engine:  # which goes a step past the end of an answer
+        if options.serve:  # which goes a step past the end of an answer
             self.context -= slots + 1
         self.end_ids = end_token_ids(self.place)
         self.distilled: Texts | None = None
         self.questions = self._questions()
 
-    def run(self) -> Figures:
-        served = self._serve() if self.options.engine else []
+    def run(self) -> Metrics:
+        served = self._serve() if self.options.serve else []
         loaded = self._load()
         if served:
             # Answers of the largest K stand for all: greedy ones are the same at every K.
@@ -218,7 +195,7 @@ class _Evaluation:
         if missing:
             raise SpecFormerError(
                 f"--temperature {missing[0]:g}: the held-out answers of --data have "
-                f"{', '.join(f'{t:g}' for t in sorted(found))} only; leave it out, or add --engine "
+                f"{', '.join(f'{t:g}' for t in sorted(found))} only; leave it out, or add --serve "
                 "to have the prompts answered anew"
             )
         return {temperature: found[temperature] for temperature in wanted}
@@ -241,7 +218,7 @@ class _Evaluation:
 
     def _compared(
         self, loaded: _Loaded, served: Served, drafted: list[DraftedText] | None
-    ) -> Figures:
+    ) -> Metrics:
         """One engine run against the replay of its answers, which may have drafts already."""
         texts = self._collect(served.texts)
         if drafted is None:

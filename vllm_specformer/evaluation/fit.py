@@ -250,7 +250,7 @@ def _origin(head: Path, target: TargetRecord) -> Iterator[Finding]:
             "provenance",
             WARNING,
             "the head has no provenance.json, so nothing says which weights it was trained for",
-            "measure it on this target: specformer eval HEAD --engine",
+            "measure it on this target: specformer eval HEAD --serve",
         )
         return
     trained = provenance["target"]
@@ -261,7 +261,7 @@ def _origin(head: Path, target: TargetRecord) -> Iterator[Finding]:
             f"trained for {trained['name_or_path']} ({trained['fingerprint'][:12]}), this target "
             f"is {target.fingerprint[:12]}: other weights, another tokenizer or config.json",
             "use the target it was trained for, or train a head for this one. For a fine-tuned or "
-            "quantised copy it stays lossless; what it gains, specformer eval HEAD --engine tells",
+            "quantised copy it stays lossless; what it gains, specformer eval HEAD --serve tells",
         )
     else:
         yield Finding(
@@ -273,5 +273,5 @@ def _origin(head: Path, target: TargetRecord) -> Iterator[Finding]:
             "release",
             WARNING,
             f"trained with vllm-specformer {release}, installed is {__version__}",
-            "if drafts are not accepted, compare with specformer eval HEAD --engine",
+            "if drafts are not accepted, compare with specformer eval HEAD --serve",
         )

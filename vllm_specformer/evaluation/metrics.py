@@ -1,4 +1,4 @@
-"""The figures of an evaluation as plain data, the way `--json` writes them."""
+"""The metrics of an evaluation as plain data, the way `--json` writes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_specformer.evaluation.replay import (
 from vllm_specformer.evaluation.served import Served
 from vllm_specformer.training.acceptance import Acceptance
 
-Figures = dict[str, Any]
+Metrics = dict[str, Any]
 ALL, HALF = "all", "less_repetitive_half"
 
 
@@ -28,7 +28,7 @@ def group_name(temperature: float) -> str:
 
 def of_texts(
     texts: Sequence[DraftedText], budgets: Sequence[int], end_ids: frozenset[int]
-) -> Figures:
+) -> Metrics:
     """Acceptance on the texts of one temperature by method and number of drafted tokens.
 
     Beside the head: prompt lookups on the same texts, the same for the less repetitive half of
@@ -37,7 +37,7 @@ def of_texts(
     """
     methods = [HEAD, *LOOKUPS, *([BOUND] if texts[0].temperature else [])]
     answers = [text.tokens[start:end] for text in texts for start, end in text.answers]
-    figures: Figures = {
+    metrics: Metrics = {
         "temperature": round(texts[0].temperature, 4),  # which is kept in 32 bits
         "texts": len(texts),
         "mean_answer_tokens": round(sum(map(len, answers)) / len(answers), 1),
@@ -45,34 +45,34 @@ def of_texts(
         "repeated_4grams": round(sum(text.repeated for text in texts) / len(texts), 4),
     }
     for name, chosen in ((ALL, texts), (HALF, less_repetitive_half(texts))):
-        figures[name] = {
+        metrics[name] = {
             method: {f"K={k}": _summary(replay(chosen, method, k)) for k in budgets}
             for method in methods
         }
-    whole = figures[ALL]
-    figures["over_lookup"] = _ratios(whole, LOOKUPS)
+    whole = metrics[ALL]
+    metrics["over_lookup"] = _ratios(whole, LOOKUPS)
     if BOUND in whole:
-        figures["share_of_bound"] = _ratios(whole, (BOUND,))
-    return figures
+        metrics["share_of_bound"] = _ratios(whole, (BOUND,))
+    return metrics
 
 
-def _summary(acceptance: Acceptance) -> Figures:
+def _summary(acceptance: Acceptance) -> Metrics:
     return {
         "tokens_per_step": round(acceptance.tokens_per_step, 3),
         "acceptance_per_position": [round(share, 3) for share in acceptance.per_position],
     }
 
 
-def _ratios(figures: Figures, others: Iterable[str]) -> dict[str, float]:
+def _ratios(metrics: Metrics, others: Iterable[str]) -> dict[str, float]:
     """The head's tokens per step over those of the best of the others, by K."""
     ratios = {}
-    for k, mine in figures[HEAD].items():
-        best = max(figures[other][k]["tokens_per_step"] for other in others)
+    for k, mine in metrics[HEAD].items():
+        best = max(metrics[other][k]["tokens_per_step"] for other in others)
         ratios[k] = round(mine["tokens_per_step"] / best, 3)
     return ratios
 
 
-def of_agreement(agreement: Agreement, served: Served, causes: Sequence[str]) -> Figures:
+def of_agreement(agreement: Agreement, served: Served, causes: Sequence[str]) -> Metrics:
     """One comparison with the engine."""
     return {
         "temperature": agreement.temperature,
@@ -91,5 +91,5 @@ def of_agreement(agreement: Agreement, served: Served, causes: Sequence[str]) ->
     }
 
 
-def _counted(acceptance: Acceptance) -> Figures:
+def _counted(acceptance: Acceptance) -> Metrics:
     return {"steps": acceptance.steps, "tokens": acceptance.tokens, **_summary(acceptance)}

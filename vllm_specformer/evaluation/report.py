@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_specformer.evaluation.agreement import TOLERANCE
-from vllm_specformer.evaluation.metrics import ALL, HALF, Figures
+from vllm_specformer.evaluation.metrics import ALL, HALF, Metrics
 from vllm_specformer.evaluation.replay import BOUND, HEAD, LOOKUP_2_3, LOOKUP_3, LOOKUPS
 
 _TITLES = {
@@ -22,12 +22,12 @@ _TITLES = {
 _WIDTH = 110
 
 
-def print_report(report: Figures) -> None:
+def print_report(report: Metrics) -> None:
     """Everything the JSON has, but for what only machines read."""
     console = Console(width=_WIDTH, highlight=False)
-    for name, figures in report["offline"].items():
-        console.print(_offline_table(name, figures))
-        last = list(figures[ALL][HEAD].values())[-1]
+    for name, metrics in report["offline"].items():
+        console.print(_offline_table(name, metrics))
+        last = list(metrics[ALL][HEAD].values())[-1]
         shares = " ".join(f"{share:.2f}" for share in last["acceptance_per_position"])
         console.print(f"accepted per position: {shares}\n")
     if report["engine"]:
@@ -39,17 +39,17 @@ def print_report(report: Figures) -> None:
             console.print(f"- {cause}", markup=False)
 
 
-def _offline_table(name: str, figures: Figures) -> Table:
+def _offline_table(name: str, metrics: Metrics) -> Table:
     table = Table(
-        title=f"{name.replace('_', ' ')}: tokens per step, {figures['texts']} texts of "
-        f"{figures['mean_answer_tokens']} tokens on average, {figures['repeated_4grams']:.0%} "
+        title=f"{name.replace('_', ' ')}: tokens per step, {metrics['texts']} texts of "
+        f"{metrics['mean_answer_tokens']} tokens on average, {metrics['repeated_4grams']:.0%} "
         "repeated 4-grams",
         caption="lookup: n-grams of the text itself; half: the texts that repeat themselves least",
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("K", justify="right")
-    methods = list(figures[ALL])
+    methods = list(metrics[ALL])
     for method in methods:
         table.add_column(_TITLES[method], justify="right")
     table.add_column("head / lookup", justify="right")
@@ -57,17 +57,17 @@ def _offline_table(name: str, figures: Figures) -> Table:
         table.add_column("of bound", justify="right")
     for method in (HEAD, *LOOKUPS):
         table.add_column(f"half: {_TITLES[method]}", justify="right")
-    for k in figures[ALL][HEAD]:
-        cells = [f"{figures[ALL][method][k]['tokens_per_step']:.2f}" for method in methods]
-        cells.append(f"{figures['over_lookup'][k]:.2f}")
+    for k in metrics[ALL][HEAD]:
+        cells = [f"{metrics[ALL][method][k]['tokens_per_step']:.2f}" for method in methods]
+        cells.append(f"{metrics['over_lookup'][k]:.2f}")
         if BOUND in methods:
-            cells.append(f"{figures['share_of_bound'][k]:.0%}")
-        cells += [f"{figures[HALF][m][k]['tokens_per_step']:.2f}" for m in (HEAD, *LOOKUPS)]
+            cells.append(f"{metrics['share_of_bound'][k]:.0%}")
+        cells += [f"{metrics[HALF][m][k]['tokens_per_step']:.2f}" for m in (HEAD, *LOOKUPS)]
         table.add_row(k.removeprefix("K="), *cells)
     return table
 
 
-def _engine_table(comparisons: list[Figures]) -> Table:
+def _engine_table(comparisons: list[Metrics]) -> Table:
     runner, vllm = comparisons[0]["runner"], comparisons[0]["vllm"]
     table = Table(
         title=f"the engine (vLLM {vllm}, {runner} runner) and the replay of its answers",
@@ -90,7 +90,7 @@ def _engine_table(comparisons: list[Figures]) -> Table:
     return table
 
 
-def _disagreement(comparison: Figures) -> str:
+def _disagreement(comparison: Metrics) -> str:
     return (
         f"At temperature {comparison['temperature']:g} and K="
         f"{comparison['num_speculative_tokens']} the engine's tokens per step differ by "
@@ -99,21 +99,21 @@ def _disagreement(comparison: Figures) -> str:
     )
 
 
-def plot(report: Figures) -> bytes:
+def plot(report: Metrics) -> bytes:
     """Tokens per step over K, and acceptance per position, for each temperature; PNG."""
     from matplotlib.figure import Figure
 
     groups = report["offline"]
     figure = Figure(figsize=(10, 3.6 * len(groups)), layout="constrained")
     grid = figure.subplots(len(groups), 2, squeeze=False)
-    for (left, right), (name, figures) in zip(grid, groups.items(), strict=True):
-        for method, by_count in figures[ALL].items():
+    for (left, right), (name, metrics) in zip(grid, groups.items(), strict=True):
+        for method, by_count in metrics[ALL].items():
             counts = [int(k.removeprefix("K=")) for k in by_count]
             values = [row["tokens_per_step"] for row in by_count.values()]
             left.plot(counts, values, marker="o", label=_TITLES[method])
             shares = list(by_count.values())[-1]["acceptance_per_position"]
             right.plot(range(1, len(shares) + 1), shares, marker="o", label=_TITLES[method])
-        for label, counts, values, shares in _served(report, figures["temperature"]):
+        for label, counts, values, shares in _served(report, metrics["temperature"]):
             left.plot(counts, values, "kx", label=label)
             right.plot(range(1, len(shares) + 1), shares, "kx", label=label)
         title = name.replace("_", " ")
@@ -128,7 +128,7 @@ def plot(report: Figures) -> bytes:
 
 
 def _served(
-    report: Figures, temperature: float
+    report: Metrics, temperature: float
 ) -> Iterator[tuple[str, list[int], list[float], list[Any]]]:
     """The engine's points of one temperature, if it ran."""
     rows = [row for row in report["engine"] if round(row["temperature"], 4) == temperature]

@@ -144,10 +144,10 @@ def _run_worker(order: dict[str, Any]) -> dict[str, Any]:
             )
         if not result_file.is_file():
             raise EngineError(
-                f"--engine: vLLM ended with code {code} before it had answered; its messages stand "
+                f"--serve: vLLM ended with code {code} before it had answered; its messages stand "
                 "above, VLLM_LOGGING_LEVEL=INFO shows more, --engine-args sets memory and the like"
             )
         result: dict[str, Any] = json.loads(result_file.read_bytes())
     if "error" in result:
-        raise EngineError(f"--engine: vLLM does not start: {result['error']}")
+        raise EngineError(f"--serve: vLLM does not start: {result['error']}")
     return result

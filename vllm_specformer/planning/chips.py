@@ -14,7 +14,7 @@ class Chip:
     Attributes:
         bytes_per_second: peak memory bandwidth.
         flops_per_second: peak of dense bf16 matrix products; a multiply-add is two operations.
-        source: where the two figures are from.
+        source: where the two numbers are from.
     """
 
     name: str

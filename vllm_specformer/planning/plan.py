@@ -1,10 +1,9 @@
-"""One plan from options to rows: `specformer plan` without the command line."""
+"""One plan from settings to rows: `specformer plan` without the command line."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,49 +16,18 @@ from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.pairing import check_pair, check_weights
 from vllm_specformer.planning.acceptance import from_evaluation, from_shares
 from vllm_specformer.planning.chips import Chip, find_chip
-from vllm_specformer.planning.choose import MARGIN, combine
+from vllm_specformer.planning.choose import combine
 from vllm_specformer.planning.from_bench import rows_from_bench
 from vllm_specformer.planning.measure import Machine, Settings
 from vllm_specformer.planning.paper import rows_on_paper
 from vllm_specformer.planning.plan_file import Plan
+from vllm_specformer.planning.settings import PlanSettings
 from vllm_specformer.shapes import HeadShape, TargetShape
 from vllm_specformer.target.files import find_target
 from vllm_specformer.target.model import read_target_config
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
-COUNTS = (2, 4, 8)
-_OWN = ("model", "speculative_config", "disable_log_stats")
 
-
-@dataclass(frozen=True)
-class Options:
-    """The command's arguments; see `cli/plan.py` for their meaning."""
-
-    head: Path | None
-    target: str | None = None
-    revision: str | None = None
-    prompts: Sequence[Path] = ()
-    eval: Path | None = None
-    accepted: Sequence[float] = ()
-    temperature: float = 0.0
-    batch: Sequence[int] = BATCHES
-    num_speculative_tokens: Sequence[int] = COUNTS
-    cycles: int = 3
-    steps: int = 8
-    seconds: float = 0.5
-    max_tokens: int = 128
-    max_prompts: int = 64
-    margin: float = MARGIN
-    engine_args: Mapping[str, Any] = field(default_factory=dict)
-    bench: Path | None = None
-    chip: str | None = None
-    bandwidth: float = 1.0
-    arithmetic: float = 1.0
-    context: int = 1024
-    weight_bytes: float = 2.0
-
-
-def make_plan(options: Options, say: Callable[[str], None]) -> Plan:
+def make_plan(options: PlanSettings, say: Callable[[str], None]) -> Plan:
     """Measure, take what was measured under load, or compute on paper, and choose.
 
     Raises:
@@ -78,7 +46,7 @@ def make_plan(options: Options, say: Callable[[str], None]) -> Plan:
     return _measured(options, options.head, config, place, name, say)
 
 
-def _under_load(options: Options, bench: Path) -> Plan:
+def _under_load(options: PlanSettings, bench: Path) -> Plan:
     if options.chip is not None or options.prompts:
         raise SpecFormerError(
             "--bench: has costs of its own; leave "
@@ -90,7 +58,7 @@ def _under_load(options: Options, bench: Path) -> Plan:
     return Plan.of(rows, kept | {"costs": source}, options.margin)
 
 
-def _on_paper(options: Options, chip: Chip) -> Plan:
+def _on_paper(options: PlanSettings, chip: Chip) -> Plan:
     """Needs no weights, and no head either: then one of the default shape is taken."""
     config = read_head_config(options.head) if options.head is not None else None
     name = options.target or (config.target_name_or_path if config is not None else None)
@@ -138,7 +106,7 @@ def _configuration(name: str, revision: str | None) -> dict[str, Any]:
     return dict(content)
 
 
-def _counts(options: Options, slots: int) -> list[int]:
+def _counts(options: PlanSettings, slots: int) -> list[int]:
     counts = sorted({0, *options.num_speculative_tokens})
     if counts[-1] > slots:
         raise SpecFormerError(
@@ -147,7 +115,7 @@ def _counts(options: Options, slots: int) -> list[int]:
     return counts
 
 
-def _given_acceptance(options: Options, counts: Sequence[int]) -> dict[int, float] | None:
+def _given_acceptance(options: PlanSettings, counts: Sequence[int]) -> dict[int, float] | None:
     """Tokens per step by count, where the options tell; None where they must be measured."""
     if options.eval is not None:
         return from_evaluation(options.eval, counts, options.temperature)
@@ -155,16 +123,13 @@ def _given_acceptance(options: Options, counts: Sequence[int]) -> dict[int, floa
 
 
 def _measured(
-    options: Options,
+    options: PlanSettings,
     head: Path,
     config: SpecFormerConfig,
     place: Path,
     name: str,
     say: Callable[[str], None],
 ) -> Plan:
-    for argument in options.engine_args:
-        if argument in _OWN:
-            raise SpecFormerError(f"--engine-args: {argument!r} is set by the plan; leave it out")
     counts = _counts(options, config.num_draft_slots)
     accepted = _given_acceptance(options, counts)
     if not options.prompts:
@@ -181,7 +146,7 @@ def _measured(
     # A visit goes on past the end of the answers, so its texts grow with the steps.
     grown = sum(counts) + len(counts)
     longest = max(options.max_tokens, grown * (options.steps + 2) + 1)
-    context = int(options.engine_args.get("max_model_len", config.max_position_embeddings))
+    context = int(options.engine_args.get("max_model_len") or config.max_position_embeddings)
     texts = read_prompts(options.prompts, place, longest, context, say)[: options.max_prompts]
     tokenizer = AutoTokenizer.from_pretrained(place)
     ids = [list(tokenizer(text)["input_ids"]) for text in texts]

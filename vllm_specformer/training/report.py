@@ -44,7 +44,7 @@ class Reporter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         last = state.global_step == state.max_steps
-        # Figures of a window that a checkpoint cuts in two would be lost with a kill.
+        # Metrics of a window that a checkpoint cuts in two would be lost with a kill.
         control.should_log = control.should_log or control.should_save or last
         control.should_evaluate = control.should_evaluate or last
         if self.bar is not None:
@@ -179,7 +179,7 @@ vllm serve {name} --speculative-config '{json.dumps(speculation)}'
 {_training(provenance)}
 
 ## Figures
-{_figures(provenance)}
+{_metrics(provenance)}
 Acceptance depends on what the target is asked: measure on your own prompts before you rely on it.
 """
 
@@ -242,7 +242,7 @@ def _anchors(settings: dict[str, Any]) -> str:
     return str(settings["anchors_per_text"] or "all")
 
 
-def _figures(provenance: dict[str, Any]) -> str:
+def _metrics(provenance: dict[str, Any]) -> str:
     best, texts = provenance["result"]["evaluation"], provenance["texts"]
     if best is None:
         return "Nothing was held out (`--eval-share 0`), so there are none.\n"

@@ -117,12 +117,12 @@ class RunDirectory:
                 shutil.rmtree(path, ignore_errors=True)
 
     def best_record(self) -> dict[str, Any] | None:
-        """Step and figures of the best head so far."""
+        """Step and metrics of the best head so far."""
         path = self.best / "evaluation.json"
         return json.loads(path.read_text()) if path.exists() else None
 
     def keep_best(self, save: Callable[[Path], None], record: dict[str, Any]) -> None:
-        """Replace the best head by what `save` writes, with its figures."""
+        """Replace the best head by what `save` writes, with its metrics."""
         shutil.rmtree(self.best_staging, ignore_errors=True)
         self.best_staging.mkdir()
         save(self.best_staging)

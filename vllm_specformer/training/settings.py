@@ -1,18 +1,18 @@
-"""What one can say to a training: every setting described once, checked, and kept with the result.
+"""The settings of `specformer train`: described once, checked, and kept with the result.
 
-The command line is made from these fields. All of them decide what comes out (apart from the paths,
-see `PLACES`), so a directory remembers them and a continued run must repeat them.
+All of them decide what comes out (apart from the paths, see `PLACES`), so a directory remembers
+them and a continued run must repeat them.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from vllm_specformer.config import MAX_SLOT_LAYERS, MAX_SLOTS
-from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.settings import CommandSettings, Flag, Revision
 
 # They may move between the beginning of a run and its continuation.
 PLACES = ("target", "data", "out")
@@ -22,10 +22,6 @@ DECAY_SHARE = 0.5  # of the steps of a trapezoid
 # Of the default head; docs/ablation.md has the measurements.
 MARKOV_RANK, KL_WEIGHT = 64, 0.5
 LEARNING_RATES = {"adamw": 5e-4, "muon": 0.02}
-
-
-class SettingsError(SpecFormerError):
-    """A setting is unusable; the message names it as it is written on the command line."""
 
 
 def _list(value: Any) -> Any:
@@ -39,19 +35,27 @@ def _all(value: Any) -> Any:
 IntList = Annotated[tuple[int, ...], BeforeValidator(_list)]
 
 
-class TrainSettings(BaseModel):
+class TrainSettings(CommandSettings):
     """One training. A field that is None is decided by the preset, the target or the machine."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    GROUPS: ClassVar[dict[str, str]] = {
+        "target": "what",
+        "preset": "the head",
+        "epochs": "how long, in what portions",
+        "optimizer": "optimiser",
+        "slot_weights": "objective",
+        "eval_share": "evaluation, log, checkpoints",
+        "seed": "machine",
+    }
 
     target: str = Field(description="Model the head is for: a directory or a name on the hub.")
     data: str = Field(description="Directory that `specformer distill` wrote for this target.")
     out: str = Field(description="Directory of the run; in the end it is the head.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a target on the hub.")
+    revision: Revision = None
     target_name: str | None = Field(
         None, description="Where a served head finds its target; default: as in --target."
     )
-    partial_data: bool = Field(
+    partial_data: Annotated[bool, Flag(negated=True)] = Field(
         False, description="Train on what an unfinished distillation has written so far."
     )
 
@@ -218,27 +222,6 @@ class TrainSettings(BaseModel):
             "intermediate_size": self.intermediate_size,
         }
         return {name: value for name, value in fields.items() if value is not None}
-
-    @classmethod
-    def read(cls, **values: Any) -> TrainSettings:
-        """Settings from the command line's values.
-
-        Raises:
-            SettingsError: the first that is unusable.
-        """
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            item = error.errors()[0]
-            message = item["msg"].removeprefix("Value error, ")
-            if item["loc"]:
-                message = f"{option(str(item['loc'][0]))} {item['input']}: {message}"
-            raise SettingsError(message) from None
-
-
-def option(field: str) -> str:
-    """A field as it is written on the command line."""
-    return "--" + field.replace("_", "-")
 
 
 def _within(name: str, counts: tuple[int, ...], slots: int) -> None:

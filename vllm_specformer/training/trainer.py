@@ -185,14 +185,14 @@ class HeadTrainer(Trainer):
         self.control: Any = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def _window(self) -> dict[str, Any]:
-        """Figures since the last line of the log, over all processes."""
+        """Metrics since the last line of the log, over all processes."""
         tokens = torch.tensor(float(self._tokens), device=self.args.device)
         sums = self.accelerator.reduce(torch.cat([self._slot_sums.flatten(), tokens[None]]))
         losses = (sums[: self.settings.slots] / sums[self.settings.slots : -1]).tolist()
         seconds = time.perf_counter() - (self._since or 0.0)
-        figures = {"slot_losses": losses, "tokens_per_second": float(sums[-1]) / seconds}
+        metrics = {"slot_losses": losses, "tokens_per_second": float(sums[-1]) / seconds}
         self._reset_window()
-        return figures
+        return metrics
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -213,22 +213,22 @@ class HeadTrainer(Trainer):
             )
         result.set_from(self.accelerator.reduce(result.to_tensor().to(self.args.device)).cpu())
         self.model.train()
-        figures = summary(result)
-        self.log({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        metrics = summary(result)
+        self.log({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         if self.is_world_process_zero():
-            self._keep_if_best({"step": self.state.global_step, **figures})
+            self._keep_if_best({"step": self.state.global_step, **metrics})
         if self._since is not None:  # its time is not the training's
             self._since += time.perf_counter() - started
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
         return {}
 
-    def _keep_if_best(self, figures: dict[str, Any]) -> None:
+    def _keep_if_best(self, metrics: dict[str, Any]) -> None:
         """On a tie the earlier head stays, so a repeated stretch of a run changes nothing."""
         best = self.directory.best_record()
-        if best is None or figures["tokens_per_step"] > best["tokens_per_step"]:
+        if best is None or metrics["tokens_per_step"] > best["tokens_per_step"]:
             place, half = self.directory.path, self.directory.best_staging
             with disk_errors(place, "the best head so far", self.what_is_safe, half):
-                self.directory.keep_best(self.save_head, figures)
+                self.directory.keep_best(self.save_head, metrics)
 
     # --- what is written ---
 
@@ -277,7 +277,7 @@ class HeadTrainer(Trainer):
 
 
 def summary(result: Evaluation) -> dict[str, Any]:
-    """The figures of an evaluation: tokens per step by number of drafted tokens, and per slot."""
+    """The metrics of an evaluation: tokens per step by number of drafted tokens, and per slot."""
     first, last = min(result.budgets), max(result.budgets)
     return {
         "tokens_per_step": _rounded(result.acceptance[first].tokens_per_step),
@@ -290,7 +290,7 @@ def summary(result: Evaluation) -> dict[str, Any]:
 
 
 def _rounded(value: Any) -> Any:
-    """Figures as they are written; what is no number becomes null, as JSON has no NaN."""
+    """Metrics as they are written; what is no number becomes null, as JSON has no NaN."""
     if isinstance(value, list):
         return [_rounded(item) for item in value]
     if isinstance(value, float):

@@ -15,8 +15,8 @@ from vllm_specformer.data.prompts import derive
 from vllm_specformer.data.shards import Conversation, read_manifest, read_rows
 from vllm_specformer.distill.backend import Progress
 from vllm_specformer.distill.dialogue import Answer, Dialogue, Request
-from vllm_specformer.distill.distill import Options
 from vllm_specformer.distill.encode import Encoder
+from vllm_specformer.distill.settings import DistillSettings
 
 END = 0  # <|endoftext|>
 CONTEXT = 96
@@ -95,12 +95,12 @@ def made_up(request: Request) -> Answer:
     return Answer([*ids, END], "stop")
 
 
-def options(target: Path, prompts: Path, out: Path, **changes: Any) -> Options:
+def options(target: Path, prompts: Path, out: Path, **changes: Any) -> DistillSettings:
     defaults: dict[str, Any] = {"max_tokens": 16, "shard_size": 4}
-    return Options(target=str(target), prompts=[prompts], out=out, **(defaults | changes))
+    return DistillSettings(target=str(target), prompts=(prompts,), out=out, **(defaults | changes))
 
 
-def open_fake(_: Options, __: Path, ___: Encoder) -> FakeEngine:
+def open_fake(_: DistillSettings, __: Path, ___: Encoder) -> FakeEngine:
     return FakeEngine()
 
 

@@ -38,7 +38,7 @@ def _instruction_set(dtype: torch.dtype, page_size: int, head_size: int) -> str 
     ):
         return None
     isa = _get_attn_isa(dtype, page_size, head_size)
-    # The same instructions in units of 16 tokens instead of 32: slots take a tenth less time.
+    # The same instructions on 16 tokens at a time instead of 32: slots take a tenth less time.
     return "vec16" if isa == "vec" else isa
 
 
