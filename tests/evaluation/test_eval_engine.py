@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vllm_specformer.cli.main import main
-from vllm_specformer.evaluation import served
+from vllm_specformer.serving import engine_process
 
 from .conftest import HEAD, PROMPTS, ROOT, TARGET
 
@@ -60,23 +57,6 @@ def test_replay_and_engine_agree(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert "agrees" in capfd.readouterr().out
 
 
-def test_the_worker_does_not_outlive_its_parent(tmp_path: Path) -> None:
-    """Its standard input is closed when the parent ends, however that happens."""
-    order, result = tmp_path / "order.json", tmp_path / "result.json"
-    os.mkfifo(order)  # so that it waits where an engine would keep it busy
-    command = [sys.executable, "-m", served.WORKER, str(order), str(result)]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE)
-    assert worker.stdin is not None
-    try:
-        with pytest.raises(subprocess.TimeoutExpired):
-            worker.wait(timeout=5)
-        worker.stdin.close()
-        assert worker.wait(timeout=60) == 1
-    finally:
-        worker.kill()
-    assert not result.exists()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistake", "agrees", "cause"),
@@ -94,7 +74,7 @@ def test_a_mistake_in_the_engine_is_caught(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(served, "WORKER", "tests.evaluation.wrong_worker")
+    monkeypatch.setattr(engine_process, "WORKER", "tests.evaluation.wrong_worker")
     monkeypatch.setenv("MISTAKE", mistake)
     code, figures = evaluate(tmp_path / "eval.json", 32, "--num-speculative-tokens", "4")
     (row,) = figures["engine"]

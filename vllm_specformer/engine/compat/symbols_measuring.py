@@ -6,7 +6,7 @@ from vllm_specformer.engine.compat.symbols import Reliance, call, members
 
 CLIENT = "bench/client.py"
 MEASURING = "engine/measuring.py"
-EVALUATION = "evaluation/serve_worker.py"
+STEPPED = "serving/engine.py"
 
 MEASURED: tuple[Reliance, ...] = (
     call("vllm.benchmarks.serve:add_cli_args", CLIENT, "the client's own options", "parser"),
@@ -17,9 +17,7 @@ MEASURED: tuple[Reliance, ...] = (
         "from an engine to its scheduler",
         "engine_core",
     ),
-    *members(
-        "vllm.v1.engine.llm_engine:LLMEngine", EVALUATION, "which runner it has", "vllm_config"
-    ),
+    *members("vllm.v1.engine.llm_engine:LLMEngine", STEPPED, "which runner it has", "vllm_config"),
     *members(
         "vllm.v1.engine.core_client:InprocClient", MEASURING, "to the scheduler", "engine_core"
     ),
