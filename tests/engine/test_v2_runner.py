@@ -16,6 +16,7 @@ import pytest
 FOLDER = Path(__file__).parent / "v2"
 ROOT = FOLDER.parents[2]
 FAMILIES = FOLDER / "test_family_groups.py"  # with `make test-families`
+BLOCK_RULE = FOLDER / "test_vllm_block_rule.py"  # with `make test-statistics`
 MATRIX = FOLDER / "test_matrix_v2.py"  # with `make test-matrix`
 ADAPTERS = FOLDER / "test_adapters_v2.py"  # likewise
 # Fewer would mean that tests vanished, for example because a file is no longer collected.
@@ -25,7 +26,7 @@ LIMIT_SECONDS = 1800
 
 def test_v2_runner(capfd: pytest.CaptureFixture[str]) -> None:
     """Every test of the V2 folder passes; none is skipped or left out."""
-    apart = [f"--ignore={file}" for file in (FAMILIES, MATRIX, ADAPTERS)]
+    apart = [f"--ignore={file}" for file in (FAMILIES, MATRIX, ADAPTERS, BLOCK_RULE)]
     run_child(capfd, [str(FOLDER), *apart], MIN_PASSED)
 
 
@@ -40,6 +41,11 @@ def test_coupled_verification_of_a_hundred_texts(
 @pytest.mark.families
 def test_families_with_several_groups(capfd: pytest.CaptureFixture[str]) -> None:
     run_child(capfd, [str(FAMILIES)], 2)
+
+
+@pytest.mark.statistics
+def test_the_bias_of_the_block_rule(capfd: pytest.CaptureFixture[str]) -> None:
+    run_child(capfd, [str(BLOCK_RULE)], 2)
 
 
 def run_child(capfd: pytest.CaptureFixture[str], arguments: list[str], at_least: int) -> None:

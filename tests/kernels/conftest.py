@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import interpreter
+from specformer_kernels import interpreter
 
 RUNS = ["interpreter", "cuda"] if torch.cuda.is_available() else ["interpreter"]
 
