@@ -66,9 +66,6 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup  ## measure serving on the CPU (benchmarks/results/serving-cpu.*)
-	$(BIN)/python benchmarks/serving_cpu.py
-
 # Both commands go on where they were stopped. Both in float32, where outputs must be the same.
 TARGET := examples/models/python-target
 HEAD := examples/models/python-specformer
@@ -77,6 +74,20 @@ LOAD := --prompts benchmarks/prompts-load.jsonl --engine-args '{"dtype": "float3
 ORDER := --together --requests-per-slot 2
 ZERO := {"method": "specformer", "model": "$(HEAD)", "num_speculative_tokens": 2, \
 	"num_speculative_tokens_per_batch_size": [[1, 64, 0]]}
+
+# Greedy, and sampled at temperature 1. All servers are up, one of them works at a time.
+BENCH := --prompts examples/server/prompts.jsonl --arms none k4 ngram --together \
+	--concurrency 1 4 16 --requests-per-slot 3 --engine-args '{"dtype": "bfloat16", \
+	"enforce_eager": true, "max_model_len": 512, "kv_cache_memory_bytes": 268435456}'
+BENCH_OPTIONS ?= --repeats 5
+
+bench: export OMP_NUM_THREADS = 1
+bench: export VLLM_CPU_OMP_THREADS_BIND = nobind
+bench: setup  ## compare the bundled head with no speculation and prompt lookup (build/bench; BENCH_OPTIONS=)
+	for temperature in 0 1; do \
+		$(BIN)/specformer bench $(HEAD) $(BENCH) --temperature $$temperature $(BENCH_OPTIONS) \
+			--out build/bench/bundled-temperature-$$temperature || exit 1; \
+	done
 
 bench-load: export OMP_NUM_THREADS = 1
 bench-load: export VLLM_CPU_OMP_THREADS_BIND = nobind
@@ -107,7 +118,7 @@ bench-gpu-dry: setup  ## the same at toy sizes without a GPU, no times: 8 minute
 	$(BIN)/python benchmarks/gpu.py --dry --minutes 30
 
 ablation: setup  ## what each part of head and training brings (benchmarks/results/ablation.*): hours
-	$(BIN)/python benchmarks/ablation.py
+	$(BIN)/python examples/training/bundled_pair/ablation.py
 
 pair: setup  ## train the bundled target and head again: hours
 	$(BIN)/python examples/training/bundled_pair/build.py

@@ -24,14 +24,9 @@ def print_predictions(rows: Iterable[Row]) -> None:
     """What is expected, before anything is timed."""
     table = Table("op", "case", "MB", "launches", "predicted us", "aim", title="predictions")
     for row in rows:
-        table.add_row(
-            row["op"],
-            row["case"],
-            f"{row['least_bytes'] / 1e6:.2f}",
-            str(row["launches"]),
-            _number(row["predicted_us"]),
-            _share(row["aim"]),
-        )
+        megabytes, launches = f"{row['least_bytes'] / 1e6:.2f}", str(row["launches"])
+        predicted = (_number(row["predicted_us"]), _share(row["aim"]))
+        table.add_row(row["op"], row["case"], megabytes, launches, *predicted)
     Console(width=120).print(table)
 
 
@@ -98,32 +93,13 @@ def write(stem: Path, report: Row) -> None:
 def _lines(row: Row) -> Iterable[Row]:
     """One line for the kernel and one for each implementation beside it."""
     common = {name: row[name] for name in ("op", "case", "dtype", "copy_bytes_per_second")}
-    kernel = row.get("kernel", {})
-    yield (
-        common
-        | _timing(kernel)
-        | {
-            "implementation": "kernel",
-            "least_bytes": row["least_bytes"],
-            "launches": row["launches"],
-            "predicted_microseconds": row["predicted_us"],
-            "copy_share": row.get("copy_share"),
-            "aim": row["aim"],
-            "error": row.get("error"),
-            "tolerance": row["tolerance"],
-            "note": row["failure"],
-        }
-    )
+    about = {name: row.get(name) for name in ("least_bytes", "launches", "copy_share", "aim")}
+    about |= {"error": row.get("error"), "tolerance": row["tolerance"], "note": row["failure"]}
+    about |= {"predicted_microseconds": row["predicted_us"], "implementation": "kernel"}
+    yield common | _timing(row.get("kernel", {})) | about
     for name, other in row.get("others", {}).items():
-        yield (
-            common
-            | _timing(other)
-            | {
-                "implementation": name,
-                "times_kernel": other.get("times_kernel"),
-                "note": other.get("note"),
-            }
-        )
+        beside = {key: other.get(key) for key in ("times_kernel", "note")}
+        yield common | _timing(other) | beside | {"implementation": name}
 
 
 def _timing(value: Row) -> Row:

@@ -18,19 +18,19 @@ import gc
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import interpreter
 import kernel_cases
 import torch
 from kernel_cases import Alternative, BenchCase
 from kernel_report import Row, print_predictions, print_results, write
 from kernel_timing import Timing, copy_bandwidth, error_of, rotation, time_calls
+from specformer_kernels import interpreter
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
@@ -188,14 +188,10 @@ def time_case(
         if kernel.how != "graph":
             row["failure"] = "reads results on the host: no CUDA graph can hold it"
     row["others"] = {}
-    for name, other in implementations(case):
+    reference = {"reference": Alternative(case.reference, is_comparable=False)}
+    for name, other in {**reference, **case.alternatives}.items():
         row["others"][name] = time_other(other, case, inputs, expected, kernel, device)
         bar.update()
-
-
-def implementations(case: BenchCase) -> Iterator[tuple[str, Alternative | str]]:
-    yield "reference", Alternative(case.reference, is_comparable=False)
-    yield from case.alternatives.items()
 
 
 def time_other(

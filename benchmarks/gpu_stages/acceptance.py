@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from gpu_stages.kernels import report_of
 from gpu_stages.pair import HEAD, PROMPTS
 
 Options = dict[str, Any]
@@ -22,8 +21,8 @@ def run(options: Options) -> Options:
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "eval.json")
-        command = [
-            *(sys.executable, "-m", "vllm_specformer.cli.main", "eval", str(HEAD)),
+        arguments = [
+            *("-m", "vllm_specformer.cli.main", "eval", str(HEAD)),
             *("--prompts", str(PROMPTS), "--max-prompts", str(options["prompts"])),
             *("--max-tokens", str(options["max_tokens"]), "--temperature", "0", "1"),
             *("--num-speculative-tokens", str(options["num_speculative_tokens"])),
@@ -31,7 +30,4 @@ def run(options: Options) -> Options:
             *("--engine-args", json.dumps(options["engine"])),
         ]
         # 1 says that engine and replay differ by more than 2%: a result, not a failure.
-        code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
-        if not report.is_file():
-            raise RuntimeError(f"specformer eval ended with code {code} and without a report")
-        return {"engine": json.loads(report.read_text())["engine"]}
+        return {"engine": report_of(arguments, report, codes=(0, 1))["engine"]}

@@ -1,14 +1,12 @@
 """Times every call of the drafter's `propose` inside vLLM's worker, with any method and runner.
 
 Given to vLLM as `worker_extension_cls`, its official way to add methods to a worker, so it works in
-whatever process the worker runs in. On a GPU the time is between two CUDA events on the stream the
-step runs on, which costs no synchronisation; elsewhere it is the host's.
+whatever process the worker runs in.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from typing import Any
 
 import torch
@@ -24,18 +22,22 @@ class DraftClock:
     def start_draft_clock(self) -> None:
         """Forget what was timed; the first call puts the clock in place."""
         drafter = _drafter(self)
-        if drafter is not None and not hasattr(drafter, "draft_intervals"):
-            _time_propose(drafter)
-        if drafter is not None:
-            drafter.draft_intervals.clear()
+        if drafter is None:
+            return
+        if not hasattr(drafter, "measuring_clock"):
+            _time_propose(drafter, self.device)  # type: ignore[attr-defined]
+        drafter.measuring_clock.reset()
+        drafter.draft_seconds.clear()
 
     def read_draft_clock(self) -> list[float]:
         """Milliseconds of every draft since the start; empty without a drafter."""
-        intervals = getattr(_drafter(self), "draft_intervals", [])
+        drafter = _drafter(self)
+        if drafter is None:
+            return []
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            return [begin.elapsed_time(end) for begin, end in intervals]
-        return [1e3 * (end - begin) for begin, end in intervals]
+        drafter.measuring_clock.read_passed()
+        return [1e3 * seconds for seconds in drafter.draft_seconds]
 
     def describe_drafter(self) -> dict[str, Any]:
         """The drafter's class, its graphs, and the memory that the models' weights take."""
@@ -72,27 +74,18 @@ def _drafter(worker: Any) -> Any:
     return getattr(runner, "speculator", None) or getattr(runner, "drafter", None)
 
 
-def _time_propose(drafter: Any) -> None:
-    propose = drafter.propose
-    drafter.draft_intervals = []
+def _time_propose(drafter: Any, device: torch.device) -> None:
+    from vllm_specformer.engine.metrics import DeviceClock
+
+    propose, drafter.draft_seconds = drafter.propose, []
+    clock = DeviceClock(device, lambda seconds, _: drafter.draft_seconds.append(seconds))
 
     @functools.wraps(propose)
     def timed(*args: Any, **kwargs: Any) -> Any:
-        begin = _now()
         with torch.profiler.record_function(RANGE):
-            drafts = propose(*args, **kwargs)
-        drafter.draft_intervals.append((begin, _now()))
-        return drafts
+            return clock.timed(functools.partial(propose, *args, **kwargs))
 
-    drafter.propose = timed
-
-
-def _now() -> Any:
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+    drafter.measuring_clock, drafter.propose = clock, timed
 
 
 def _peak_bytes() -> int:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from gpu_stages import serving
-from gpu_stages.checkpoints import write_head, write_target
 from gpu_stages.predict import draft
 from gpu_stages.shapes import TARGETS, TOY
+from gpu_stages.throughput import with_checkpoints
 from gpu_stages.trace import draft_figures
+from vllm_specformer.serving.engine import Engine
 from vllm_specformer.shapes import TargetShape
 
 Options = dict[str, Any]
@@ -18,32 +19,23 @@ Options = dict[str, Any]
 
 def run(options: Options) -> Options:
     """Figures of a SpecFormer draft at each batch; options as stage d's, with `traced` steps."""
-    shape = TARGETS.get(options["shape"], TOY)
-    folder = Path(options["folder"]) / shape.name
-    target = write_target(folder / "target", shape)
-    head = write_head(folder / options["head"], options["head"], shape, target)
-    speculative = head | {
-        "num_speculative_tokens": options["num_speculative_tokens"],
-        "rejection_sample_method": "synthetic",
-        "synthetic_acceptance_length": options["acceptance_length"],
-    }
-    options = options | {"target": str(target), "speculative": speculative}
-    llm = serving.start(options)
-    sizes = TargetShape.from_config(shape.config())
-    rows = [_profile(llm, batch, options, sizes) for batch in sorted(options["batches"])[::-1]]
+    options = with_checkpoints(options)
+    engine = serving.start(options)
+    sizes = TargetShape.from_config(TARGETS.get(options["shape"], TOY).config())
+    rows = [_profile(engine, batch, options, sizes) for batch in sorted(options["batches"])[::-1]]
     return {"rows": rows[::-1]}
 
 
-def _profile(llm: Any, batch: int, options: Options, sizes: TargetShape) -> Options:
+def _profile(engine: Engine, batch: int, options: Options, sizes: TargetShape) -> Options:
     drafts, context = options["num_speculative_tokens"], options["context"]
-    requests = serving.SteadyBatch(llm, batch, options)
+    requests = serving.SteadyBatch(engine, batch, options)
     requests.steps(serving.WARM_UP)
-    llm.collective_rpc("start_draft_clock")
+    engine.llm.collective_rpc("start_draft_clock")
     requests.steps(2)  # with the clock in place
-    llm.collective_rpc("start_trace")
+    engine.llm.collective_rpc("start_trace")
     requests.steps(options["traced"])
     path = Path(options["folder"]) / f"trace-{batch}.json"
-    llm.collective_rpc("write_trace", args=(str(path),))
+    engine.llm.collective_rpc("write_trace", args=(str(path),))
     requests.end()
     step, _ = draft(options["head"], sizes, batch, drafts, context)
     found = draft_figures(json.loads(path.read_text()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,21 @@ def run(options: Options) -> Options:
 
     Args:
         options: `arguments` for the script; `stem` of the files it writes.
-
-    Raises:
-        RuntimeError: a check failed, or it ended without results.
     """
     stem = Path(options["stem"])
     stem.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(SCRIPT), *options["arguments"], "--out", str(stem)]
-    code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
-    report = stem.with_suffix(".json")
-    if code or not report.is_file():
-        raise RuntimeError(f"{SCRIPT.name} ended with code {code}; its messages stand in the log")
-    return {"rows": json.loads(report.read_text())["rows"]}
+    arguments = [str(SCRIPT), *options["arguments"], "--out", str(stem)]
+    return {"rows": report_of(arguments, stem.with_suffix(".json"))["rows"]}
+
+
+def report_of(arguments: Sequence[str], report: Path, codes: Sequence[int] = (0,)) -> Options:
+    """What a Python program writes.
+
+    Raises:
+        RuntimeError: it ended with another code than `codes`, or without a report.
+    """
+    code = subprocess.run([sys.executable, *arguments], stdout=sys.stderr, check=False).returncode
+    if code not in codes or not report.is_file():
+        raise RuntimeError(f"it ended with code {code}; its messages stand in the log")
+    found: Options = json.loads(report.read_text())
+    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_stages import pair
-from gpu_stages.arms import ARMS, BATCHES, CONTEXT, EQUAL_LENGTH, PUBLISHED, SHAPES, Arm
+from gpu_stages.arms import ARMS, BATCHES, CONTEXT, PUBLISHED, SHAPES, Arm, find
 
 STAGES = {
     "a": "environment, vLLM with the plugin",
@@ -24,13 +24,9 @@ MAX_LENGTH = 4096
 V1, V2 = ({"VLLM_USE_V2_MODEL_RUNNER": choice} for choice in "01")
 # A dry run draws one small engine after another in the interpreter.
 DRY_ENGINE = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "kv_cache_memory_bytes": 64 << 20,
-    "max_model_len": 256,
-    "max_num_batched_tokens": 256,
-    "max_num_seqs": 8,
-}
+    "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20,
+    "max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,32 +105,30 @@ def _pair(dry: bool) -> Iterator[Unit]:
 
 
 def _throughput(shape: str, arm: Arm, dry: bool, scratch: Path) -> Unit:
-    options = {
-        "shape": shape,
-        "head": arm.head,
-        "num_speculative_tokens": arm.num_tokens,
-        "acceptance_length": arm.length,
-        "batches": (1, 3) if dry else BATCHES,
-        "context": 24 if dry else CONTEXT,
-        "steps": 3 if dry else 40,
-        "folder": str(scratch),
-        "engine": DRY_ENGINE if dry else {"dtype": "bfloat16", "max_model_len": MAX_LENGTH},
-    }
+    batches = (1, 3) if dry else BATCHES
+    options = _serving(shape, arm, batches, dry, scratch) | {"steps": 3 if dry else 40}
     environment = V1 if arm.on_v1 else V2
     name = f"{shape} {arm.name}"
     return Unit("d", name, "throughput", options, 75, 300, environment, arm.on_v1)
 
 
 def _profile(shape: str, dry: bool, scratch: Path) -> Unit:
-    options = {
+    batches = (1, 3) if dry else (1, 64, 256)
+    options = _serving(shape, find("specformer-k4"), batches, dry, scratch)
+    options |= {"traced": 3 if dry else 6}
+    return Unit("e", f"{shape} draft step", "draft_profile", options, 75, environment=V2)
+
+
+def _serving(
+    shape: str, arm: Arm, batches: tuple[int, ...], dry: bool, scratch: Path
+) -> dict[str, Any]:
+    return {
         "shape": shape,
-        "head": "specformer",
-        "num_speculative_tokens": 4,
-        "acceptance_length": EQUAL_LENGTH,
-        "batches": (1, 3) if dry else (1, 64, 256),
+        "head": arm.head,
+        "num_speculative_tokens": arm.num_tokens,
+        "acceptance_length": arm.length,
+        "batches": batches,
         "context": 24 if dry else CONTEXT,
-        "traced": 3 if dry else 6,
         "folder": str(scratch),
         "engine": DRY_ENGINE if dry else {"dtype": "bfloat16", "max_model_len": MAX_LENGTH},
     }
-    return Unit("e", f"{shape} draft step", "draft_profile", options, 75, environment=V2)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gpu_stages.draft_clock import QUALIFIED_NAME
+from vllm_specformer.serving.engine import Engine
 
 Options = dict[str, Any]
 
@@ -17,11 +18,11 @@ WARM_UP = 8
 WINDOWS = 3
 
 
-def start(options: Options) -> Any:
+def start(options: Options) -> Engine:
     """The engine; graphs are captured for the batches that will be measured and no others."""
-    from vllm import LLM
-
     engine = {
+        "model": options["target"],
+        "speculative_config": options.get("speculative"),
         "skip_tokenizer_init": True,
         "load_format": "dummy",
         "disable_log_stats": False,
@@ -33,7 +34,7 @@ def start(options: Options) -> Any:
     if not engine.get("enforce_eager"):
         sizes = graph_sizes(options["batches"], options.get("num_speculative_tokens", 0))
         engine["compilation_config"] = {"cudagraph_capture_sizes": sizes}
-    return LLM(model=options["target"], speculative_config=options.get("speculative"), **engine)
+    return Engine(engine)
 
 
 def graph_sizes(batches: Sequence[int], num_tokens: int) -> list[int]:
@@ -55,26 +56,12 @@ def prompts(batch: int, context: int, vocabulary: int) -> Iterator[list[int]]:
 class SteadyBatch:
     """`batch` requests that all decode until they are aborted."""
 
-    def __init__(self, llm: Any, batch: int, options: Options) -> None:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        self.engine, self.batch = llm.llm_engine, batch
-        model, context = self.engine.vllm_config.model_config, options["context"]
-        params = SamplingParams(
-            temperature=0,
-            max_tokens=model.max_model_len - context,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
-        self.names = [f"{batch}-{request}" for request in range(batch)]
-        texts = prompts(batch, context, model.get_vocab_size())
-        for name, ids in zip(self.names, texts, strict=True):
-            self.engine.add_request(name, {"prompt_token_ids": ids}, params)
-        waiting = set(self.names)
-        while waiting:
-            waiting -= {output.request_id for output in self.engine.step()}
+    def __init__(self, engine: Engine, batch: int, options: Options) -> None:
+        self.engine, self.batch = engine, batch
+        model, context = engine.config.model_config, options["context"]
+        texts = list(prompts(batch, context, model.get_vocab_size()))
+        self.names = engine.submit_endless(texts, model.max_model_len - context)
+        engine.read_prompts(self.names)
 
     def steps(self, number: int) -> tuple[float, int]:
         """Take `number` steps of the whole batch: seconds, and tokens emitted.
@@ -96,18 +83,17 @@ class SteadyBatch:
         return time.perf_counter() - started, tokens
 
     def end(self) -> None:
-        self.engine.abort_request(self.names)
-        while self.engine.has_unfinished_requests():
-            self.engine.step()
+        self.engine.abort(self.names)
+        self.engine.finish()
 
 
-def measure(llm: Any, batch: int, options: Options) -> Options:
+def measure(engine: Engine, batch: int, options: Options) -> Options:
     """Medians over windows of `options["steps"]` steps."""
-    requests = SteadyBatch(llm, batch, options)
+    requests = SteadyBatch(engine, batch, options)
     requests.steps(WARM_UP)
-    llm.collective_rpc("start_draft_clock")
+    engine.llm.collective_rpc("start_draft_clock")
     windows = [requests.steps(options["steps"]) for _ in range(WINDOWS)]
-    drafts = llm.collective_rpc("read_draft_clock")[0]
+    drafts = engine.llm.collective_rpc("read_draft_clock")[0]
     requests.end()
     seconds = [elapsed / options["steps"] for elapsed, _ in windows]
     emitted = sum(tokens for _, tokens in windows)

@@ -41,30 +41,21 @@ class TargetShape:
     def layer_config(self) -> dict[str, Any]:
         """The fields a decoder layer of these sizes has, in a target's or a head's config."""
         return {
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab_size,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "rms_norm_eps": 1e-6,
+            "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
+            "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim, "vocab_size": self.vocab_size, "hidden_act": "silu",
+            "attention_bias": False, "rms_norm_eps": 1e-6, "model_type": "qwen3",
             "max_position_embeddings": self.max_length,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-            "model_type": "qwen3",
-        }
+        }  # fmt: skip
 
     def config(self) -> dict[str, Any]:
         """`config.json` of the target."""
         return self.layer_config() | {
-            "architectures": ["Qwen3ForCausalLM"],
-            "num_hidden_layers": self.num_layers,
-            "tie_word_embeddings": self.tied,
-            "dtype": "bfloat16",
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
+            "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": self.num_layers,
+            "tie_word_embeddings": self.tied, "dtype": "bfloat16",
+            "bos_token_id": 1, "eos_token_id": 2,
+        }  # fmt: skip
 
     def hooks(self, number: int) -> list[int]:
         """Ids of `number` layers spread over the target, as the published heads have them."""
@@ -146,15 +137,11 @@ def dflash(target: TargetShape) -> Head:
 def dspark(target: TargetShape) -> Head:
     size, rank = target.hidden_size, min(MARKOV_RANK, target.hidden_size)
     own = {
-        "mask_token_id": MASK_TOKEN,
-        "aux_hidden_state_layer_ids": target.hooks(5),
-        "markov_rank": rank,
-        "markov_head_type": "vanilla",
-        "block_size": 7,
-        "sample_from_anchor": True,
-        "enable_confidence_head": True,
+        "mask_token_id": MASK_TOKEN, "aux_hidden_state_layer_ids": target.hooks(5),
+        "markov_rank": rank, "markov_head_type": "vanilla", "block_size": 7,
+        "sample_from_anchor": True, "enable_confidence_head": True,
         "confidence_head_with_markov": True,
-    }
+    }  # fmt: skip
     tensors = _dflash_tensors(target) | {
         "markov_head.markov_w1.weight": (target.vocab_size, rank),
         "markov_head.markov_w2.weight": (target.vocab_size, rank),

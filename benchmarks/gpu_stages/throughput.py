@@ -23,26 +23,33 @@ def run(options: Options) -> Options:
         options: `shape`, `head` (None: no speculation), `num_speculative_tokens`,
             `acceptance_length`, `batches`, `context`, `steps`, `folder` for checkpoints, `engine`.
     """
+    engine = serving.start(with_checkpoints(options))
+    # The largest first: smaller batches then find their prompts in the prefix cache.
+    batches = sorted(options["batches"], reverse=True)
+    rows = [serving.measure(engine, batch, options) for batch in batches]
+    cache = engine.config.cache_config
+    return {
+        "runner": engine.runner,
+        "kv_cache_tokens": (cache.num_gpu_blocks or 0) * cache.block_size,
+        **engine.llm.collective_rpc("describe_drafter")[0],
+        "rows": rows[::-1],
+    }
+
+
+def with_checkpoints(options: Options) -> Options:
+    """The options with `target`, and `speculative` if there is a head, both written to disk."""
     shape = TARGETS.get(options["shape"], TOY)
     folder = Path(options["folder"]) / shape.name
     target = write_target(folder / "target", shape)
     options = options | {"target": str(target)}
-    if options["head"] is not None:
-        head = write_head(folder / options["head"], options["head"], shape, target)
-        options["speculative"] = head | {
+    if options["head"] is None:
+        return options
+    head = write_head(folder / options["head"], options["head"], shape, target)
+    return options | {
+        "speculative": head
+        | {
             "num_speculative_tokens": options["num_speculative_tokens"],
             "rejection_sample_method": "synthetic",
             "synthetic_acceptance_length": options["acceptance_length"],
         }
-    llm = serving.start(options)
-    # The largest first: smaller batches then find their prompts in the prefix cache.
-    batches = sorted(options["batches"], reverse=True)
-    rows = [serving.measure(llm, batch, options) for batch in batches]
-    config = llm.llm_engine.vllm_config
-    blocks = config.cache_config.num_gpu_blocks or 0
-    return {
-        "runner": "V2" if getattr(config, "use_v2_model_runner", False) else "V1",
-        "kv_cache_tokens": blocks * config.cache_config.block_size,
-        **llm.collective_rpc("describe_drafter")[0],
-        "rows": rows[::-1],
     }

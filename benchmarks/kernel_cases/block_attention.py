@@ -100,10 +100,7 @@ def _with_multiprocessors(count: int, *arguments: Any) -> torch.Tensor:
 
 
 def _inputs(
-    shape: Shape,
-    dtype: torch.dtype,
-    device: str,
-    draw: Callable[..., torch.Tensor] = torch.randn,
+    shape: Shape, dtype: torch.dtype, device: str, draw: Callable[..., torch.Tensor] = torch.randn
 ) -> tuple[Any, ...]:
     requests, rows, size = len(shape.context_lens), shape.num_rows, shape.head_size
     heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
@@ -127,19 +124,11 @@ def _inputs(
     )
 
 
-def _gather(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_start_loc: torch.Tensor,
-    block_mask: torch.Tensor,
-    scale: float,
-    max_block_len: int,
-) -> tuple[Any, ...]:
+def _gather(*arguments: Any) -> tuple[Any, ...]:
     """Copy the pages side by side: queries, K, V [R, heads, tokens, D], mask [R, rows, tokens]."""
+    query, key, value, kv_cache, block_table, context_lens, _, block_mask, scale, max_block_len = (
+        arguments
+    )
     shape = (block_table.shape[0], max_block_len)
     pages = kv_cache[block_table].transpose(1, 2).flatten(2, 3)
     own = torch.cat((key, value), dim=-1).unflatten(0, shape).transpose(1, 2)

@@ -20,12 +20,7 @@ AIM, AIM_VISITS = 0.85, 165
 TEMPERATURE, ROOT_POSITION = 0.8, 1000
 
 _KEYWORDS = (
-    "parents",
-    "temperature",
-    "seeds",
-    "positions",
-    "draft_logits",
-    "draft_rows",
+    *("parents", "temperature", "seeds", "positions", "draft_logits", "draft_rows"),
     "max_children",
 )
 
@@ -140,14 +135,9 @@ def _tree(widths: tuple[int, ...]) -> tuple[list[int], list[int]]:
 
 
 def _inputs(
-    requests: int,
-    widths: tuple[int, ...],
-    vocabulary: int,
-    dtype: torch.dtype,
-    device: str,
-    is_drawn: bool,
-    new: Callable[..., torch.Tensor] = torch.randn,
-) -> tuple[Any, ...]:
+    requests: int, widths: tuple[int, ...], vocabulary: int, dtype: torch.dtype, device: str,
+    is_drawn: bool, new: Callable[..., torch.Tensor] = torch.randn,
+) -> tuple[Any, ...]:  # fmt: skip
     """Drafts drawn from noisy logits of the target, one proposal for each inner row."""
     parents, depths = _tree(widths)
     rows, inner = len(parents), _num_rows(widths[:-1])
@@ -182,16 +172,11 @@ def _inputs(
 
 
 def _verify(
-    verify: Callable[..., reference.Verification],
-    rule: str,
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    row_start_loc: torch.Tensor,
-    max_rows: int,
-    *others: Any,
+    verify: Callable[..., reference.Verification], rule: str, *inputs: Any
 ) -> reference.Verification:
-    keywords = dict(zip(_KEYWORDS, others, strict=True))
-    return verify(logits, tokens, row_start_loc, max_rows, rule=rule, **keywords)
+    """The first four by position: logits, tokens, row_start_loc, max_rows."""
+    keywords = dict(zip(_KEYWORDS, inputs[4:], strict=True))
+    return verify(*inputs[:4], rule=rule, **keywords)
 
 
 def _argmax(

@@ -93,7 +93,7 @@ def test_ratios_are_taken_within_a_round() -> None:
 def test_tokens_per_step_counts_steps_without_drafts() -> None:
     _, k4 = summarise(result(CELLS))
     # 4 of 100 tokens are the prompts' own; 48 came along with the 48 others.
-    assert k4["tokens_per_step"] == k4["kappa"] == 2.0
+    assert k4["tokens_per_step"] == 2.0
     assert k4["acceptance_length"] == pytest.approx(1 + 48 / 40)
     assert k4["acceptance_per_position"] == [0.6, 0.3, 0.3, 0.0]
     assert k4["accepted_share"] == pytest.approx(48 / 160)

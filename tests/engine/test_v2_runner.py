@@ -8,13 +8,14 @@ from support.personalities import NAMES
 from support.v2.child import ADAPTERS, FOLDER, MATRIX, run_child
 
 FAMILIES = FOLDER / "test_family_groups.py"  # with `make test-families`
+BLOCK_RULE = FOLDER / "test_vllm_block_rule.py"  # with `make test-statistics`
 # Fewer would mean that tests vanished, for example because a file is no longer collected.
 MIN_PASSED = 40
 
 
 def test_v2_runner(capfd: pytest.CaptureFixture[str]) -> None:
     """Every test of the V2 folder passes; none is skipped or left out."""
-    apart = [f"--ignore={file}" for file in (FAMILIES, MATRIX, ADAPTERS)]
+    apart = [f"--ignore={file}" for file in (FAMILIES, MATRIX, ADAPTERS, BLOCK_RULE)]
     run_child(capfd, [str(FOLDER), *apart], MIN_PASSED)
 
 
@@ -39,3 +40,8 @@ def test_parity_and_drafts_under_each_personality(
 @pytest.mark.families
 def test_families_with_several_groups(capfd: pytest.CaptureFixture[str]) -> None:
     run_child(capfd, [str(FAMILIES)], 2)
+
+
+@pytest.mark.statistics
+def test_the_bias_of_the_block_rule(capfd: pytest.CaptureFixture[str]) -> None:
+    run_child(capfd, [str(BLOCK_RULE)], 2)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support.file_limits import file_limit
 from support.paths import HEAD, PROMPTS, ROOT, TARGET
 from vllm_specformer.cli.main import main
-from vllm_specformer.data.files import DiskFullError
-from vllm_specformer.evaluation import served
+from vllm_specformer.serving import engine_process
 
 ENGINE_ARGS = {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
 
@@ -61,31 +56,6 @@ def test_replay_and_engine_agree(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert "agrees" in capfd.readouterr().out
 
 
-def test_the_worker_does_not_outlive_its_parent(tmp_path: Path) -> None:
-    """Its standard input is closed when the parent ends, however that happens."""
-    order, result = tmp_path / "order.json", tmp_path / "result.json"
-    os.mkfifo(order)  # so that it waits where an engine would keep it busy
-    command = [sys.executable, "-m", served.WORKER, str(order), str(result)]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE)
-    assert worker.stdin is not None
-    try:
-        with pytest.raises(subprocess.TimeoutExpired):
-            worker.wait(timeout=5)
-        worker.stdin.close()
-        assert worker.wait(timeout=60) == 1
-    finally:
-        worker.kill()
-    assert not result.exists()
-
-
-def test_a_worker_that_cannot_write_its_answers(capfd: pytest.CaptureFixture[str]) -> None:
-    """It writes that vLLM does not know an argument, which is a little longer than the order."""
-    name = "x" * 20_000
-    with file_limit(len(name) + 50), pytest.raises(DiskFullError, match="--engine: its answers co"):
-        served._run_worker({"engine": {"model": "x", name: 1}})
-    assert "result.json: File too large while writing" in capfd.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mistake", "agrees", "cause"),
@@ -103,7 +73,7 @@ def test_a_mistake_in_the_engine_is_caught(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(served, "WORKER", "tests.support.wrong_worker")
+    monkeypatch.setattr(engine_process, "WORKER", "tests.support.wrong_worker")
     monkeypatch.setenv("MISTAKE", mistake)
     code, metrics = evaluate(tmp_path / "eval.json", 32, "--num-speculative-tokens", "4")
     (row,) = metrics["engine"]

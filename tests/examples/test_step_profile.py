@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from step_profile import REST, Clock, table
+from step_profile import PARTS, REST, Clock, medians, table
 
 
 def test_time_of_parts_excludes_the_parts_within() -> None:
@@ -46,3 +46,16 @@ def test_table_shows_arms_side_by_side() -> None:
         "| target forward | 3.00 | 3.50 |",
         "| draft: logits |  | 0.10 |",
     ]
+
+
+def test_a_draft_is_told_with_its_share_of_attention() -> None:
+    nothing = dict.fromkeys([*PARTS, REST], 0.0)
+    draft = {"draft: anchor attention": 1.0, "draft: rotate and store K/V": 1.0}
+    steps = [nothing | draft | {"draft: logits": 2.0, "scheduler": n} for n in (1.0, 2.0, 9.0)]
+    found = medians(steps)
+    assert (found["step"], found["draft"], found["attention_and_store_share"]) == (6.0, 4.0, 0.5)
+    lines = table({"K=4": {"1": found}}, [1]).splitlines()
+    assert lines[3] == "| **draft** | 4000.00 |"
+    assert lines[-1] == "| attention and store, of the draft | 50% |"
+    plain = medians([nothing | {"scheduler": 1.0}])
+    assert plain == {"step": 1.0, "parts": {"scheduler": 1.0}}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 
-import interpreter
 import pytest
 import torch
+from specformer_kernels import interpreter
 
 RUNS = ["interpreter", "cuda"] if torch.cuda.is_available() else ["interpreter"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
-from vllm_specformer.engine.speculative_config import split_own_fields
+from vllm_specformer.engine.speculative_config import CONFIDENCE, split_own_fields
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.planning.acceptance import from_evaluation
 from vllm_specformer.planning.chips import CHIPS
@@ -183,15 +183,26 @@ def test_the_printed_line_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize(
     "value",
-    [[], [[2, 4, 1]], [[1, 4, 1], [6, 8, 0]], [[1, 4, -1]], [[4, 1, 1]], [[1, 4]], [[1, 4, 1.5]]],
+    [[], [[2, 4, 1]], [[1, 4, 1], [4, 8, 0]], [[1, 4, -1]], [[4, 1, 1]], [[1, 4]], [[1, 4, 1.5]]],
 )
 def test_schedules_that_vllm_would_not_take_are_refused(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "schedule.json"
     path.write_text(json.dumps(value))
-    with pytest.raises(SpecFormerError, match=r"--schedule .*: expected a schedule such as \[\[1"):
+    with pytest.raises(SpecFormerError, match=r"--schedule .*; expected a schedule such as \[\[1"):
         read_plan(path)
     path.write_text("[[1, 8, 4], [9, 64, 0]]")
     assert read_plan(path) == Plan([[1, 8, 4], [9, 64, 0]])
+
+
+def test_gaps_are_read_as_vllm_reads_them(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.json"
+    written = [[9, 12, 0], [1, 4, 3]]
+    path.write_text(json.dumps(written))
+    plan = read_plan(path)
+    theirs = build_dynamic_sd_schedule_lookup(written, 16, 4)
+    assert [plan.count_at(batch) for batch in range(1, 17)] == theirs[1:]
+    own = split_own_fields({CONFIDENCE: [[9, 12, 0.5], [1, 4, 0.1]]})[1]
+    assert own.confidence == ((1, 8, 0.1), (9, 12, 0.5))
 
 
 def test_files_that_are_no_plan_are_refused(tmp_path: Path) -> None:

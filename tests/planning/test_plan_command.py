@@ -18,8 +18,9 @@ from support.paths import HEAD, ROOT, TARGET
 from vllm_specformer.bench.enlarge import HeavyPair, enlarge
 from vllm_specformer.cli.main import main
 from vllm_specformer.engine.patches.measuring import listing_schedule
-from vllm_specformer.planning.measure import EngineProcess, Machine, Settings
+from vllm_specformer.planning.measure import Machine, Settings
 from vllm_specformer.planning.plan_file import read_plan
+from vllm_specformer.serving.engine_process import EngineProcess
 
 PROMPTS = ROOT / "examples" / "server" / "prompts.jsonl"
 ENGINE = {
@@ -30,6 +31,7 @@ ENGINE = {
     "kv_cache_memory_bytes": 128 << 20,
 }
 COUNTS = [0, 2, 4]
+TIMES, ACCEPTED = (f"vllm_specformer.planning.timing:{name}" for name in ("times", "accepted"))
 TEXTS, ANSWER = 6, 24
 
 
@@ -59,30 +61,26 @@ def engine(pair: HeavyPair, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         "enable_prefix_caching": False,
         "disable_log_stats": False,
     }
-    process = EngineProcess(arguments, True, tmp_path_factory.mktemp("engine") / "log")
-    try:
-        process.answer()
+    with EngineProcess(arguments, tmp_path_factory.mktemp("engine") / "log") as process:
         yield process
-    finally:
-        process.end()
 
 
 def test_the_enlarged_target_answers_as_the_small_one(
     engine: EngineProcess, prompts: list[list[int]]
 ) -> None:
     """The real engine, drafting for the heavy target, against the small one without any of it."""
-    answered = engine.ask(do="accepted", prompts=prompts, count=4, max_tokens=ANSWER)
+    answered = engine.call(ACCEPTED, prompts=prompts, count=4, max_tokens=ANSWER)
     small = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
     for ids, answer in zip(prompts, answered["answers"], strict=True):
         text = small.generate(torch.tensor([ids]), max_new_tokens=ANSWER, do_sample=False)
         assert text[0, len(ids) :].tolist() == answer
     assert answered["tokens_per_step"] > 1.8  # as the head has it for its own target
-    nothing = engine.ask(do="accepted", prompts=prompts, count=0, max_tokens=ANSWER)
+    nothing = engine.call(ACCEPTED, prompts=prompts, count=0, max_tokens=ANSWER)
     assert nothing == {"tokens_per_step": 1.0, "answers": answered["answers"]}
 
 
 def test_steps_are_timed_at_every_count(engine: EngineProcess, prompts: list[list[int]]) -> None:
-    found = engine.ask(do="times", prompts=prompts, counts=COUNTS, steps=5, seconds=60.0)
+    found = engine.call(TIMES, prompts=prompts, counts=COUNTS, steps=5, seconds=60.0)
     assert {int(count): len(times) for count, times in found["steps"].items()} == {
         count: 5 for count in COUNTS
     }
@@ -91,7 +89,7 @@ def test_steps_are_timed_at_every_count(engine: EngineProcess, prompts: list[lis
         assert 0 < found["drafts"][count] < statistics.mean(times)
     # Storing K/V is a part of drafting.
     assert found["drafts"]["0"] < found["drafts"]["4"]
-    short = engine.ask(do="times", prompts=prompts, counts=[2], steps=50, seconds=0.0)
+    short = engine.call(TIMES, prompts=prompts, counts=[2], steps=50, seconds=0.0)
     assert len(short["steps"]["2"]) == 2
 
 

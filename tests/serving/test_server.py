@@ -143,3 +143,9 @@ def test_version_of_vllm_under_the_cpu_wheels_name(monkeypatch: pytest.MonkeyPat
     assert serve.version("vllm") == "0.32.0+cpu"
     with pytest.raises(importlib.metadata.PackageNotFoundError):
         serve.version("another-package")
+
+
+def test_a_child_counts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not into the folder where the user's own servers of several processes count."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/shared")
+    assert "PROMETHEUS_MULTIPROC_DIR" not in server_environment()

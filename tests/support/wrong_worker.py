@@ -1,4 +1,4 @@
-"""`serve_worker` with a mistake made in the engine: `MISTAKE` is "norm" or "hooks".
+"""`engine_worker` with a mistake made in the engine: `MISTAKE` is "norm" or "hooks".
 
 The classes are vLLM's and ours; only what reaches the head is wrong, as it would be if training and
 serving did not mean the same hidden states.
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from vllm_specformer.engine.patches import registration
-from vllm_specformer.evaluation import serve_worker
+from vllm_specformer.serving import engine_worker
 
 
 def norm_the_last_hook() -> None:
@@ -52,4 +52,4 @@ def early(ids: Sequence[int]) -> list[int]:
 
 if __name__ == "__main__":
     {"norm": norm_the_last_hook, "hooks": hook_one_layer_early}[os.environ["MISTAKE"]]()
-    serve_worker.main()
+    engine_worker.main()

@@ -17,7 +17,7 @@ COLUMNS = (
     *("ratio_to_none", "ratio_min", "ratio_max", "predicted_ratio"),
     *("tokens_per_step", "acceptance_length", "acceptance_per_position", "accepted_share"),
     *("drafted_per_step", "draft_ms", "tpot_ms", "ttft_ms"),
-    *("kappa", "p", "r1", "theta", "same_output"),
+    *("p", "r1", "theta", "same_output"),
 )
 
 
@@ -42,7 +42,7 @@ def _line(result: Result, cells: Sequence[Cell], plain: dict[tuple[int, int], Ce
     drafts, drafted, accepted = (
         sum(getattr(cell, name) for cell in cells) for name in ("drafts", "drafted", "accepted")
     )
-    kappa = statistics.median(cell.tokens_per_step for cell in cells)
+    per_step = statistics.median(cell.tokens_per_step for cell in cells)
     ratio = statistics.median(ratios) if ratios else None
     line: Metrics = {
         "arm": first.arm,
@@ -56,7 +56,7 @@ def _line(result: Result, cells: Sequence[Cell], plain: dict[tuple[int, int], Ce
         "ratio_min": _rounded(min(ratios, default=None)),
         "ratio_max": _rounded(max(ratios, default=None)),
         "predicted_ratio": _rounded(_predicted(result, first, plain)),
-        "tokens_per_step": round(kappa, 3),
+        "tokens_per_step": round(per_step, 3),
         "acceptance_length": round(1 + accepted / drafts, 3) if drafts else 1.0,
         "acceptance_per_position": _per_position(cells, drafts),
         "accepted_share": round(accepted / drafted, 3) if drafted else None,
@@ -64,21 +64,20 @@ def _line(result: Result, cells: Sequence[Cell], plain: dict[tuple[int, int], Ce
         "draft_ms": _draft_ms(cells),
         "tpot_ms": round(statistics.median(cell.tpot_ms for cell in cells), 2),
         "ttft_ms": round(statistics.median(cell.ttft_ms for cell in cells), 1),
-        "kappa": round(kappa, 3),
-        "theta": _rounded(kappa / ratio) if ratio else None,
+        "theta": _rounded(per_step / ratio) if ratio else None,
         "same_output": round(statistics.mean(same), 3) if same else None,
     }
-    return line | _paper_terms(result, first, kappa, drafted / drafts if drafts else 0.0)
+    return line | _paper_terms(result, first, per_step, drafted / drafts if drafts else 0.0)
 
 
-def _paper_terms(result: Result, cell: Cell, kappa: float, count: float) -> Metrics:
+def _paper_terms(result: Result, cell: Cell, per_step: float, count: float) -> Metrics:
     """Compute ratio p and gain in arithmetic intensity r1 of our own head (ALGORITHMS, 2)."""
     if (cell.speculative or {}).get("method") != "specformer":
         return {"p": None, "r1": None}
     head = result.head
     own = head.shared_parameters + count * head.slot_parameters
     p = 1 + own / result.target.parameters
-    return {"p": round(p, 4), "r1": round(kappa / p, 3)}
+    return {"p": round(p, 4), "r1": round(per_step / p, 3)}
 
 
 def _predicted(result: Result, cell: Cell, plain: dict[tuple[int, int], Cell]) -> float | None:

@@ -1,24 +1,23 @@
 """Seconds spent drafting, from the worker that drafts to the server's /metrics page.
 
 vLLM counts drafted and accepted tokens itself and has no place for a drafter's time: what a worker
-may report to the server is a closed set of fields. So the server makes a small folder, its
-environment variable tells the workers, and the first worker of each engine keeps two numbers in a
-file there, in shared memory. Prometheus reads them when it asks for the page. No patch of vLLM.
+may report to the server is a closed set of fields. So the first worker of each engine keeps two
+counters in a file of Prometheus's multiprocess format, and Prometheus reads it when it asks for the
+page. The file is in vLLM's own folder for such files where there is one (several API servers), else
+in one that the server makes and names to its workers in the environment. No patch of vLLM.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
-import mmap
 import os
 import shutil
-import struct
 import tempfile
 import time
+import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,9 +25,13 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 FOLDER = "SPECFORMER_DRAFT_TIME_DIR"
-SECONDS = "specformer:draft_seconds"
-STEPS = "specformer:draft_steps"
-_NUMBERS = struct.Struct("dd")  # seconds, steps
+# vLLM's /metrics pages show this folder instead of what is in the server's process.
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+_COUNTERS = {
+    "specformer:draft_seconds": "Time in the draft step: context K/V stored, slots run, drafts "
+    "sampled.",
+    "specformer:draft_steps": "Draft steps.",
+}
 # Steps whose end the GPU has not reached yet; more means that nobody asked for a long time.
 _MAX_PENDING = 64
 
@@ -44,9 +47,10 @@ def publish() -> None:
     this one.
     """
     global _published
-    if _published:
+    if _published or SHARED_FOLDER in os.environ:
         return
     from prometheus_client import REGISTRY
+    from prometheus_client.multiprocess import MultiProcessCollector
 
     try:
         folder = tempfile.mkdtemp(prefix="specformer-")
@@ -56,7 +60,7 @@ def publish() -> None:
     os.environ[FOLDER] = folder
     _published = True
     atexit.register(_remove, folder, os.getpid())
-    REGISTRY.register(DraftTimeCollector(Path(folder)))
+    MultiProcessCollector(REGISTRY, folder)
 
 
 def _remove(folder: str, owner: int) -> None:
@@ -64,104 +68,105 @@ def _remove(folder: str, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class DraftTimeCollector:
-    """Reads the workers' numbers whenever Prometheus asks."""
+class SharedCounters:
+    """An engine's draft seconds and steps, in a file of its own under `folder`."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: str, engine: str) -> None:
+        from prometheus_client.mmap_dict import MmapedDict, mmap_key
 
-    def describe(self) -> list[Any]:
-        """Nothing: the registry must not collect at registration."""
-        return []
+        self._file = MmapedDict(os.path.join(folder, f"counter_specformer-{uuid.uuid4().hex}.db"))
+        self._keys = [
+            mmap_key(name, f"{name}_total", ["engine"], [engine], text)
+            for name, text in _COUNTERS.items()
+        ]
+        self._totals = (0.0, 0)
+        self._write()
 
-    def collect(self) -> Iterator[Any]:
-        """Counters by engine, as vLLM labels its own."""
-        from prometheus_client.core import CounterMetricFamily
+    @classmethod
+    def of_worker(cls, parallel_config: Any) -> SharedCounters | None:
+        """Where a server asked for them and this is the engine's first worker."""
+        folder = os.environ.get(SHARED_FOLDER) or os.environ.get(FOLDER)
+        if not folder or parallel_config.rank != 0:
+            return None
+        try:
+            # The rank is 0 in every engine of a dense target; only the index tells them apart.
+            return cls(folder, str(parallel_config.data_parallel_index))
+        except OSError:  # another machine than the server's, or a full disk: serving goes on
+            return None
 
-        seconds = CounterMetricFamily(
-            SECONDS, "Time in the draft step: context K/V stored, slots run, drafts sampled.",
-            labels=["engine"],
-        )  # fmt: skip
-        steps = CounterMetricFamily(STEPS, "Draft steps.", labels=["engine"])
-        totals: dict[str, tuple[float, float]] = {}
-        for file in self._folder.glob("*"):
-            content = file.read_bytes()
-            if len(content) == _NUMBERS.size:
-                engine = file.name.partition("-")[0]
-                before = totals.get(engine, (0.0, 0.0))
-                spent, count = _NUMBERS.unpack(content)
-                totals[engine] = (before[0] + spent, before[1] + count)
-        for engine, (spent, count) in sorted(totals.items()):
-            seconds.add_metric([engine], spent)
-            steps.add_metric([engine], count)
-        yield seconds
-        yield steps
+    def add(self, seconds: float, steps: int) -> None:
+        self._totals = (self._totals[0] + seconds, self._totals[1] + steps)
+        self._write()
+
+    def reset(self) -> None:
+        """Start again from 0."""
+        self._totals = (0.0, 0)
+        self._write()
+
+    def _write(self) -> None:
+        for key, total in zip(self._keys, self._totals, strict=True):
+            self._file.write_value(key, total, 0.0)
 
 
-class DraftClock:
-    """Adds up the draft steps of one worker, without waiting for the device.
+class DeviceClock:
+    """Times steps without waiting for the device.
 
     On a GPU a step is measured by two events in its stream, read in a later step when the device
     has passed them.
+
+    Args:
+        report: gets the seconds of every step and how many it counts for (0 or 1); None: nobody
+            wants to know.
     """
 
-    def __init__(self, device: torch.device, parallel_config: Any) -> None:
+    def __init__(self, device: torch.device, report: Callable[[float, int], None] | None) -> None:
         self._on_gpu = device.type == "cuda"
-        self._pending: deque[tuple[Any, Any]] = deque()
-        self._seconds, self._steps = 0.0, 0
-        self._shared = _shared_numbers(parallel_config)
-
-    def reset(self) -> None:
-        """Forget everything, as after a warm-up."""
-        self._pending.clear()
-        self._seconds, self._steps = 0.0, 0
-        self._add(0.0, 0)
+        self._pending: deque[tuple[Any, Any, int]] = deque()
+        self._report = report
 
     def timed(self, step: Callable[[], Any], counts: int = 1) -> Any:
-        """`step()`, its time added up; `counts` 0 for the rest of a step that counts already."""
-        if self._shared is None:
+        """`step()`, its time reported; `counts` 0 for the rest of a step that counts already."""
+        if self._report is None:
             return step()
         if self._on_gpu:
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             began.record()
             result = step()
             ended.record()
-            self._pending.append((began, ended))
-            self._read_passed()
+            self._pending.append((began, ended, counts))
+            self.read_passed()
             return result
         started = time.perf_counter()
         result = step()
-        self._add(time.perf_counter() - started, counts)
+        self._report(time.perf_counter() - started, counts)
         return result
 
-    def _read_passed(self) -> None:
+    def read_passed(self) -> None:
+        """Report the steps that the device has finished; `timed` does it too."""
         while self._pending and self._pending[0][1].query():
-            began, ended = self._pending.popleft()
-            self._add(began.elapsed_time(ended) / 1000)
+            began, ended, counts = self._pending.popleft()
+            if self._report is not None:
+                self._report(began.elapsed_time(ended) / 1000, counts)
         if len(self._pending) > _MAX_PENDING:
             self._pending.popleft()
 
-    def _add(self, seconds: float, steps: int = 1) -> None:
-        self._seconds += seconds
-        self._steps += steps
-        if self._shared is not None:
-            _NUMBERS.pack_into(self._shared, 0, self._seconds, self._steps)
+    def reset(self) -> None:
+        """Forget the steps that are not reported yet."""
+        self._pending.clear()
 
 
-def _shared_numbers(parallel_config: Any) -> mmap.mmap | None:
-    """This engine's file, if a server asked for one and this is the engine's first worker."""
-    folder = os.environ.get(FOLDER)
-    if not folder or parallel_config.rank != 0:
-        return None
-    # The rank is 0 in every engine of a dense target; only the index tells them apart.
-    engine = str(parallel_config.data_parallel_index)
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f"{engine}-", delete=False) as file:
-            file.write(_NUMBERS.pack(0, 0))
-            file.flush()
-            return mmap.mmap(file.fileno(), _NUMBERS.size)
-    except OSError:  # another machine than the server's, or a full disk: serving goes on
-        return None
+class DraftClock(DeviceClock):
+    """The clock of a worker's draft steps, which add up on the server's /metrics page."""
+
+    def __init__(self, device: torch.device, parallel_config: Any) -> None:
+        self._counters = SharedCounters.of_worker(parallel_config)
+        super().__init__(device, None if self._counters is None else self._counters.add)
+
+    def reset(self) -> None:
+        """Start again from 0, after the steps of a warm-up."""
+        super().reset()
+        if self._counters is not None:
+            self._counters.reset()
 
 
 def timed(propose: Callable[..., Any]) -> Callable[..., Any]:
@@ -201,11 +206,6 @@ class AcceptanceMonitor:
         self._drafted = 0
         self._judging = 0  # drafted tokens of the window being copied; 0: none
 
-    def reset(self) -> None:
-        """Forget everything, as after a warm-up."""
-        self._rejected.zero_()
-        self._drafted = self._judging = 0
-
     def observe(self, drafted: int, num_rejected: Tensor) -> None:
         """Add one step: `drafted` tokens were verified, `num_rejected` [R] of them refused."""
         if drafted:
@@ -219,6 +219,11 @@ class AcceptanceMonitor:
                 self._copied.record()
             self._judging, self._drafted = self._drafted, 0
             self._rejected.zero_()
+
+    def reset(self) -> None:
+        """Forget the steps so far, such as those of a warm-up."""
+        self._rejected.zero_()
+        self._drafted = self._judging = 0
 
     def _judge(self) -> None:
         if self._copied is not None and not self._copied.query():

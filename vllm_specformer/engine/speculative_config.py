@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
+from vllm_specformer.batch_ranges import closed, is_count, ranges_problem
 from vllm_specformer.errors import SpeculativeConfigError
 from vllm_specformer.names import ARCHITECTURE
 
@@ -113,14 +112,14 @@ def _thresholds(value: Any) -> Thresholds | None:
         return None
     if _is_threshold(value):
         return ((1, _SIZES_BEYOND, float(value)),)
-    problem = _ranges_problem(value, "threshold", _is_threshold)
+    problem = ranges_problem(value, "threshold", _is_threshold)
     if problem:
         raise SpeculativeConfigError(
             f"speculative config: {CONFIDENCE}={reprlib.repr(value)}: {problem}; write a number "
             "from 0 to 1, or ranges of batch sizes with one each, such as "
             "[[1, 8, 0.1], [9, 64, 0.4]]"
         )
-    return tuple(sorted((first, last, float(bar)) for first, last, bar in value))
+    return tuple((first, last, float(bar)) for first, last, bar in closed(value))
 
 
 def _is_threshold(value: Any) -> bool:
@@ -166,41 +165,12 @@ def _check_schedule(schedule: Any) -> None:
     """Ranges of batch sizes `[[first, last, tokens], ...]`: whole numbers, from 1 on, in order."""
     if schedule is None:
         return
-    problem = _ranges_problem(schedule, "tokens", _is_count)
+    problem = ranges_problem(schedule, "tokens", is_count)
     if problem:
         raise SpeculativeConfigError(
             f"speculative config: {SCHEDULE}={reprlib.repr(schedule)}: {problem}; write ranges of "
             "batch sizes with the tokens to draft, such as [[1, 8, 4], [9, 64, 2], [65, 256, 0]]"
         )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_whole(value) and value >= 0
-
-
-def _ranges_problem(ranges: Any, name: str, fits: Callable[[Any], bool]) -> str:
-    """What is wrong with ranges of batch sizes `[first, last, value]`, "" where nothing is."""
-    if not isinstance(ranges, (list, tuple)) or not ranges:
-        return "it is no list of ranges"
-    for entry in ranges:
-        if not isinstance(entry, (list, tuple)) or len(entry) != 3:
-            return f"{reprlib.repr(entry)} is not [first, last, {name}]"
-        first, last, value = entry
-        if not _is_whole(first) or not _is_whole(last) or not 1 <= first <= last:
-            return f"{reprlib.repr(entry)} must have whole numbers 1 <= first <= last"
-        if not fits(value):
-            return f"{reprlib.repr(entry)} has {reprlib.repr(value)} for its {name}"
-    ranges = sorted((first, last) for first, last, _ in ranges)
-    if ranges[0][0] != 1:
-        return "the first range must start at 1"
-    for (_, last), (first, _) in pairwise(ranges):
-        if first <= last:
-            return f"two ranges hold the batch size {first}"
-    return ""
 
 
 def drafts_with_head(speculative_config: Any) -> bool:

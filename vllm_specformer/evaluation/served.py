@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from vllm_specformer.data.files import DiskFullError
 from vllm_specformer.distill.backend import EngineError
 from vllm_specformer.distill.dialogue import Request
 from vllm_specformer.evaluation.answers import cut
-from vllm_specformer.evaluation.serve_worker import DISK_FULL
+from vllm_specformer.serving.engine_process import EngineProcess, EngineProcessError
 from vllm_specformer.training.texts import Text
 
-WORKER = "vllm_specformer.evaluation.serve_worker"
+_ANSWER = "vllm_specformer.evaluation.stepwise:answer"
 # Arguments of vLLM that an option of ours, or the evaluation itself, sets.
 _OWN = (
     *("model", "tokenizer", "revision", "dtype", "max_model_len"),
@@ -91,18 +85,26 @@ def serve(
         "speculative_config": speculative,
         "disable_log_stats": False,
     }
-    requests = [{number: asdict(request) for number, request in job.items()} for job in jobs]
-    order = {
-        "engine": engine,
-        "end_ids": sorted(end_ids),
-        "extra_tokens": num_tokens + 1,
-        "jobs": [{"requests": job} for job in requests],
-    }
-    result = _run_worker(order)
-    return [
-        _served(job, found, num_tokens, end_ids, result)
-        for job, found in zip(jobs, result["jobs"], strict=True)
-    ]
+    order = {"extra_tokens": num_tokens + 1, "end_ids": sorted(end_ids)}
+    try:
+        with EngineProcess(engine) as process:
+            return [
+                _served(
+                    job,
+                    process.call(_ANSWER, requests=_fields(job), **order),
+                    num_tokens,
+                    end_ids,
+                )
+                for job in jobs
+            ]
+    except EngineProcessError as error:
+        raise EngineError(
+            f"--engine: {error}; --engine-args sets the engine's memory and the like"
+        ) from None
+
+
+def _fields(job: Mapping[int, Request]) -> dict[int, dict[str, Any]]:
+    return {number: asdict(request) for number, request in job.items()}
 
 
 def _served(
@@ -110,7 +112,6 @@ def _served(
     found: dict[str, Any],
     num_tokens: int,
     end_ids: frozenset[int],
-    result: dict[str, Any],
 ) -> Served:
     texts, steps = [], {}
     for name, emitted in found["steps"].items():
@@ -122,32 +123,5 @@ def _served(
         texts.append(Text(number, ids, ((start, len(ids)),), request.temperature))
         steps[number] = [len(step) for step in emitted[1:]]
     temperature = next(iter(job.values())).temperature
-    about = {"vllm": result["vllm"], "runner": result["runner"]}
+    about = {"vllm": found["vllm"], "runner": found["runner"]}
     return Served(num_tokens, temperature, texts, steps, found["counters"], **about)
-
-
-def _run_worker(order: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="specformer-eval-") as folder:
-        order_file, result_file = Path(folder, "order.json"), Path(folder, "result.json")
-        order_file.write_text(json.dumps(order))
-        command = [sys.executable, "-m", WORKER, str(order_file), str(result_file)]
-        worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr, env=os.environ)
-        try:
-            code = worker.wait()
-        finally:
-            worker.kill()
-            worker.wait()
-        if code == DISK_FULL:
-            raise DiskFullError(
-                f"--engine: its answers could not be written to {folder}, for the reason above; "
-                "TMPDIR chooses another directory"
-            )
-        if not result_file.is_file():
-            raise EngineError(
-                f"--serve: vLLM ended with code {code} before it had answered; its messages stand "
-                "above, VLLM_LOGGING_LEVEL=INFO shows more, --engine-args sets memory and the like"
-            )
-        result: dict[str, Any] = json.loads(result_file.read_bytes())
-    if "error" in result:
-        raise EngineError(f"--serve: vLLM does not start: {result['error']}")
-    return result

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +18,9 @@ from typing import Any
 import torch
 
 from vllm_specformer.engine.patches.measuring import listing_schedule
-from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.serving.server import server_environment
+from vllm_specformer.serving.engine_process import EngineProcess
 
-WORKER = "vllm_specformer.planning.worker"
-_TAIL_LINES = 30
-_END_S = 20.0
+_TIMING = "vllm_specformer.planning.timing"
 _MOST_VISITS = 12  # of one batch size in a cycle
 
 
@@ -68,52 +62,6 @@ class Costs:
     drafts: dict[tuple[int, int], float] = field(default_factory=dict)
 
 
-class EngineProcess:
-    """One engine's process; it waits for its next order without working."""
-
-    def __init__(self, engine: dict[str, Any], drafts: bool, log: Path) -> None:
-        self.log = log
-        order = json.dumps({"engine": engine, "drafts": drafts})
-        with log.open("w") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", WORKER, order],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                text=True,
-                env=server_environment(),
-            )
-
-    def ask(self, **order: Any) -> dict[str, Any]:
-        """Send an order and wait for its answer.
-
-        Raises:
-            SpecFormerError: the engine ended.
-        """
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(order), file=self._process.stdin, flush=True)
-        return self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
-            raise SpecFormerError(f"the engine ended; the last of its messages:\n{tail}")
-        content: dict[str, Any] = json.loads(line)
-        if "error" in content:
-            raise SpecFormerError(f"vLLM does not start: {content['error']}")
-        return content
-
-    def end(self) -> None:
-        """Let it end its own processes too; by force if that takes long."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.communicate(timeout=_END_S)
-        self._process.kill()
-        self._process.communicate()
-
-
 class Machine:
     """Measures a pair with the engine arguments that its server would have."""
 
@@ -143,8 +91,8 @@ class Machine:
             "num_speculative_tokens_per_batch_size": listing_schedule(list(settings.counts)),
         }
         self.engines = {
-            "plain": (shared, False),
-            "head": (shared | {"speculative_config": speculative}, True),
+            "plain": shared,
+            "head": shared | {"speculative_config": speculative},
         }
         self._steps: dict[tuple[str, int, int], list[list[float]]] = {}  # by visit
         self._drafts: dict[tuple[str, int, int], list[float]] = {}
@@ -170,15 +118,11 @@ class Machine:
 
     @contextlib.contextmanager
     def _engine(self, name: str) -> Iterator[EngineProcess]:
-        arguments, drafts = self.engines[name]
         log = self.logs / f"engine-{name}.log"
-        self.say(f"starting the engine {'with' if drafts else 'without'} the head (log: {log})")
-        engine = EngineProcess(arguments, drafts, log)
-        try:
-            engine.answer()
+        how = "with" if name == "head" else "without"
+        self.say(f"starting the engine {how} the head (log: {log})")
+        with EngineProcess(self.engines[name], log) as engine:
             yield engine
-        finally:
-            engine.end()
 
     def _cycles(self, engines: dict[str, EngineProcess]) -> None:
         """Visit every batch size in every cycle, with the engines taking turns."""
@@ -204,8 +148,8 @@ class Machine:
         counts, steps = list(self.settings.counts), self.settings.steps
         if name == "plain":  # the one that all others are compared with: as many steps as they
             counts, steps = [0], steps * len(counts)
-        found = engine.ask(
-            do="times",
+        found = engine.call(
+            f"{_TIMING}:times",
             prompts=[self.prompts[place % len(self.prompts)] for place in range(batch)],
             counts=counts[::-1] if turn % 2 else counts,
             steps=steps,
@@ -223,8 +167,8 @@ class Machine:
         for count in self.settings.counts:
             if count:
                 self.say(f"acceptance with {count} drafted tokens")
-                answered = engine.ask(
-                    do="accepted",
+                answered = engine.call(
+                    f"{_TIMING}:accepted",
                     prompts=list(self.prompts),
                     count=count,
                     max_tokens=self.settings.max_tokens,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_specformer.batch_ranges import closed, is_count, ranges_problem
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.planning.choose import (
     MARGIN,
@@ -148,18 +149,14 @@ def read_plan(path: Path) -> Plan:
 
 
 def checked_schedule(value: Any, source: str) -> list[list[int]]:
-    """A schedule as vLLM takes it: [[first batch size, last, K], ...] from 1 upwards, no gaps.
+    """A schedule as vLLM takes it, [[first batch size, last, K], ...], in order and without gaps.
 
     Raises:
         SpecFormerError: anything else.
     """
-    wanted = f"{source}: expected a schedule such as [[1, 8, 4], [9, 64, 0]], found {value!r}"
-    if not isinstance(value, list) or not value:
-        raise SpecFormerError(wanted)
-    last = 0
-    for entry in value:
-        whole = isinstance(entry, list) and [type(n) for n in entry] == [int] * 3
-        if not whole or entry[0] != last + 1 or entry[1] < entry[0] or entry[2] < 0:
-            raise SpecFormerError(wanted)
-        last = entry[1]
-    return value
+    problem = ranges_problem(value, "tokens", is_count)
+    if problem:
+        raise SpecFormerError(
+            f"{source}: {problem}; expected a schedule such as [[1, 8, 4], [9, 64, 0]]"
+        )
+    return [list(entry) for entry in closed(value)]

@@ -1,4 +1,4 @@
-"""What a server has counted about its drafts, read from its /metrics page."""
+"""What a server, or an engine in this process, has counted about its drafts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client import REGISTRY, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 PREFIX = "vllm:spec_decode_num_"
@@ -77,6 +78,11 @@ def parse_draft_counts(metrics: str) -> DraftCounts:
         times.get(DRAFT_SECONDS),
         int(times[DRAFT_STEPS]) if DRAFT_STEPS in times else None,
     )
+
+
+def own_draft_counts() -> DraftCounts:
+    """Those of the engines in this process."""
+    return parse_draft_counts(generate_latest(REGISTRY).decode())
 
 
 def read_draft_counts(url: str) -> DraftCounts:

@@ -57,6 +57,8 @@ def serve_command() -> list[str]:
 def server_environment() -> dict[str, str]:
     """The environment of a local CPU server: offline, no telemetry, Intel's OpenMP if installed."""
     environment = dict(os.environ)
+    # Counters of a user's own servers are in there.
+    environment.pop("PROMETHEUS_MULTIPROC_DIR", None)
     environment |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     environment |= openmp_preload(environment.get("LD_PRELOAD", ""))
     # vLLM closes a connection after 5 s without a request. A client that sends one just then, as

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 MAX_TOKENS = 160
 # Files, the split they are cut from, and which of its prompts they get. The last training prompts
-# are left to unloop.py; `load` is for benchmarks (benchmarks/load_prompts.py).
+# are left to unloop.py; `load` is for benchmarks (load_prompts.py).
 FILES = {
     "train": ("train", 0, 40_000),
     "held_out": ("held_out", 0, 384),

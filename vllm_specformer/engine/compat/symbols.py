@@ -78,7 +78,7 @@ LATE_STORE = "engine/patches/late_store.py"
 CPU_NORMS = "engine/cpu/norms.py"
 CLIENT = "bench/client.py"
 MEASURING = "engine/patches/measuring.py"
-EVALUATION = "evaluation/serve_worker.py"
+STEPPED = "serving/engine.py"
 
 _SPEC = "vllm.config.speculative"
 _ARGS = "vllm.engine.arg_utils:EngineArgs"
@@ -399,9 +399,7 @@ MEASURED: tuple[Reliance, ...] = (
         "from an engine to its scheduler",
         "engine_core",
     ),
-    *members(
-        "vllm.v1.engine.llm_engine:LLMEngine", EVALUATION, "which runner it has", "vllm_config"
-    ),
+    *members("vllm.v1.engine.llm_engine:LLMEngine", STEPPED, "which runner it has", "vllm_config"),
     *members(
         "vllm.v1.engine.core_client:InprocClient", MEASURING, "to the scheduler", "engine_core"
     ),

@@ -1,8 +1,8 @@
 """What each part of the head and of its training brings: one head per arm and seed.
 
     make ablation                                      # bundled pair; hours on two cores
-    python benchmarks/ablation.py --steps 20 --seeds 0 --arms base paper    # a look at it
-    python benchmarks/ablation.py --collect            # table and plot of what is there
+    python ablation.py --steps 20 --seeds 0 --arms base paper    # a look at it
+    python ablation.py --collect                       # table and plot of what is there
 
 All heads see the same texts in the same number of steps. What is missing of the data is made first,
 by the recipe of the bundled pair. A head that is complete is not trained again, so the command may
@@ -28,7 +28,7 @@ from ablation_report import BASE, write_plot, write_table
 from safetensors import safe_open
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "benchmarks" / "results"
 TARGET = ROOT / "examples" / "models" / "python-target"
 COMMAND = (sys.executable, "-m", "vllm_specformer.cli.main")
@@ -131,7 +131,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def recipe(pair: Path) -> None:
     """The data, made by the recipe of the bundled pair if it is not there."""
-    build = ROOT / "examples" / "training" / "bundled_pair" / "build.py"
+    build = Path(__file__).with_name("build.py")
     subprocess.run([sys.executable, str(build), "--work", str(pair), "--data-only"], check=True)
 
 
@@ -211,18 +211,15 @@ def parameters(head: Path) -> int:
 
 
 def draft_milliseconds(head: Path) -> float:
-    """Of one draft step, K=4, for 16 requests with 512 tokens of context, on one thread."""
-    result = head / "draft-step.json"
-    script = ROOT / "benchmarks" / "draft_step_cpu.py"
-    options = ("--requests", "16", "--dtype", "float32", "--repeats", "100")
-    command = [sys.executable, script, "--head", head, "--out", result, *options]
-    subprocess.run(
-        [*map(str, command), "--num-speculative-tokens", "4"],
-        check=True,
-        capture_output=True,
-    )
-    microseconds: float = json.loads(result.read_text())["microseconds"][0]["step"]
-    return round(microseconds / 1000, 2)
+    """Of a draft, K=4, for 16 requests with 512 tokens of context, on one thread and its clock."""
+    script = ROOT / "benchmarks" / "step_profile.py"
+    where = ("--target", TARGET, "--head", head, "--results", head, "--name", "draft")
+    what = ("--arms", "4", "--requests", "16", "--context", "512", "--dtype", "float32")
+    command = [sys.executable, script, *where, *what, "--clock", "thread"]
+    subprocess.run([*map(str, command)], check=True, capture_output=True)
+    found = json.loads((head / "step-profile-draft.json").read_text())
+    seconds: float = found["seconds"]["K=4"]["16"]["draft"]
+    return round(1000 * seconds, 2)
 
 
 def write_results(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:

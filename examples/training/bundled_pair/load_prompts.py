@@ -4,7 +4,7 @@ A load of answers of ten tokens measures how prompts are read, and one of a targ
 itself up to the limit measures its loops. The choice knows the target only, no head and no method
 of drafting.
 
-    python benchmarks/load_prompts.py TARGET PROMPTS.jsonl --out benchmarks/prompts-load.jsonl
+    python load_prompts.py TARGET PROMPTS.jsonl --out ../../../benchmarks/prompts-load.jsonl
 """
 
 from __future__ import annotations

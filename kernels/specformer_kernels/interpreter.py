@@ -1,4 +1,4 @@
-"""Runs the Triton kernels of specformer_kernels without a GPU.
+"""Runs this library's Triton kernels without a GPU.
 
 TRITON_INTERPRET would interpret every kernel of the process, other packages' included, and has to
 be set before Triton is imported. Here the kernels are replaced for the length of a `with` block.
@@ -13,8 +13,9 @@ from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
-import specformer_kernels
 import torch
+
+import specformer_kernels
 
 
 def kernel_modules() -> list[ModuleType]:

@@ -1,0 +1,105 @@
+"""Start an engine in a process of its own and tell it what to do (see engine_worker.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.serving.server import server_environment
+
+WORKER = "vllm_specformer.serving.engine_worker"
+_TAIL_LINES = 30
+_END_S = 20.0
+
+
+class EngineProcessError(SpecFormerError):
+    """The engine does not start, or ended before it had answered."""
+
+
+class EngineProcess:
+    """One engine's process; it waits for its next order without working.
+
+    Its end gives back the device's memory, and vLLM's global state is not shared with another.
+
+    Args:
+        engine: arguments of `vllm.LLM`.
+        log: file for what vLLM prints; None: our standard error.
+        environment: variables beside those of `server_environment`.
+    """
+
+    def __init__(
+        self,
+        engine: Mapping[str, Any],
+        log: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._engine, self._log = dict(engine), log
+        self._environment = server_environment() | dict(environment or {})
+
+    def __enter__(self) -> EngineProcess:
+        """Start it and wait until it is loaded.
+
+        Raises:
+            EngineProcessError: it does not start.
+        """
+        with self._log.open("w") if self._log else contextlib.nullcontext() as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", WORKER],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+                env=self._environment,
+            )
+        try:
+            self._answer(self._engine)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def call(self, function: str, **arguments: Any) -> dict[str, Any]:
+        """What `function` ("module:name") returns in there for the engine and `arguments`.
+
+        Arguments and result are JSON, so keys of objects come back as strings.
+
+        Raises:
+            EngineProcessError: the process ended.
+        """
+        return self._answer({"function": function, "arguments": arguments})
+
+    def _answer(self, order: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(order), file=self._process.stdin, flush=True)
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            raise EngineProcessError(f"vLLM's engine ended with code {code}; {self._messages()}")
+        content: dict[str, Any] = json.loads(line)
+        if "error" in content:
+            raise EngineProcessError(f"vLLM does not start: {content['error']}")
+        return content
+
+    def _messages(self) -> str:
+        if self._log is None:
+            return "its messages stand above, VLLM_LOGGING_LEVEL=INFO shows more"
+        tail = self._log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+        return "\n".join(["the last of its messages:", *tail])
+
+    def _end(self) -> None:
+        """Let it end its own processes too; by force if that takes long."""
+        with contextlib.suppress(subprocess.TimeoutExpired, BrokenPipeError):
+            self._process.communicate(timeout=_END_S)
+        self._process.kill()
+        self._process.communicate()
