@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 SCRATCH = ROOT / "build" / "gpu"
 DRY = ROOT / "build" / "gpu-dry"
-LOG_LINES = 12
+LOG_LINES = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -79,10 +79,11 @@ def poisoned(llm: Any) -> Iterator[None]:
         self.hidden_states.fill_(math.nan)
         self.draft_tokens.fill_(-1)
         for name in ("anchor_rows", "anchor_positions", "bonus_tokens"):
-            getattr(self, name)[:requests] = NOWHERE
-        self.context_slots[:tokens] = self.context_positions[:tokens] = NOWHERE
+            getattr(self.inputs, name)[:requests] = NOWHERE
+        self.inputs.context_lens[:requests] = NOWHERE
+        self.inputs.slot_mapping[:tokens] = self.inputs.context_positions[:tokens] = NOWHERE
         samples = requests * self.num_speculative_steps
-        self.sample_pos[:samples] = self.sample_idx_mapping[:samples] = NOWHERE
+        self.inputs.sample_pos[:samples] = self.inputs.sample_idx_mapping[:samples] = NOWHERE
         owned = self.block_tables.num_blocks.np[self.group]
         for row, state in enumerate(batch.idx_mapping[:requests].tolist()):
             self._block_table[row, owned[state] :] = NOWHERE
@@ -93,7 +94,7 @@ def poisoned(llm: Any) -> Iterator[None]:
 
     core = llm.llm_engine.engine_core.engine_core
     ours = core.model_executor.driver_worker.worker.model_runner.speculator
-    layer = ours.model.attn
-    layer.kv_cache[layer.pages_per_block :] = math.nan  # rows that pad a batch read the null block
+    for layer in ours.model.attn.layers:  # rows that pad a batch read the null block
+        layer.kv_cache[ours.model.attn.pages_per_block :] = math.nan
     with torch.inference_mode(), mock.patch.object(SpecFormerSpeculator, "propose", propose):
         yield
