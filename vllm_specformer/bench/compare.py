@@ -31,6 +31,7 @@ from vllm_specformer.data.files import directory_lock, write_atomic
 from vllm_specformer.data.openings import read_prompts
 from vllm_specformer.environment import hardware, versions
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.head_files import find_head
 from vllm_specformer.pairing import check_pair, check_weights
 from vllm_specformer.planning.plan_file import Plan, read_plan
 from vllm_specformer.serving.counts import read_draft_counts
@@ -75,8 +76,9 @@ class _Comparison:
 
     def __init__(self, options: Options, say: Callable[[str], None]) -> None:
         self.options, self.say = options, say
-        config = read_head_config(options.head)
-        check_weights(options.head, config)
+        self.head_files = find_head(options.head)
+        config = read_head_config(self.head_files)
+        check_weights(self.head_files, config)
         self.name = options.target or config.target_name_or_path
         self.place, _ = find_target(self.name, options.revision)
         target = read_target_config(self.place)
@@ -86,7 +88,7 @@ class _Comparison:
         self.target = TargetShape.from_config(read_json(self.place / "config.json"))
         self.plan = read_plan(options.schedule) if options.schedule else None
         schedule: Schedule | None = self.plan.schedule if self.plan else None
-        head = str(options.head)
+        head = str(self.head_files)
         confident = self.plan.confident_config(head) if self.plan and self.plan.rows else None
         # GPUs run V2 unless told otherwise, which refuses the cut: there it has to be asked for.
         names = options.arms or default_names(
@@ -131,7 +133,7 @@ class _Comparison:
         options = self.options
         settings = {
             "target": fingerprint(self.place),
-            "head": fingerprint(options.head),
+            "head": fingerprint(self.head_files),
             "prompts": digest(self.prompts),
             "max_tokens": options.max_tokens,
             "temperature": options.temperature,

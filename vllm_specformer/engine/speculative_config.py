@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from vllm_specformer.config import ARCHITECTURE
+from vllm_specformer.config import describes_head
 from vllm_specformer.errors import SpeculativeConfigError
 
 # What decides about a draft: vLLM's own rejection sampler, or the request's own noise.
@@ -196,7 +196,8 @@ def _ranges_problem(ranges: Any, name: str, fits: Callable[[Any], bool]) -> str:
 
 def drafts_with_head(speculative_config: Any) -> bool:
     """Whether vLLM's speculative config, if there is one, drafts with a SpecFormer head."""
-    return ARCHITECTURE in (getattr(_head_config(speculative_config), "architectures", None) or [])
+    architectures = getattr(_head_config(speculative_config), "architectures", None)
+    return describes_head({"architectures": architectures})
 
 
 def verifies_coupled(speculative_config: Any) -> bool:

@@ -14,6 +14,7 @@ from vllm_specformer.config import HeadFields, SpecFormerConfig, read_head_confi
 from vllm_specformer.data.openings import read_prompts
 from vllm_specformer.environment import hardware, versions
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.head_files import find_head
 from vllm_specformer.pairing import check_pair, check_weights
 from vllm_specformer.planning.acceptance import from_evaluation, from_shares
 from vllm_specformer.planning.chips import Chip, find_chip
@@ -71,11 +72,12 @@ def make_plan(options: Options, say: Callable[[str], None]) -> Plan:
         return _on_paper(options, find_chip(options.chip))
     if options.head is None:
         raise SpecFormerError("HEAD: needed to measure with; or plan on paper with --chip")
-    config = read_head_config(options.head)
+    head = find_head(options.head)
+    config = read_head_config(head)
     name = options.target or config.target_name_or_path
     place, _ = find_target(name, options.revision)
     check_pair(config, read_target_config(place), name)
-    return _measured(options, options.head, config, place, name, say)
+    return _measured(options, head, config, place, name, say)
 
 
 def _under_load(options: Options, bench: Path) -> Plan:
@@ -92,7 +94,7 @@ def _under_load(options: Options, bench: Path) -> Plan:
 
 def _on_paper(options: Options, chip: Chip) -> Plan:
     """Needs no weights, and no head either: then one of the default shape is taken."""
-    config = read_head_config(options.head) if options.head is not None else None
+    config = read_head_config(find_head(options.head)) if options.head is not None else None
     name = options.target or (config.target_name_or_path if config is not None else None)
     if name is None:
         raise SpecFormerError("--chip: needs HEAD or --target, to know whose step it is about")
