@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from vllm_specformer.config import HeadConfigError, describes_head
-from vllm_specformer.hub import HubError, download
+from vllm_specformer.hub import HubError, config_of, download
 
 
 def find_head(name: Path | str) -> Path:
@@ -38,10 +36,9 @@ def names_head(model: str, revision: str | None = None) -> bool:
     try:
         if "/" not in model and not Path(model).is_dir():
             return False
-        content, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return False  # whatever it is, vLLM will say what it cannot read
-    return describes_head(content)
+    except OSError:  # too long a name for a file
+        return False
+    return describes_head(config_of(model, revision))
 
 
 def files_at_hand(model: str, revision: str | None = None) -> Path | None:

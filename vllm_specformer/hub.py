@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
 
 from vllm_specformer.errors import SpecFormerError
 
@@ -34,3 +37,14 @@ def download(name: str, revision: str | None = None) -> Path:
             f"neither a directory nor a model that could be fetched ({reason}); "
             "check the name, the network, HF_HUB_OFFLINE and, for gated models, HF_TOKEN"
         ) from None
+
+
+def config_of(model: str, revision: str | None = None) -> Any:
+    """Content of the `config.json` of a directory or a repository, None where it cannot be read.
+
+    Raises nothing: Transformers takes any JSON for an object, and fails in many ways if it is none.
+    """
+    try:
+        return PreTrainedConfig.get_config_dict(model, revision=revision)[0]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return None

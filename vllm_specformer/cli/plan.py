@@ -131,6 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the plan; exit code 0, 130 after Ctrl-C."""
     from vllm_specformer.data.files import write_atomic
+    from vllm_specformer.places import lasting
     from vllm_specformer.planning.plan import Options, make_plan
     from vllm_specformer.planning.report import plot, print_plan
 
@@ -141,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         say("\ninterrupted; nothing was written")
         return INTERRUPTED
-    head = str(options.head or "HEAD")
+    head = lasting(options.head) if options.head else "HEAD"
     print_plan(plan, head)
     if options.json is not None:
         content = json.dumps(plan.to_json(head), indent=2) + "\n"

@@ -18,6 +18,7 @@ from typing import Any
 from vllm_specformer.data.files import sha256_of
 from vllm_specformer.data.manifest import PromptFile
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.places import lasting
 
 FORMS = ("messages", "conversations", "prompt", "text")  # the first that a record has counts
 SHOWN = 5
@@ -138,7 +139,7 @@ def scan(paths: Sequence[Path], max_bad: int | None = None) -> PromptSet:
                 f"prompts {path}: no record can be used; the first: {found.bad[first]}"
             )
         found.files.append(
-            PromptFile(file=str(path), sha256=sha256_of(path), records=records, bad=bad)
+            PromptFile(file=lasting(path), sha256=sha256_of(path), records=records, bad=bad)
         )
     allowed = max(10, number // 100) if max_bad is None else max_bad
     if len(found.bad) > allowed:

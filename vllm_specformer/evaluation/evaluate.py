@@ -26,6 +26,7 @@ from vllm_specformer.evaluation.replay import DraftedText, draft_texts
 from vllm_specformer.evaluation.served import Served, serve
 from vllm_specformer.head_files import find_head
 from vllm_specformer.pairing import check_pair, check_weights
+from vllm_specformer.places import lasting, named_target
 from vllm_specformer.target.files import end_token_ids, find_target, target_record
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.target.model import can_pack, check_parts, load_target, read_target_config
@@ -91,7 +92,7 @@ class _Evaluation:
         self.head = find_head(options.head)
         self.config: SpecFormerConfig = read_head_config(self.head)
         check_weights(self.head, self.config)
-        self.name = options.target or self.config.target_name_or_path
+        self.name = options.target or named_target(self.head, self.config, options.revision)
         self.place, commit = find_target(self.name, options.revision)
         self.target_config = read_target_config(self.place)
         check_pair(self.config, self.target_config, self.name)
@@ -135,7 +136,7 @@ class _Evaluation:
                 self._compared(loaded, item, drafted[item.temperature] if known else None)
             )
         return {
-            "head": str(self.options.head),
+            "head": lasting(self.options.head),
             "target": self.record.model_dump(),
             "dtype": self.dtype,
             "device": self.device,

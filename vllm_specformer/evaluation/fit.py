@@ -30,6 +30,7 @@ from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.evaluation.provenance import read_provenance
 from vllm_specformer.head_files import find_head
 from vllm_specformer.pairing import check_pair, check_weights, expected_shapes
+from vllm_specformer.places import named_target
 from vllm_specformer.target.files import find_target, read_json, target_record
 from vllm_specformer.target.model import read_target_config
 from vllm_specformer.training.report import kind_of_head
@@ -71,8 +72,8 @@ def examine(
     findings += _weights(files, config)
     findings += _slots(config, num_tokens)
     findings += _vllm(config)
-    name = target or config.target_name_or_path
-    place = _try(findings, "target", lambda: find_target(name, revision))
+    name = target or _try(findings, "target", lambda: named_target(files, config, revision))
+    place = name and _try(findings, "target", lambda: find_target(name, revision))
     if place is None:
         return findings
     directory, commit = place

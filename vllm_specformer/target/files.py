@@ -10,6 +10,7 @@ from typing import Any
 from vllm_specformer.data.manifest import TargetRecord
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.hub import HubError, download
+from vllm_specformer.places import lasting
 
 _SAMPLE_BYTES = 1 << 20
 _INDEX = "model.safetensors.index.json"
@@ -54,7 +55,7 @@ def target_record(name_or_path: str, directory: Path, commit: str | None) -> Tar
     text = config.get("text_config") or config
     try:
         return TargetRecord(
-            name_or_path=name_or_path,
+            name_or_path=lasting(name_or_path),
             revision=commit,
             architecture=config["architectures"][0],
             vocab_size=text["vocab_size"],

@@ -52,6 +52,7 @@ def override(symbol: str, needed_by: str, reason: str, parameters: str = "") -> 
 
 PLUGIN = "plugin.py"
 PATCHES = "engine/patches/ledger.py"
+COMMAND_LINE = "engine/patches/command_line.py"
 MODEL = "engine/model.py"
 CHECKS = "engine/checks.py"
 ATTENTION = "engine/attention.py"
@@ -103,6 +104,24 @@ REGISTRATION: tuple[Reliance, ...] = (
         PATCHES,
         'wrapped to turn method "specformer" into "dflash"',
         "target_model_config target_parallel_config",
+    ),
+    call(
+        f"{_ARGS}.add_cli_args",
+        COMMAND_LINE,
+        "wrapped to let --spec-method take specformer",
+        "parser",
+    ),
+    Reliance(
+        "vllm.engine.arg_utils:maybe_override_with_speculators",
+        COMMAND_LINE,
+        "wrapped to find the target that a head names",
+        IMPORT,
+    ),
+    call(
+        "vllm.transformers_utils.config:maybe_override_with_speculators",
+        COMMAND_LINE,
+        "called in the wrapper's place",
+        "model tokenizer trust_remote_code revision",
     ),
     *members(
         _ARGS,

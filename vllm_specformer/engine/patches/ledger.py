@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from vllm_specformer.config import ARCHITECTURE, SPECULATORS_TYPE, flat_fields
+from vllm_specformer.engine.patches.command_line import find_target_of_head, offer_method
 from vllm_specformer.engine.speculative_config import (
     OwnFields,
     as_dictionary,
@@ -243,6 +244,20 @@ LEDGER: tuple[Patch, ...] = (
         "as 'dflash', vLLM's word for one-pass drafting from hidden states",
         guard="acts only on method 'specformer' or a SpecFormer head; wrapped once (marker)",
         apply=_accept_method,
+    ),
+    Patch(
+        target="vllm.engine.arg_utils.EngineArgs.add_cli_args",
+        reason="`--spec-method` takes the methods of vLLM's closed list only: adds 'specformer' "
+        "(see engine/patches/command_line.py)",
+        guard="adds one choice to one argument; wrapped once (marker)",
+        apply=offer_method,
+    ),
+    Patch(
+        target="vllm.engine.arg_utils.maybe_override_with_speculators",
+        reason="`vllm serve HEAD` takes a relative path in the head's file from the working "
+        "directory: takes it from the file (see engine/patches/command_line.py)",
+        guard="acts on the target that a SpecFormer head names; wrapped once (marker)",
+        apply=find_target_of_head,
     ),
     Patch(
         target="vllm.v1.spec_decode.dflash.DFlashProposer.__new__ and "
