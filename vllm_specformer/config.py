@@ -125,7 +125,9 @@ class HeadFields(BaseModel):
         description="Decoder layers of the target the head was trained for.",
     )
     target_name_or_path: str = Field(
-        min_length=1, description="Where `vllm serve HEAD` finds the target."
+        min_length=1,
+        description="Where the target is: an absolute path, a path from this file on, or a name of "
+        "the hub (see places.py).",
     )
 
     @model_validator(mode="after")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -210,6 +212,45 @@ def test_decoders_that_keep_their_parts_elsewhere() -> None:
     del bloom.transformer.h
     with pytest.raises(UnsupportedTargetError, match="BloomModel has none of: layers"):
         check_decoder(bloom, "bloom")
+
+
+def quantised(directory: Path) -> dict[str, torch.Tensor]:
+    """A small Llama with 8-bit layers in compressed-tensors' format; what they stand for."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(directory)
+    tensors, meant = load_file(directory / "model.safetensors"), {}
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        weight = tensors.pop(name)
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        rounded = (weight / scale).round()
+        tensors |= {name: rounded.to(torch.int8), f"{name}_scale": scale}
+        meant[name] = rounded * scale
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    described = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = described
+    (directory / "config.json").write_text(json.dumps(config))
+    return meant
+
+
+def test_weights_that_a_hook_of_the_whole_model_unpacks(tmp_path: Path) -> None:
+    """The head's training calls the decoder inside, past hooks of the outermost module."""
+    meant = quantised(tmp_path)
+    model = load_target(tmp_path, torch.float32, torch.device("cpu"))
+    found = model.state_dict()
+    for name, weight in meant.items():
+        torch.testing.assert_close(found[name], weight)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    target = HookedTarget(model, (0, 2, 3, 4))
+    check_parts(target, "quantised")
+    assert can_pack(target)
 
 
 def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:

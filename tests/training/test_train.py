@@ -66,6 +66,16 @@ def test_provenance_says_where_it_came_from(pair: Path, finished: Path) -> None:
     assert provenance["packed"] is True
 
 
+def test_paths_are_written_so_that_they_hold_anywhere(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pair)
+    provenance = train(Path("."), tmp_path / "out", **{"max-steps": 1})
+    assert read_head_config(tmp_path / "out").target_name_or_path == str(pair / "target")
+    assert provenance["target"]["name_or_path"] == str(pair / "target")
+    assert provenance["settings"]["data"] == str(pair / "data")
+
+
 def test_log_table_and_card_agree(finished: Path) -> None:
     log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log if "loss" in row] == [2, 3, 4, 6, 8, 9, 10, 12]

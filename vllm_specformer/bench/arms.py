@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.places import lasting_model
 
 NONE, SCHEDULE, CONFIDENT = "none", "schedule", "confident"
 AGAIN = "again"  # a second server without speculation: how far apart equal servers come out
@@ -74,7 +75,7 @@ def build(
         Arm(name, known[name] if name in known else _speculative(name, head, slots, schedule))
         for name in chosen
     ]
-    return arms + [Arm(name, dict(config)) for name, config in others.items()]
+    return arms + [Arm(name, lasting_model(dict(config))) for name, config in others.items()]
 
 
 def _speculative(

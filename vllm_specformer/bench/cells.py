@@ -13,6 +13,7 @@ from typing import Any
 from vllm_specformer.bench.arms import Arm
 from vllm_specformer.bench.client import ClientError
 from vllm_specformer.data.files import write_atomic
+from vllm_specformer.places import lasting_model
 from vllm_specformer.serving.counts import DraftCounts
 
 
@@ -133,7 +134,8 @@ class Cells:
         if not path.is_file():
             return None
         cell = Cell(**json.loads(path.read_bytes()))
-        return cell if cell.speculative == arm.speculative else None
+        same = lasting_model(cell.speculative) == lasting_model(arm.speculative)
+        return cell if same else None
 
     def keep(self, cell: Cell) -> None:
         content = json.dumps(asdict(cell), indent=1) + "\n"

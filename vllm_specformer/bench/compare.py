@@ -31,7 +31,9 @@ from vllm_specformer.data.files import directory_lock, write_atomic
 from vllm_specformer.data.openings import read_prompts
 from vllm_specformer.environment import hardware, versions
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.head_files import find_head
 from vllm_specformer.pairing import check_pair, check_weights
+from vllm_specformer.places import lasting, named_target
 from vllm_specformer.planning.plan_file import Plan, read_plan
 from vllm_specformer.serving.counts import read_draft_counts
 from vllm_specformer.serving.server import Server, serving
@@ -75,10 +77,12 @@ class _Comparison:
 
     def __init__(self, options: BenchSettings, say: Callable[[str], None]) -> None:
         self.options, self.say = options, say
-        config = read_head_config(options.head)
-        check_weights(options.head, config)
-        self.name = options.target or config.target_name_or_path
-        self.place, _ = find_target(self.name, options.revision)
+        self.head_files = find_head(options.head)
+        config = read_head_config(self.head_files)
+        check_weights(self.head_files, config)
+        self.name = options.target or named_target(self.head_files, config, options.revision)
+        place, _ = find_target(self.name, options.revision)
+        self.place = Path(lasting(place))
         target = read_target_config(self.place)
         check_pair(config, target, self.name)
         fields = {name: getattr(config, name) for name in HeadFields.model_fields}
@@ -86,7 +90,7 @@ class _Comparison:
         self.target = TargetShape.from_config(read_json(self.place / "config.json"))
         self.plan = read_plan(options.schedule) if options.schedule else None
         schedule: Schedule | None = self.plan.schedule if self.plan else None
-        head = str(options.head)
+        head = lasting(options.head)
         confident = self.plan.confident_config(head) if self.plan and self.plan.rows else None
         # GPUs run V2 unless told otherwise, which refuses the cut: there it has to be asked for.
         names = options.arms or default_names(
@@ -111,7 +115,7 @@ class _Comparison:
         with directory_lock(out):
             self._claim(out)
             self.cells = Cells(out / "cells")
-            self.data = out / "prompts.json"
+            self.data = Path(lasting(out)) / "prompts.json"
             write_data_set(self.prompts, self.data)
             keys = list(all_keys(self.options.repeats, list(self.options.concurrency), self.arms))
             by_name = {arm.name: arm for arm in self.arms}
@@ -131,7 +135,7 @@ class _Comparison:
         options = self.options
         settings = {
             "target": fingerprint(self.place),
-            "head": fingerprint(options.head),
+            "head": fingerprint(self.head_files),
             "prompts": digest(self.prompts),
             "max_tokens": options.max_tokens,
             "temperature": options.temperature,
@@ -218,9 +222,9 @@ class _Comparison:
         client = partial(client_arguments, options, str(self.place), self.data)
         return {
             "command": shlex.join(["specformer", *sys.argv[1:]]),
-            "target": self.name,
+            "target": lasting(self.name),
             "target_parameters": self.target.parameters,
-            "head": str(options.head),
+            "head": lasting(options.head),
             "arms": {arm.name: arm.speculative for arm in self.arms},
             "rounds": options.repeats,
             "order": "all servers up, arms next to each other"

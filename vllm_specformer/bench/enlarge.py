@@ -32,6 +32,7 @@ from vllm_specformer.config import SpecFormerConfig, read_head_config
 from vllm_specformer.data.files import directory_lock, write_atomic, write_errors
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.pairing import WEIGHTS_FILE, check_pair
+from vllm_specformer.places import lasting
 from vllm_specformer.shapes import TargetShape
 from vllm_specformer.target.files import fingerprint, read_json
 from vllm_specformer.target.model import read_target_config
@@ -92,9 +93,9 @@ def enlarge(
     size = TargetShape.from_config(larger).parameters
     made = HeavyPair(out / "target", out / "head", size)
     record = {
-        "source": str(target),
+        "source": lasting(target),
         "fingerprint": fingerprint(target),
-        "head": str(head),
+        "head": lasting(head),
         "head_fingerprint": fingerprint(head),
         "num_hidden_layers": larger["num_hidden_layers"],
         "intermediate_size": larger["intermediate_size"],
@@ -106,7 +107,7 @@ def enlarge(
             return made
         (out / RECORD_FILE).unlink(missing_ok=True)
         _write_target(target, made.target, config, larger, seed)
-        _write_head(head, made.head, head_config, made.target, layers)
+        _write_head(head, made.head, head_config, layers)
         write_atomic(out / RECORD_FILE, _json(record))
     return made
 
@@ -207,14 +208,12 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
     return torch.empty(shape, dtype=dtype).normal_(std=_STD, generator=generator)
 
 
-def _write_head(
-    source: Path, out: Path, config: SpecFormerConfig, target: Path, layers: int
-) -> None:
+def _write_head(source: Path, out: Path, config: SpecFormerConfig, layers: int) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     shutil.copyfile(source / WEIGHTS_FILE, out / WEIGHTS_FILE)
     content = config.to_dict() | {"target_num_layers": layers}
-    content["speculators_config"]["verifier"]["name_or_path"] = str(target)
+    content["speculators_config"]["verifier"]["name_or_path"] = "../target"
     write_atomic(out / "config.json", _json(content))
 
 

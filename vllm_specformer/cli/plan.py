@@ -11,6 +11,7 @@ SETTINGS = PlanSettings
 def run(settings: PlanSettings) -> int:
     """Print the plan; exit code 0, 130 after Ctrl-C."""
     from vllm_specformer.data.files import write_atomic
+    from vllm_specformer.places import lasting
     from vllm_specformer.planning.plan import make_plan
     from vllm_specformer.planning.report import plot, print_plan
 
@@ -19,7 +20,7 @@ def run(settings: PlanSettings) -> int:
     except KeyboardInterrupt:
         say("\ninterrupted; nothing was written")
         return INTERRUPTED
-    head = str(settings.head or "HEAD")
+    head = lasting(settings.head) if settings.head else "HEAD"
     print_plan(plan, head)
     if settings.json_file is not None:
         write_json(settings.json_file, plan.to_json(head))

@@ -27,7 +27,9 @@ class _Record(BaseModel):
 class TargetRecord(_Record):
     """The model whose answers these are."""
 
-    name_or_path: str = Field(description="As it was given; a path may have moved since.")
+    name_or_path: str = Field(
+        description="An absolute path, which may have moved since, or a name of the hub."
+    )
     revision: str | None = Field(description="Commit of the model hub, null for a directory.")
     architecture: str = Field(description="First entry of `architectures` in its config.json.")
     vocab_size: int = Field(gt=0, description="Every token id lies below.")

@@ -24,6 +24,7 @@ from vllm_specformer.data.conversations import (
 from vllm_specformer.data.manifest import PromptFile
 from vllm_specformer.data.records import records
 from vllm_specformer.data.sources import PromptError, Reading, Source
+from vllm_specformer.places import lasting
 
 __all__ = [
     "Message",
@@ -135,7 +136,7 @@ def _scan_file(found: PromptSet, reading: Reading, number: int) -> PromptFile:
     if not usable:
         raise PromptError(f"prompts {path}: no record can be used; the first: {found.bad[first]}")
     return PromptFile(
-        file=str(path),
+        file=lasting(path),
         sha256=reading.source.seal(),
         records=count,
         bad=len(found.bad) - first,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,28 @@ from vllm_specformer.engine.compat.versions import check_chosen, check_complete,
 from vllm_specformer.engine.patches.ledger import LEDGER
 from vllm_specformer.engine.speculative_config import check_fields, checked_tokens, verifies_coupled
 from vllm_specformer.errors import SpeculativeConfigError
+from vllm_specformer.head_files import files_at_hand, names_head
 from vllm_specformer.names import SPECULATORS_TYPE
-from vllm_specformer.pairing import check_pair, check_weights
+from vllm_specformer.pairing import WEIGHTS_FILE, check_pair, check_weights
 
 
 def is_specformer(speculative: dict[str, Any]) -> bool:
-    """Whether a user's speculative config asks for SpecFormer: by method, or by naming a head."""
-    method = speculative.get("method")
-    if method is not None or not speculative.get("model"):
-        return method == SPECULATORS_TYPE
-    try:
-        content = json.loads((Path(str(speculative["model"])) / "config.json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False  # whatever it is, vLLM will say what it cannot read
-    return isinstance(content, dict) and content.get("speculators_model_type") == SPECULATORS_TYPE
+    """Whether a user's speculative config asks for SpecFormer: by method, or by naming a head.
+
+    Raises:
+        SpeculativeConfigError: it asks for another method with a SpecFormer head.
+    """
+    method, model = speculative.get("method"), speculative.get("model")
+    if method == SPECULATORS_TYPE:
+        return True
+    if not model or not names_head(str(model), speculative.get("revision")):
+        return False
+    if method is None:
+        return True
+    raise SpeculativeConfigError(
+        f"speculative config: method={reprlib.repr(method)} cannot draft with "
+        f"model={str(model)!r}, a SpecFormer head; write method='specformer', or leave it out"
+    )
 
 
 def check_vllm() -> None:
@@ -105,9 +112,7 @@ def checked(
     check_pair(head, target_model_config.hf_config, target_model_config.model)
     _check_states(head, target_model_config)
     _check_engine(target_model_config, parallel_config)
-    directory = Path(str(speculative["model"]))
-    if directory.is_dir():
-        check_weights(directory, head)
+    _check_files(str(speculative["model"]), speculative.get("revision"), head)
     return speculative | {"method": "dflash", "num_speculative_tokens": tokens}
 
 
@@ -154,6 +159,15 @@ def _read_head(speculative: dict[str, Any]) -> SpecFormerConfig:
             f"nor a repository that can be read ({str(error).splitlines()[0][:200]})"
         ) from None
     return SpecFormerConfig.from_dict(content, _source=f" {model}")
+
+
+def _check_files(model: str, revision: str | None, head: SpecFormerConfig) -> None:
+    """Check the weights, as far as they are here: vLLM fetches those of a repository later."""
+    directory = files_at_hand(model, revision)
+    if directory is None:
+        return
+    if Path(model).is_dir() or (directory / WEIGHTS_FILE).is_file():
+        check_weights(directory, head)
 
 
 def _check_states(head: SpecFormerConfig, model_config: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_specformer.batch_ranges import closed, is_count, ranges_problem
 from vllm_specformer.errors import SpeculativeConfigError
-from vllm_specformer.names import ARCHITECTURE
+from vllm_specformer.names import describes_head
 
 # What decides about a draft: vLLM's own rejection sampler, or the request's own noise.
 DEFAULT_VERIFICATION = "vllm"
@@ -175,7 +175,8 @@ def _check_schedule(schedule: Any) -> None:
 
 def drafts_with_head(speculative_config: Any) -> bool:
     """Whether vLLM's speculative config, if there is one, drafts with a SpecFormer head."""
-    return ARCHITECTURE in (getattr(_head_config(speculative_config), "architectures", None) or [])
+    architectures = getattr(_head_config(speculative_config), "architectures", None)
+    return describes_head({"architectures": architectures})
 
 
 def verifies_coupled(speculative_config: Any) -> bool:

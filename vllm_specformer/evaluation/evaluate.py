@@ -24,7 +24,9 @@ from vllm_specformer.evaluation.questions import Questions
 from vllm_specformer.evaluation.replay import DraftedText, draft_texts
 from vllm_specformer.evaluation.served import Served, serve
 from vllm_specformer.evaluation.settings import EvalSettings
+from vllm_specformer.head_files import find_head
 from vllm_specformer.pairing import check_pair, check_weights
+from vllm_specformer.places import lasting, named_target
 from vllm_specformer.target.files import end_token_ids, find_target, target_record
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.target.model import can_pack, check_parts, load_target, read_target_config
@@ -64,9 +66,10 @@ class _Evaluation:
 
     def __init__(self, options: EvalSettings, say: Callable[[str], None]) -> None:
         self.options, self.say = options, say
-        self.config: SpecFormerConfig = read_head_config(options.head)
-        check_weights(options.head, self.config)
-        self.name = options.target or self.config.target_name_or_path
+        self.head = find_head(options.head)
+        self.config: SpecFormerConfig = read_head_config(self.head)
+        check_weights(self.head, self.config)
+        self.name = options.target or named_target(self.head, self.config, options.revision)
         self.place, commit = find_target(self.name, options.revision)
         self.target_config = read_target_config(self.place)
         check_pair(self.config, self.target_config, self.name)
@@ -110,7 +113,7 @@ class _Evaluation:
                 self._compared(loaded, item, drafted[item.temperature] if known else None)
             )
         return {
-            "head": str(self.options.head),
+            "head": lasting(self.options.head),
             "target": self.record.model_dump(),
             "dtype": self.dtype,
             "device": self.device,
@@ -137,7 +140,7 @@ class _Evaluation:
         self.distilled = asking.unseen(
             options.data,
             self.record.fingerprint,
-            read_provenance(options.head),
+            read_provenance(self.head),
             context=self.context,
             max_prompts=options.max_prompts,
             say=self.say,
@@ -163,7 +166,7 @@ class _Evaluation:
         for count in self.served_budgets:
             self.say(f"starting vLLM with {count} drafted tokens per step")
             served += serve(
-                self.options.head,
+                self.head,
                 self.place,
                 count,
                 jobs,
@@ -179,7 +182,7 @@ class _Evaluation:
         model = load_target(self.place, dtype, device)
         target = HookedTarget(model, self.config.aux_hidden_state_layer_ids)
         check_parts(target, self.name)
-        head = PackedHead.from_pretrained(self.options.head, dtype=dtype).to(device).eval()
+        head = PackedHead.from_pretrained(self.head, dtype=dtype).to(device).eval()
         return _Loaded(target, head, can_pack(target))
 
     def _distilled_by_temperature(self) -> dict[float, list[Text]]:

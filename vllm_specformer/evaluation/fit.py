@@ -29,7 +29,9 @@ from vllm_specformer.engine.compat.versions import (
 )
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.evaluation.provenance import read_provenance
+from vllm_specformer.head_files import find_head
 from vllm_specformer.pairing import check_pair, check_weights, expected_shapes
+from vllm_specformer.places import named_target
 from vllm_specformer.target.files import find_target, read_json, target_record
 from vllm_specformer.target.model import read_target_config
 from vllm_specformer.training.report import kind_of_head
@@ -63,15 +65,16 @@ def examine(
     What depends on a file that cannot be used is left out.
     """
     findings: list[Finding] = []
-    config = _try(findings, "configuration", lambda: read_head_config(head))
+    files = _try(findings, "configuration", lambda: find_head(head))
+    config = files and _try(findings, "configuration", lambda: read_head_config(files))
     if config is None:
         return findings
     findings.append(Finding("configuration", OK, kind_of_head(config)))
-    findings += _weights(head, config)
+    findings += _weights(files, config)
     findings += _slots(config, num_tokens)
     findings += _vllm(config)
-    name = target or config.target_name_or_path
-    place = _try(findings, "target", lambda: find_target(name, revision))
+    name = target or _try(findings, "target", lambda: named_target(files, config, revision))
+    place = name and _try(findings, "target", lambda: find_target(name, revision))
     if place is None:
         return findings
     directory, commit = place
@@ -79,11 +82,11 @@ def examine(
     if hf_config is not None:
         findings += _shapes(config, hf_config, name)
         findings += _context(config, hf_config)
-        findings += _dtype(head, hf_config)
+        findings += _dtype(files, hf_config)
     findings += _tokenizer(config, directory)
     record = _try(findings, "target", lambda: target_record(name, directory, commit))
     if record is not None:
-        findings += _origin(head, record)
+        findings += _origin(files, record)
     return findings
 
 

@@ -13,7 +13,9 @@ from vllm_specformer.config import HeadFields, SpecFormerConfig, read_head_confi
 from vllm_specformer.data.openings import read_prompts
 from vllm_specformer.environment import hardware, versions
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.head_files import find_head
 from vllm_specformer.pairing import check_pair, check_weights
+from vllm_specformer.places import lasting, named_target
 from vllm_specformer.planning.acceptance import from_evaluation, from_shares
 from vllm_specformer.planning.chips import Chip, find_chip
 from vllm_specformer.planning.choose import combine
@@ -39,11 +41,12 @@ def make_plan(options: PlanSettings, say: Callable[[str], None]) -> Plan:
         return _on_paper(options, find_chip(options.chip))
     if options.head is None:
         raise SpecFormerError("HEAD: needed to measure with; or plan on paper with --chip")
-    config = read_head_config(options.head)
-    name = options.target or config.target_name_or_path
+    head = find_head(options.head)
+    config = read_head_config(head)
+    name = options.target or named_target(head, config, options.revision)
     place, _ = find_target(name, options.revision)
     check_pair(config, read_target_config(place), name)
-    return _measured(options, options.head, config, place, name, say)
+    return _measured(options, head, config, place, name, say)
 
 
 def _under_load(options: PlanSettings, bench: Path) -> Plan:
@@ -60,8 +63,11 @@ def _under_load(options: PlanSettings, bench: Path) -> Plan:
 
 def _on_paper(options: PlanSettings, chip: Chip) -> Plan:
     """Needs no weights, and no head either: then one of the default shape is taken."""
-    config = read_head_config(options.head) if options.head is not None else None
-    name = options.target or (config.target_name_or_path if config is not None else None)
+    files = find_head(options.head) if options.head is not None else None
+    config = read_head_config(files) if files is not None else None
+    name = options.target
+    if name is None and files is not None and config is not None:
+        name = named_target(files, config, options.revision)
     if name is None:
         raise SpecFormerError("--chip: needs HEAD or --target, to know whose step it is about")
     target = TargetShape.from_config(_configuration(name, options.revision))
@@ -85,8 +91,8 @@ def _on_paper(options: PlanSettings, chip: Chip) -> Plan:
     )
     shares = f"{options.bandwidth:.0%} of its bandwidth, {options.arithmetic:.0%} of its arithmetic"
     about = {
-        "target": name,
-        "head": str(options.head) if options.head is not None else "a head of the default shape",
+        "target": lasting(name),
+        "head": lasting(options.head) if options.head else "a head of the default shape",
         "versions": versions(),
         "costs": f"on paper: {chip.name} at {shares}; {options.context} tokens of context; "
         f"{chip.source}",
@@ -159,8 +165,8 @@ def _measured(
         f"a live run of {len(ids)} prompts" if accepted is None else str(options.eval or "given")
     )
     about = {
-        "target": name,
-        "head": str(head),
+        "target": lasting(name),
+        "head": lasting(options.head or head),
         "versions": versions(),
         "costs": f"measured on this machine; acceptance: {source}",
         "hardware": hardware(),

@@ -9,11 +9,12 @@ from typing import Any
 
 from vllm_specformer.data.manifest import TargetRecord
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.hub import HubError, download
+from vllm_specformer.places import lasting
 
 _SAMPLE_BYTES = 1 << 20
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "merges.txt")
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 class TargetError(SpecFormerError):
@@ -30,7 +31,10 @@ def find_target(name_or_path: str, revision: str | None = None) -> tuple[Path, s
     """
     directory, commit = Path(name_or_path), None
     if not directory.is_dir():
-        directory = _download(name_or_path, revision)
+        try:
+            directory = download(name_or_path, revision)
+        except HubError as error:
+            raise TargetError(f"target {name_or_path}: {error}") from None
         commit = directory.name  # the hub's cache names a snapshot by its commit
     elif revision is not None:
         raise TargetError(
@@ -45,29 +49,13 @@ def find_target(name_or_path: str, revision: str | None = None) -> tuple[Path, s
     return directory, commit
 
 
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise TargetError(f"target {name}: no such directory; check the path")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TargetError(
-            f"target {name}: neither a directory nor a model that could be fetched ({reason}); "
-            "check the name, the network, HF_HUB_OFFLINE and, for gated models, HF_TOKEN"
-        ) from None
-
-
 def target_record(name_or_path: str, directory: Path, commit: str | None) -> TargetRecord:
     """Describe the target whose files lie in `directory`."""
     config = read_json(directory / "config.json")
     text = config.get("text_config") or config
     try:
         return TargetRecord(
-            name_or_path=name_or_path,
+            name_or_path=lasting(name_or_path),
             revision=commit,
             architecture=config["architectures"][0],
             vocab_size=text["vocab_size"],

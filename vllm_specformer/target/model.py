@@ -110,13 +110,27 @@ def load_target(directory: Path, dtype: torch.dtype, device: torch.device) -> Pr
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    except (ValueError, KeyError, ImportError, OSError) as error:
+    # AttributeError: a quantised embedding, whose weights Transformers looks for in vain.
+    except (ValueError, KeyError, ImportError, OSError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedTargetError(
             f"target {directory}: Transformers cannot load it as a causal language model ({reason})"
         ) from None
     check_decoder(model, str(directory))
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval()
+    _call_hooks(model)
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def _call_hooks(model: PreTrainedModel) -> None:
+    """Run the whole model once if it has hooks: its parts are called by themselves later.
+
+    compressed-tensors unpacks all weights in a hook of the outermost module, at its first call.
+    """
+    if model._forward_pre_hooks or model._forward_hooks:
+        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        model(input_ids=token, use_cache=False)
 
 
 def check_decoder(model: PreTrainedModel, name: str) -> None:

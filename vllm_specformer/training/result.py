@@ -15,6 +15,7 @@ import torch
 from vllm_specformer.data.files import sha256_of, write_atomic
 from vllm_specformer.data.manifest import Manifest, TargetRecord
 from vllm_specformer.environment import versions
+from vllm_specformer.places import lasting
 from vllm_specformer.training import report
 from vllm_specformer.training.settings import PLACES, TrainSettings
 from vllm_specformer.training.trainer import HeadTrainer
@@ -91,7 +92,8 @@ def _provenance(inputs: Inputs, trainer: HeadTrainer, counts: dict[str, Any]) ->
             "answer_tokens": counted.answer_tokens,
             "sampled": counted.sampled,
         },
-        "settings": inputs.settings.model_dump(),
+        "settings": inputs.settings.model_dump()
+        | {name: lasting(getattr(inputs.settings, name)) for name in PLACES},
         "head": trainer.model.config.to_dict(),
         "texts": counts,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),

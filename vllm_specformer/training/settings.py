@@ -53,7 +53,9 @@ class TrainSettings(CommandSettings):
     out: str = Field(description="Directory of the run; in the end it is the head.")
     revision: Revision = None
     target_name: str | None = Field(
-        None, description="Where a served head finds its target; default: as in --target."
+        None,
+        description="Where the head finds its target: an absolute path, a path from the head's "
+        "directory on, or a name of the hub; default: where --target is.",
     )
     partial_data: Annotated[bool, Flag(negated=True)] = Field(
         False, description="Train on what an unfinished distillation has written so far."

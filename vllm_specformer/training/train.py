@@ -20,6 +20,7 @@ from vllm_specformer.data.manifest import read_manifest
 from vllm_specformer.data.shards import read_shards
 from vllm_specformer.environment import versions
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.places import check_target_name, lasting
 from vllm_specformer.target.files import end_token_ids, find_target, target_record
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.target.model import (
@@ -63,6 +64,8 @@ def train(settings: TrainSettings, quiet: bool = False) -> Path:
                 f"{variable}={os.environ[variable]}: heads are not sharded, as every process holds "
                 "the whole target, which is larger; unset it or start with torchrun alone"
             )
+    if settings.target_name is not None:
+        check_target_name(settings.target_name, Path(settings.out))
     processes = PartialState(cpu=device == "cpu")
     place, commit = find_target(settings.target, settings.revision)
     target = target_record(settings.target, place, commit)
@@ -110,7 +113,7 @@ def _leave(processes: PartialState) -> None:
 def _run(inputs: Inputs, directory: RunDirectory, main: bool, quiet: bool) -> None:
     settings, device = inputs.settings, PartialState().device
     target_config = read_target_config(inputs.directory)
-    name = settings.target_name or settings.target
+    name = settings.target_name or lasting(settings.target)
     config = head_config(settings.preset, target_config, name, **settings.head_fields())
     texts, trained, held_out = _read_texts(inputs, config.max_position_embeddings)
 

@@ -73,7 +73,16 @@ def head_stages(work: Path, target: Path, new_target: bool) -> list[Stage]:
     # A hook after every layer: with so few layers that costs little (docs/ablation.md).
     hooks = ("--hooks", "0,1,2,3,4,5,6")
     length = ("--max-steps", "5000", "--batch-tokens", "1024", "--anchors-per-text", "48")
-    options = ("--target-name", TARGET, *hooks, *length, "--dtype", "bfloat16", "--device", "cpu")
+    options = (
+        "--target-name",
+        "../python-target",
+        *hooks,
+        *length,
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "cpu",
+    )
     measure = (*SPECFORMER, "eval", head, "--target", target, "--max-prompts", "384")
     install = (HERE / "install.py", "--work", work, "--models", MODELS)
     figures = [

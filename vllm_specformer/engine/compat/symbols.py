@@ -56,6 +56,7 @@ def override(symbol: str, needed_by: str, reason: str, parameters: str = "") -> 
 
 REGISTRATION_FILE = "engine/patches/registration.py"
 DRAFTERS = "engine/patches/drafters.py"
+COMMAND_LINE = "engine/patches/command_line.py"
 MODEL = "engine/model.py"
 CHECKS = "engine/checks.py"
 ATTENTION = "engine/attention.py"
@@ -99,6 +100,12 @@ REGISTRATION: tuple[Reliance, ...] = (
         REGISTRATION_FILE,
         "makes the draft architecture known",
         "model_arch model_cls",
+    ),
+    call(
+        "vllm.transformers_utils.config:maybe_override_with_speculators",
+        COMMAND_LINE,
+        "called in the wrapper's place",
+        "model tokenizer trust_remote_code revision",
     ),
     *members(
         _ARGS,

@@ -34,6 +34,7 @@ from typing import Any, Literal, TypeVar
 # The files of this folder that declare changes.
 SUBJECTS = (
     "registration",
+    "command_line",
     "drafters",
     "cpu_sampling",
     "cpu_synthetic",
@@ -45,12 +46,12 @@ SUBJECTS = (
 )
 # They act only where somebody asks for SpecFormer. Made on every vLLM, so that one which is not
 # supported can be refused by name.
-ON_ANY_VERSION = ("registration",)
+ON_ANY_VERSION = ("registration", "command_line")
 
 # Our names in the order in which they were applied, on the module or class that was changed.
 _MARK = "__specformer_patches__"
 
-Kind = Literal["function", "class", "value"]
+Kind = Literal["function", "class", "value", "import"]
 State = Literal["applied", "pending", "missing", "off"]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -119,6 +120,7 @@ class Ledger(importlib.abc.MetaPathFinder):
         why: str,
         guard: str,
         parameters: str | None = None,
+        imported: bool = False,
         later: str = "",
     ) -> Callable[[_F], _F]:
         """Let the decorated function take the target's place: `ours(original, *arguments)`.
@@ -129,6 +131,8 @@ class Ledger(importlib.abc.MetaPathFinder):
             guard: what keeps it from acting elsewhere.
             parameters: names the target must take, separated by blanks. By default those that our
                 function takes after `original` (and `self`).
+            imported: the target's module has it from another one; there, parameters are not looked
+                at.
             later: the target's place in a later vLLM that we support.
         """
 
@@ -142,7 +146,9 @@ class Ledger(importlib.abc.MetaPathFinder):
 
             own, passes_on = _signature(ours, 2 if "." in target.partition(":")[2] else 1)
             names = own if parameters is None else tuple(parameters.split())
-            self._declare(ours, target, why, guard, "function", change, names, (), passes_on, later)
+            kind: Kind = "import" if imported else "function"
+            names = () if imported else names
+            self._declare(ours, target, why, guard, kind, change, names, (), passes_on, later)
             return ours
 
         return declare
@@ -312,9 +318,10 @@ def _make(entry: Patch, module: ModuleType) -> None:
         raise _NotThereError("not found in this vLLM") from None
     if entry.name in _marks(owner):
         return
-    if isinstance(found, (classmethod, staticmethod, property)):
+    if isinstance(found, (classmethod, property)):
         raise TypeError(f"it is a {type(found).__name__}, which `patch` does not wrap")
-    setattr(owner, name, entry.change(getattr(owner, name)))
+    changed = entry.change(getattr(owner, name))
+    setattr(owner, name, staticmethod(changed) if isinstance(found, staticmethod) else changed)
     setattr(owner, _MARK, (*_marks(owner), entry.name))
 
 
