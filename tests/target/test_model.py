@@ -226,12 +226,17 @@ def quantised(directory: Path) -> dict[str, torch.Tensor]:
         tensors |= {name: rounded.to(torch.int8), f"{name}_scale": scale}
         meant[name] = rounded * scale
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+    eight = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": eight | {"strategy": "channel", "dynamic": False},
+        "input_activations": eight | {"strategy": "token", "dynamic": True},
+    }
     described = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
     }
     config = json.loads((directory / "config.json").read_text())

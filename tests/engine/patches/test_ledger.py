@@ -35,6 +35,10 @@ class CPURunner(Runner):
     def stop():
         return "stopped"
 
+    @classmethod
+    def start(cls):
+        return "started"
+
 
 class Drafter:
     def __init__(self, config, device=None):
@@ -265,11 +269,17 @@ def test_a_change_that_fails_stops_nobody(name: str) -> None:
     assert state(ledger) == "missing"
 
 
-def test_a_static_method_is_refused_rather_than_broken(name: str) -> None:
-    ledger = polite(name, "CPURunner.stop")
+def test_a_static_method_stays_one(name: str) -> None:
+    install(polite(name, "CPURunner.stop"))
+    runner = importlib.import_module(name).CPURunner
+    assert runner().stop() == runner.stop() == "stopped, please"
+
+
+def test_a_class_method_is_refused_rather_than_broken(name: str) -> None:
+    ledger = polite(name, "CPURunner.start")
     install(ledger)
-    assert importlib.import_module(name).CPURunner().stop() == "stopped"
-    assert "it is a staticmethod, which `patch` does not wrap" in ledger.problems()[0]
+    assert importlib.import_module(name).CPURunner.start() == "started"
+    assert "it is a classmethod, which `patch` does not wrap" in ledger.problems()[0]
 
 
 # --- the other two kinds ---

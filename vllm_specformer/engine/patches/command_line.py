@@ -27,8 +27,8 @@ def add_cli_args(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 @patch(
     "vllm.engine.arg_utils:maybe_override_with_speculators",
     imported=True,
-    why="`vllm serve HEAD` takes a relative path in the head's file from the working directory, and "
-    "its error names a path nobody gave: takes it from the file",
+    why="`vllm serve HEAD` takes a relative path in the head's file from the working directory, "
+    "and its error names a path nobody gave: takes it from the file",
     guard="acts on the target that a SpecFormer head names; from 0.33 on vLLM itself refuses paths",
 )
 def find_target_of_head(
