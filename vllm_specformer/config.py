@@ -278,7 +278,7 @@ class SpecFormerConfig(PreTrainedConfig):
             },
         }
         if name not in choices:
-            raise HeadConfigError(f"preset={name!r} is unknown; choose one of {sorted(choices)}")
+            raise HeadConfigError(f"preset={name!r} is unknown", f"choose one of {sorted(choices)}")
         text = target.get_text_config()
         layer = _narrowest_layer(text)
         heads = layer.num_attention_heads
@@ -355,20 +355,22 @@ def flat_fields(config: dict[str, Any], source: str = "") -> dict[str, Any]:
     if not isinstance(config, dict):
         raise HeadConfigError(
             f"SpecFormer head config{source}: the file holds {reprlib.repr(config)} in place of an "
-            "object of fields; copy or train the head again"
+            "object of fields",
+            "copy or train the head again",
         )
     kind = config.get("speculators_model_type")
     if kind != SPECULATORS_TYPE:
         raise HeadConfigError(
             f"SpecFormer head config{source}: field 'speculators_model_type' is {kind!r}, expected "
-            f"{SPECULATORS_TYPE!r}; the speculative config's 'model' must name a SpecFormer head, "
-            "not a target or another kind of speculator"
+            f"{SPECULATORS_TYPE!r}",
+            "the speculative config's 'model' must name a SpecFormer head, "
+            "not a target or another kind of speculator",
         )
     layer = config.get("transformer_layer_config")
     if not isinstance(layer, dict):
         raise HeadConfigError(
-            f"SpecFormer head config{source}: field 'transformer_layer_config' is missing; "
-            "the file is incomplete, train or download the head again"
+            f"SpecFormer head config{source}: field 'transformer_layer_config' is missing",
+            "the file is incomplete, train or download the head again",
         )
     own = _choices(config)
     verifier = _section(_section(config, "speculators_config", source), "verifier", source)
@@ -391,7 +393,8 @@ def _section(config: dict[str, Any], name: str, source: str) -> dict[str, Any]:
     if section is not None and not isinstance(section, dict):
         raise HeadConfigError(
             f"SpecFormer head config{source}: field {name!r} is {reprlib.repr(section)}, expected "
-            "an object; copy or train the head again"
+            "an object",
+            "copy or train the head again",
         )
     return section or {}
 
@@ -408,18 +411,18 @@ def read_head_config(directory: Path) -> SpecFormerConfig:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise HeadConfigError(
-            f"SpecFormer head {directory}: config.json is missing; 'model' must name a directory "
-            "that holds a trained head"
+            f"SpecFormer head {directory}: config.json is missing",
+            "'model' must name a directory that holds a trained head",
         ) from None
     except OSError as error:
         raise HeadConfigError(
-            f"SpecFormer head config{source}: cannot be read ({error.strerror}); 'model' must name "
-            "a directory whose files this user may read"
+            f"SpecFormer head config{source}: cannot be read ({error.strerror})",
+            "'model' must name a directory whose files this user may read",
         ) from None
     # Broken text, broken JSON, a number of thousands of digits; or nested without end.
     except (ValueError, RecursionError) as error:
         raise HeadConfigError(
-            f"SpecFormer head config{source}: not valid JSON ({error}); "
-            "copy or train the head again"
+            f"SpecFormer head config{source}: not valid JSON ({error})",
+            "copy or train the head again",
         ) from None
     return SpecFormerConfig.from_dict(content, _source=source)

@@ -22,8 +22,8 @@ def find_head(name: Path | str) -> Path:
         return download(str(name))
     except (HubError, OSError) as error:  # OSError: too long a name for a file
         raise HeadConfigError(
-            f"SpecFormer head {name}: {error}; name the directory or the repository of a trained "
-            "head"
+            f"SpecFormer head {name}: {error}",
+            "name the directory or the repository of a trained head",
         ) from None
 
 

@@ -28,14 +28,14 @@ def download(name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
-        raise HubError("no such directory; check the path")
+        raise HubError("no such directory", "check the path")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise HubError(
-            f"neither a directory nor a model that could be fetched ({reason}); "
-            "check the name, the network, HF_HUB_OFFLINE and, for gated models, HF_TOKEN"
+            f"neither a directory nor a model that could be fetched ({reason})",
+            "check the name, the network, HF_HUB_OFFLINE and, for gated models, HF_TOKEN",
         ) from None
 
 

@@ -49,7 +49,8 @@ def check_draft_tokens(token_ids: Tensor, config: SpecFormerConfig, place: str) 
         problem = "is not strictly increasing"
     if problem:
         raise HeadWeightError(
-            f"head weights{place}: tensor 'draft_token_ids' {problem}; copy or train the head again"
+            f"head weights{place}: tensor 'draft_token_ids' {problem}",
+            "copy or train the head again",
         )
 
 
@@ -63,7 +64,7 @@ def check_weights(directory: Path, config: SpecFormerConfig) -> None:
     path = directory / WEIGHTS_FILE
     remedy = "copy or train the head again"
     if not path.is_file():
-        raise HeadWeightError(f"head weights {path}: the file is missing; {remedy}")
+        raise HeadWeightError(f"head weights {path}: the file is missing", f"{remedy}")
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -71,14 +72,14 @@ def check_weights(directory: Path, config: SpecFormerConfig) -> None:
             for name in found:
                 if not torch.isfinite(file.get_tensor(name)).all():
                     raise HeadWeightError(
-                        f"head weights {path}: tensor {name!r} holds NaN or infinite values; "
-                        "resume the training from a checkpoint before it diverged"
+                        f"head weights {path}: tensor {name!r} holds NaN or infinite values",
+                        "resume the training from a checkpoint before it diverged",
                     )
             if config.draft_vocab_size:
                 check_draft_tokens(file.get_tensor("draft_token_ids"), config, f" {path}")
     except SafetensorError as error:
         raise HeadWeightError(
-            f"head weights {path}: the file is truncated or damaged ({error}); {remedy}"
+            f"head weights {path}: the file is truncated or damaged ({error})", f"{remedy}"
         ) from None
 
 
@@ -114,7 +115,8 @@ def check_pair(head: SpecFormerConfig, target: PreTrainedConfig, name: str) -> N
     if layers < MIN_TARGET_LAYERS:
         raise SpeculativeConfigError(
             f"target {name}: num_hidden_layers={layers}, SpecFormer needs at least "
-            f"{MIN_TARGET_LAYERS} (its hooks coincide below that); serve it without speculation"
+            f"{MIN_TARGET_LAYERS} (its hooks coincide below that)",
+            "serve it without speculation",
         )
     text = target.get_text_config()
     found = {
@@ -134,6 +136,6 @@ def check_pair(head: SpecFormerConfig, target: PreTrainedConfig, name: str) -> N
     ]
     if wrong:
         raise HeadConfigError(
-            f"the head was trained for another target than {name}: "
-            f"{'; '.join(wrong)}; use the head of this target, or train one for it"
+            f"the head was trained for another target than {name}: {'; '.join(wrong)}",
+            "use the head of this target, or train one for it",
         )

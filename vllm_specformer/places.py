@@ -49,7 +49,8 @@ def check_target_name(name: str, head: Path) -> None:
     if path.exists() or not _REPOSITORY.fullmatch(name):
         raise HeadConfigError(
             f"--target-name {name}: a head's file names its target by an absolute path, by a path "
-            "from the file on as in '../target', or by a name of the hub; write one of these"
+            "from the file on as in '../target', or by a name of the hub",
+            "write one of these",
         )
 
 
@@ -79,8 +80,9 @@ def named_target(head: Path, config: SpecFormerConfig, revision: str | None = No
     if not known or config_of(name, revision) is None:
         raise HeadConfigError(
             f"SpecFormer head config {head / 'config.json'}: field {_FIELD!r} is {name!r}, neither "
-            "a directory (seen from this file) nor a repository that can be read; write the "
+            "a directory (seen from this file) nor a repository that can be read",
+            "write the "
             "target's absolute path there, or its path from this file on as in '../target', or "
-            "name the target yourself (--target, or vllm serve TARGET --speculative-config ...)"
+            "name the target yourself (--target, or vllm serve TARGET --speculative-config ...)",
         )
     return name

@@ -54,7 +54,8 @@ class TargetShape:
         except KeyError as error:
             raise SpecFormerError(
                 f"target configuration: field {error} is missing, which the cost of a step hangs "
-                "on; name a directory with the configuration of a language model"
+                "on",
+                "name a directory with the configuration of a language model",
             ) from None
 
     @property

@@ -65,7 +65,9 @@ def build(
     chosen = list(dict.fromkeys([NONE, *names]))
     for name in others:
         if name in chosen:
-            raise SpecFormerError(f"--speculative-config {name}=...: --arms has it already; rename")
+            raise SpecFormerError(
+                f"--speculative-config {name}=...: --arms has it already", "rename"
+            )
     if CONFIDENT in chosen and confident is None:
         raise SpecFormerError(
             "--arms confident: needs --schedule, a plan that `specformer plan --json` measured"
@@ -105,5 +107,5 @@ def _speculative(
         return ours | {"num_speculative_tokens": int(name[1:])}
     known = ", ".join([NONE, AGAIN, "k1 ... k" + str(slots), SCHEDULE, CONFIDENT, *_UNTRAINED])
     raise SpecFormerError(
-        f"--arms {name}: unknown; choose from {known}, or add it with --speculative-config"
+        f"--arms {name}: unknown", f"choose from {known}, or add it with --speculative-config"
     )

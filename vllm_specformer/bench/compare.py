@@ -150,7 +150,8 @@ class _Comparison:
             if found.get(name) != value:
                 raise SpecFormerError(
                     f"--out {out}: holds measurements with {name}={found.get(name)!r}, and now it "
-                    f"is {value!r}; choose another directory, or remove this one"
+                    f"is {value!r}",
+                    "choose another directory, or remove this one",
                 )
         write_atomic(path, (json.dumps(settings, indent=2) + "\n").encode())
 

@@ -124,10 +124,11 @@ def _larger_config(
     if architecture not in ARCHITECTURES:
         raise EnlargeError(
             f"target {name}: architecture {architecture!r} cannot be enlarged without changing "
-            f"what it says; this works for {', '.join(ARCHITECTURES)}"
+            f"what it says",
+            f"this works for {', '.join(ARCHITECTURES)}",
         )
     if config.get("quantization_config"):
-        raise EnlargeError(f"target {name}: its weights are quantised; enlarge the original")
+        raise EnlargeError(f"target {name}: its weights are quantised", "enlarge the original")
     shape = TargetShape.from_config(config)
     if layers <= shape.layers:
         raise EnlargeError(f"--layers {layers}: must be more than the {shape.layers} of {name}")
@@ -138,8 +139,8 @@ def _larger_config(
     if width < shape.intermediate:
         least = thin + per_unit * shape.intermediate
         raise EnlargeError(
-            f"--parameters {parameters}: with {layers} layers the target has {least} already; ask "
-            "for more, or set fewer --layers"
+            f"--parameters {parameters}: with {layers} layers the target has {least} already",
+            "ask for more, or set fewer --layers",
         )
     larger["intermediate_size"] = width
     if config.get("layer_types"):

@@ -129,7 +129,8 @@ class BenchSettings(CommandSettings):
         if available < concurrency:
             raise SpecFormerError(
                 f"--concurrency {concurrency}: needs as many distinct prompts, and --prompts has "
-                f"{available} that fit; give more, or a lower concurrency"
+                f"{available} that fit",
+                "give more, or a lower concurrency",
             )
         return min(available, max(8, self.requests_per_slot * concurrency))
 

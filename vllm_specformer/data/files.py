@@ -55,7 +55,7 @@ def remedy(number: int) -> str:
 
 def refused(what: object, number: int) -> DiskFullError:
     """The error for a write that the disk refused, by the number of the system's error."""
-    return DiskFullError(f"{what}: {os.strerror(number)}; {remedy(number)}")
+    return DiskFullError(f"{what}: {os.strerror(number)}", f"{remedy(number)}")
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def write_errors(what: str = "") -> Iterator[None]:
         name = what or getattr(error, "filename", None)
         if name:
             raise refused(name, number) from error
-        raise DiskFullError(f"{error}; {remedy(number)}") from error
+        raise DiskFullError(f"{error}", f"{remedy(number)}") from error
 
 
 class DirectoryInUseError(SpecFormerError):
@@ -108,7 +108,8 @@ def write_atomic(path: Path, content: bytes) -> None:
         number = error.errno or 0
         if number in _REMEDIES or number in _DENIED:
             raise DiskFullError(
-                f"{path}: {error.strerror} while writing {len(content):,} bytes; {remedy(number)}"
+                f"{path}: {error.strerror} while writing {len(content):,} bytes",
+                f"{remedy(number)}",
             ) from None
         raise
 
@@ -150,7 +151,7 @@ def directory_lock(directory: Path) -> Iterator[None]:
         descriptor = _open_locked(path)
     except OSError as error:
         raise SpecFormerError(
-            f"{directory}: cannot be written to ({error.strerror}); choose another directory"
+            f"{directory}: cannot be written to ({error.strerror})", "choose another directory"
         ) from None
     try:
         with suppress(OSError):  # on a full disk the lock holds, without a name on it
@@ -180,8 +181,8 @@ def _open_locked(path: Path) -> int:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             raise DirectoryInUseError(
-                f"{path.parent} is in use by another run ({owner or 'just started'}); wait for it "
-                "or choose another directory"
+                f"{path.parent} is in use by another run ({owner or 'just started'})",
+                "wait for it or choose another directory",
             ) from None
         os.close(descriptor)
 

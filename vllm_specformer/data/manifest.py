@@ -172,21 +172,24 @@ def read_manifest(
         manifest = Manifest.model_validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise DistilledDataError(
-            f"{path}: no such file; name a directory that `specformer distill --out` has written"
+            f"{path}: no such file", "name a directory that `specformer distill --out` has written"
         ) from None
     except ValidationError as error:
-        raise DistilledDataError(f"{path}: {_first(error)}; distill into a new directory") from None
+        raise DistilledDataError(
+            f"{path}: {_first(error)}", "distill into a new directory"
+        ) from None
     found = manifest.target
     if fingerprint is not None and found.fingerprint != fingerprint:
         raise DistilledDataError(
             f"{path}: these are answers of {found.name_or_path} (fingerprint "
             f"{found.fingerprint[:12]}), not of the target given (fingerprint "
-            f"{fingerprint[:12]}); a head learns from its own target's answers only, distill again"
+            f"{fingerprint[:12]})",
+            "a head learns from its own target's answers only, distill again",
         )
     if not manifest.complete and not allow_incomplete:
         raise DistilledDataError(
-            f"{path}: only {len(manifest.shards)} of {manifest.num_shards} shards are there; "
-            "give the `specformer distill` command that began it again, and it continues"
+            f"{path}: only {len(manifest.shards)} of {manifest.num_shards} shards are there",
+            "give the `specformer distill` command that began it again, and it continues",
         )
     return manifest
 

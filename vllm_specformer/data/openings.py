@@ -39,7 +39,8 @@ def read_prompts(
     if found.chats and not tokenizer.chat_template:
         raise SpecFormerError(
             f"--prompts: {found.chats} records are conversations, and the target {target} has no "
-            "chat template; give texts to be continued"
+            "chat template",
+            "give texts to be continued",
         )
     if found.with_tools and not shows_tools(tokenizer.get_chat_template()):
         say(without_tools(found.with_tools))
@@ -52,8 +53,8 @@ def read_prompts(
     fitting = [text for text in texts if _SHORTEST <= len(tokenizer(text)["input_ids"]) <= longest]
     if not fitting:
         raise SpecFormerError(
-            f"--prompts: none of {len(texts)} texts has {_SHORTEST} to {longest} tokens; with "
-            f"--max-tokens {max_tokens} no other fits"
+            f"--prompts: none of {len(texts)} texts has {_SHORTEST} to {longest} tokens",
+            f"with --max-tokens {max_tokens} no other fits",
         )
     return fitting
 

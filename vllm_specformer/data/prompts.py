@@ -134,7 +134,9 @@ def _scan_file(found: PromptSet, reading: Reading, number: int) -> PromptFile:
     if not count:
         raise PromptError(f"prompts {path}: the file is empty")
     if not usable:
-        raise PromptError(f"prompts {path}: no record can be used; the first: {found.bad[first]}")
+        raise PromptError(
+            f"prompts {path}: no record can be used", f"the first: {found.bad[first]}"
+        )
     return PromptFile(
         file=lasting(path),
         sha256=reading.source.seal(),

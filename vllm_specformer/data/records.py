@@ -68,7 +68,8 @@ def _whole(reading: Reading, encoding: str) -> str:
 
 def _wrong_encoding(reading: Reading, encoding: str, error: UnicodeError) -> PromptError:
     return PromptError(
-        f"prompts {reading.source.path}: not valid {encoding.upper()} ({error}); write it as UTF-8"
+        f"prompts {reading.source.path}: not valid {encoding.upper()} ({error})",
+        "write it as UTF-8",
     )
 
 
@@ -78,8 +79,8 @@ def _list_entries(reading: Reading, encoding: str) -> Iterator[tuple[str, Any]]:
         entries = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PromptError(
-            f"prompts {reading.source.path}: begins like a JSON list but is none ({error}); put it "
-            "right, or write one JSON object per line"
+            f"prompts {reading.source.path}: begins like a JSON list but is none ({error})",
+            "put it right, or write one JSON object per line",
         ) from None
     for number, entry in enumerate(entries, start=1):
         yield f"entry {number}", entry
@@ -96,8 +97,8 @@ def _objects(reading: Reading, encoding: str) -> Iterator[tuple[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise PromptError(
                 f"prompts {reading.source.path}: begins like JSON over several lines, but at line "
-                f"{line} there is no whole object ({error}); put it right, or write one JSON "
-                "object per line"
+                f"{line} there is no whole object ({error})",
+                "put it right, or write one JSON object per line",
             ) from None
         yield f"line {line}", entry
         line += text.count("\n", start, end)
@@ -115,16 +116,16 @@ def _parquet_rows(reading: Reading) -> Iterator[tuple[str, Any]]:
     path = reading.source.path
     if reading.packed:
         raise PromptError(
-            f"prompts {path}: a Parquet file packed with {reading.packed}; unpack it, Parquet is "
-            "compressed in itself"
+            f"prompts {path}: a Parquet file packed with {reading.packed}",
+            "unpack it, Parquet is compressed in itself",
         )
     try:
         file = pq.ParquetFile(reading.file)
         names = file.schema_arrow.names
         if not set(FORMS).intersection(names):
             raise PromptError(
-                f"prompts {path}: has the columns {', '.join(names)}, none of {', '.join(FORMS)}; "
-                "rename one"
+                f"prompts {path}: has the columns {', '.join(names)}, none of {', '.join(FORMS)}",
+                "rename one",
             )
         number = 0
         columns = [name for name in FIELDS if name in names]

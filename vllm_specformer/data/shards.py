@@ -124,7 +124,7 @@ class ShardWriter:
             settings, record = _describe(path)
             if path.name not in names or settings != self.settings:
                 raise DistilledDataError(
-                    f"{path} was written by a run with other settings; choose another directory"
+                    f"{path} was written by a run with other settings", "choose another directory"
                 )
             if (known or {}).get(path.name, record.sha256) != record.sha256:
                 raise _damaged(path, "its content has changed since it was written")
@@ -179,6 +179,7 @@ def _describe(path: Path) -> tuple[Settings, ShardRecord]:
 
 def _damaged(path: Path, reason: str) -> DistilledDataError:
     return DistilledDataError(
-        f"{path}: {reason}; delete the file and give the `specformer distill` command again, "
-        "which makes just this shard anew"
+        f"{path}: {reason}",
+        "delete the file and give the `specformer distill` command again, "
+        "which makes just this shard anew",
     )

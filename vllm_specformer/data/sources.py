@@ -88,7 +88,7 @@ class Source:
             with self._open() as file:
                 self._stamp = _stamp(file)
         except OSError as error:
-            raise PromptError(f"prompts {path}: {error.strerror}; check the path") from None
+            raise PromptError(f"prompts {path}: {error.strerror}", "check the path") from None
 
     def _open(self) -> BinaryIO:
         """A handle with a place of its own."""
@@ -106,7 +106,7 @@ class Source:
         try:
             file = self._open()
         except OSError as error:
-            raise PromptError(f"prompts {self.path}: {error.strerror}; check the path") from None
+            raise PromptError(f"prompts {self.path}: {error.strerror}", "check the path") from None
         with file:
             self.check(file)
             head = file.read(_HEAD_BYTES)
@@ -121,7 +121,8 @@ class Source:
                     raise
                 raise PromptError(
                     f"prompts {self.path}: packed with {packed}, and damaged or not whole "
-                    f"({error}); get the file again"
+                    f"({error})",
+                    "get the file again",
                 ) from None
 
     def _unpacked(self, file: BinaryIO, packed: str | None) -> BinaryIO:
@@ -138,8 +139,8 @@ class Source:
             import pyarrow as pa
         except ImportError:
             raise PromptError(
-                f"prompts {self.path}: packed with zstd, which takes pyarrow to read; unpack it "
-                "with `zstd -d`"
+                f"prompts {self.path}: packed with zstd, which takes pyarrow to read",
+                "unpack it with `zstd -d`",
             ) from None
         own = open(f"/proc/self/fd/{file.fileno()}", "rb")  # noqa: SIM115 - pyarrow closes it
         stream = pa.CompressedInputStream(pa.PythonFile(own, "r"), "zstd")
@@ -148,9 +149,9 @@ class Source:
     def _refuse_archive(self, head: bytes) -> None:
         for magic, (kind, remedy) in _REFUSED.items():
             if head.startswith(magic):
-                raise PromptError(f"prompts {self.path}: {kind}; {remedy}")
+                raise PromptError(f"prompts {self.path}: {kind}", f"{remedy}")
         if head[_TAR_PLACE:].startswith(_TAR):
-            raise PromptError(f"prompts {self.path}: a tar archive; unpack it with `tar -xf`")
+            raise PromptError(f"prompts {self.path}: a tar archive", "unpack it with `tar -xf`")
 
     def check(self, file: BinaryIO) -> None:
         """Compare an open handle with what the file was; see `Reading.check`."""
@@ -159,13 +160,13 @@ class Source:
             return
         if self.sha256 is None:
             raise PromptError(
-                f"prompts {self.path}: it changed while it was read; give the command again when "
-                "nothing writes to it"
+                f"prompts {self.path}: it changed while it was read",
+                "give the command again when nothing writes to it",
             )
         if self._copy is not None or _digest(file) != self.sha256:
             raise PromptError(
-                f"prompts {self.path}: it has changed since it was checked; give the command again "
-                "when nothing writes to it"
+                f"prompts {self.path}: it has changed since it was checked",
+                "give the command again when nothing writes to it",
             )
         self._stamp = stamp  # touched, with the same content
 

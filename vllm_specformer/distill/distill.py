@@ -170,8 +170,8 @@ class _Run:
         if not manifest.counts.conversations:
             raise SpecFormerError(
                 f"{self.directory}: not one of {len(self.ids)} prompts could be used: "
-                f"{in_words(manifest.counts.skipped)}; choose other prompts or settings, and "
-                "another directory"
+                f"{in_words(manifest.counts.skipped)}",
+                "choose other prompts or settings, and another directory",
             )
         return manifest
 
@@ -220,7 +220,8 @@ class _Run:
                 refusals.append(str(error))
         raise SpecFormerError(
             f"the chat template refuses each of the first {len(refusals)} conversations: "
-            f"{refusals[0]}; give another with --chat-template FILE, or other prompts"
+            f"{refusals[0]}",
+            "give another with --chat-template FILE, or other prompts",
         )
 
     # -- what is missing ----------------------------------------------------------------------
@@ -259,8 +260,8 @@ class _Run:
         if self.begun is not None and self.begun.context != context:
             raise OtherSettingsError(
                 f"{self.directory} was begun with a context of {self.begun.context} tokens, the "
-                f"engine now has {context}; set --max-model-len or the server accordingly, or "
-                "choose another --out"
+                f"engine now has {context}",
+                "set --max-model-len or the server accordingly, or choose another --out",
             )
         self.settings = self.settings.model_copy(update={"context": context})
 

@@ -149,7 +149,8 @@ def _template(tokenizer: Any, directory: Path, file: Path | None) -> str:
     except ValueError:
         raise TargetError(
             f"target {directory}: it has no chat template, and there are conversations among the "
-            "prompts; give plain texts (field `text`), or a template with --chat-template FILE"
+            "prompts",
+            "give plain texts (field `text`), or a template with --chat-template FILE",
         ) from None
 
 

@@ -47,8 +47,8 @@ class OfflineEngine:
             import vllm
         except ImportError as error:
             raise EngineError(
-                f"--engine offline: vLLM cannot be imported ({error}); install it, or name a "
-                "running server with --engine URL"
+                f"--engine offline: vLLM cannot be imported ({error})",
+                "install it, or name a running server with --engine URL",
             ) from None
         check_engine_args(engine_args, {f.name for f in dataclasses.fields(vllm.EngineArgs)})
         try:
@@ -59,8 +59,9 @@ class OfflineEngine:
             if not isinstance(error, ValueError):
                 traceback.print_exc()
             raise EngineError(
-                f"--engine offline: vLLM does not start with {target}: {error}; it says more with "
-                "VLLM_LOGGING_LEVEL=INFO, and --engine-args sets memory and the like"
+                f"--engine offline: vLLM does not start with {target}: {error}",
+                "it says more with "
+                "VLLM_LOGGING_LEVEL=INFO, and --engine-args sets memory and the like",
             ) from None
         self._sampling: Callable[..., Any] = vllm.SamplingParams
         self.context: int = self._llm.model_config.max_model_len
@@ -95,8 +96,8 @@ class OfflineEngine:
             completion = output.outputs[0]
             if completion.finish_reason not in ("stop", "length"):
                 raise EngineError(
-                    f"vLLM ended an answer with finish_reason={completion.finish_reason!r}; "
-                    "give the same command again"
+                    f"vLLM ended an answer with finish_reason={completion.finish_reason!r}",
+                    "give the same command again",
                 )
             answers.append(Answer(list(completion.token_ids), completion.finish_reason))
         return answers
@@ -113,8 +114,8 @@ def check_engine_args(given: dict[str, Any], known: set[str]) -> None:
             raise EngineError(f"--engine-args: {name!r} is set with {_OWN[name]}")
         if name not in known:
             raise EngineError(
-                f"--engine-args: vLLM has no engine argument {name!r}; names are written with "
-                "underscores, as in vllm.EngineArgs"
+                f"--engine-args: vLLM has no engine argument {name!r}",
+                "names are written with underscores, as in vllm.EngineArgs",
             )
 
 

@@ -64,8 +64,8 @@ class ServerEngine:
         self.context = min(limits)
         if not self.context:
             raise EngineError(
-                f"--engine {url}: the server does not say how long its context is; give "
-                "--max-model-len"
+                f"--engine {url}: the server does not say how long its context is",
+                "give --max-model-len",
             )
 
     def answer(self, dialogues: Sequence[Dialogue], progress: Progress) -> None:
@@ -89,8 +89,8 @@ class ServerEngine:
             if self.model not in names:
                 raise EngineError(
                     f"--engine {self.url}: the server does not serve {self.model!r} but "
-                    f"{', '.join(map(repr, names)) or 'nothing'}; if that is the target, name it "
-                    "with --served-model"
+                    f"{', '.join(map(repr, names)) or 'nothing'}",
+                    "if that is the target, name it with --served-model",
                 )
             card = cards[names.index(self.model)]
             vllm = getattr(card, "owned_by", "") == "vllm"
@@ -116,8 +116,8 @@ class ServerEngine:
             self.returns_ids = _token_ids(completion.choices[0]) is not None
         except openai.BadRequestError as error:
             raise EngineError(
-                f"--engine {self.url}: the server refuses a prompt of token ids "
-                f"({_reason(error)}); use vLLM, or --engine offline"
+                f"--engine {self.url}: the server refuses a prompt of token ids ({_reason(error)})",
+                "use vLLM, or --engine offline",
             ) from None
         except openai.OpenAIError as error:
             raise self._explain(error) from None
@@ -126,7 +126,8 @@ class ServerEngine:
         if seen != len(ids):
             raise EngineError(
                 f"--engine {self.url}: the server made {seen} tokens of {len(ids)} that were sent; "
-                "it serves another tokenizer, or changes prompts; use vLLM, or --engine offline"
+                "it serves another tokenizer, or changes prompts",
+                "use vLLM, or --engine offline",
             )
 
     def _client(self, retries: int) -> Any:
@@ -232,13 +233,15 @@ class ServerEngine:
 
         where = f"--engine {self.url}:"
         if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
-            return EngineError(f"{where} the key was refused; set OPENAI_API_KEY")
+            return EngineError(f"{where} the key was refused", "set OPENAI_API_KEY")
         if isinstance(error, openai.NotFoundError):
-            return EngineError(f"{where} not found ({_reason(error)}); check the URL and the model")
+            return EngineError(
+                f"{where} not found ({_reason(error)})", "check the URL and the model"
+            )
         if isinstance(error, openai.APIConnectionError):
             return EngineError(
-                f"{where} no answer ({error.__cause__ or error}); is the server up, and is the "
-                "URL right?"
+                f"{where} no answer ({error.__cause__ or error})",
+                "is the server up, and is the URL right?",
             )
         if isinstance(error, openai.APIStatusError):
             return EngineError(f"{where} error {error.status_code} ({_reason(error)})")
@@ -246,8 +249,8 @@ class ServerEngine:
 
     def _no_api(self, error: Exception) -> EngineError:
         return EngineError(
-            f"--engine {self.url}: the answer is not one of OpenAI's API ({error}); the URL must "
-            "be that of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1"
+            f"--engine {self.url}: the answer is not one of OpenAI's API ({error})",
+            "the URL must be that of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1",
         )
 
 

@@ -34,7 +34,8 @@ def is_specformer(speculative: dict[str, Any]) -> bool:
         return True
     raise SpeculativeConfigError(
         f"speculative config: method={reprlib.repr(method)} cannot draft with "
-        f"model={str(model)!r}, a SpecFormer head; write method='specformer', or leave it out"
+        f"model={str(model)!r}, a SpecFormer head",
+        "write method='specformer', or leave it out",
     )
 
 
@@ -69,8 +70,8 @@ def check_v1_verification(speculative_config: Any) -> None:
     if verifies_coupled(speculative_config):
         raise SpeculativeConfigError(
             "speculative config: verification='coupled' needs vLLM's V2 model runner, whose "
-            "sampler draws from noise keyed by seed and position, and this engine runs V1; set "
-            "VLLM_USE_V2_MODEL_RUNNER=1, or verification='vllm'"
+            "sampler draws from noise keyed by seed and position, and this engine runs V1",
+            "set VLLM_USE_V2_MODEL_RUNNER=1, or verification='vllm'",
         )
 
 
@@ -89,8 +90,8 @@ def check_v2_adapters(lora_config: Any) -> None:
     if modules is None or any(name.rpartition(".")[-1] == "lm_head" for name in modules):
         raise SpeculativeConfigError(
             f"enable_lora with lora_target_modules={modules}: vLLM's V2 model runner cannot verify "
-            "drafts of an lm_head with adapters; set lora_target_modules to a list without "
-            "'lm_head', or VLLM_USE_V2_MODEL_RUNNER=0"
+            "drafts of an lm_head with adapters",
+            "set lora_target_modules to a list without 'lm_head', or VLLM_USE_V2_MODEL_RUNNER=0",
         )
 
 
@@ -130,13 +131,14 @@ def _check_engine(model_config: Any, parallel_config: Any) -> None:
         size = getattr(parallel_config, field, 1)
         if size > 1:
             raise SpeculativeConfigError(
-                f"{field}={size}: SpecFormer does not support it ({reason}); use tensor "
-                "parallelism, or serve without speculation"
+                f"{field}={size}: SpecFormer does not support it ({reason})",
+                "use tensor parallelism, or serve without speculation",
             )
     if getattr(model_config, "runner_type", "generate") != "generate":
         raise SpeculativeConfigError(
             f"runner={model_config.runner_type!r}: this engine generates no text that SpecFormer "
-            "could draft; leave the speculative config out"
+            "could draft",
+            "leave the speculative config out",
         )
 
 
@@ -144,8 +146,8 @@ def _read_head(speculative: dict[str, Any]) -> SpecFormerConfig:
     model = speculative.get("model")
     if not model:
         raise SpeculativeConfigError(
-            "speculative config: field 'model' is missing; set it to the directory or repository "
-            "of a trained SpecFormer head"
+            "speculative config: field 'model' is missing",
+            "set it to the directory or repository of a trained SpecFormer head",
         )
     try:
         if Path(str(model)).exists():
@@ -175,13 +177,14 @@ def _check_states(head: SpecFormerConfig, model_config: Any) -> None:
     if model_config.uses_mrope:
         raise SpeculativeConfigError(
             f"target {model_config.model}: its positions have several dimensions (M-RoPE), but a "
-            "SpecFormer head counts its context in tokens; serve it without speculation"
+            "SpecFormer head counts its context in tokens",
+            "serve it without speculation",
         )
     if head.aux_hidden_state_layer_ids[0] == 0 and model_config.using_transformers_backend():
         raise SpeculativeConfigError(
             f"target {model_config.model}: vLLM runs it by its Transformers code and hands out no "
-            "hidden state 0, which this head is hooked to; train one with --hooks that leave 0 "
-            "out, or serve without speculation"
+            "hidden state 0, which this head is hooked to",
+            "train one with --hooks that leave 0 out, or serve without speculation",
         )
 
 
@@ -202,8 +205,8 @@ def check_target_class(vllm_config: Any) -> None:
     if not supports_eagle3(target):
         raise SpeculativeConfigError(
             f"target class {target.__name__} cannot return auxiliary hidden states (it lacks "
-            "vLLM's SupportsEagle3 interface), which SpecFormer drafts from; serve this model "
-            "without speculation"
+            "vLLM's SupportsEagle3 interface), which SpecFormer drafts from",
+            "serve this model without speculation",
         )
     handed = handed_out(vllm_root(), target.__module__, target.__name__)
     head = vllm_config.speculative_config.draft_model_config.hf_config.specformer

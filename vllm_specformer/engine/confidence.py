@@ -41,8 +41,8 @@ class ConfidenceCut:
         if vllm_config.scheduler_config.async_scheduling:
             raise SpeculativeConfigError(
                 f"speculative config: {CONFIDENCE} lets the drafts decide how many rows the next "
-                "step has, and asynchronous scheduling plans that step before they are known; add "
-                "--no-async-scheduling, or leave the field out"
+                "step has, and asynchronous scheduling plans that step before they are known",
+                "add --no-async-scheduling, or leave the field out",
             )
         return cls(ranges)
 
@@ -76,6 +76,6 @@ def check_no_cut(speculative_config: Any) -> None:
     if confidence_ranges(speculative_config) is not None:
         raise SpeculativeConfigError(
             f"speculative config: {CONFIDENCE} needs vLLM's V1 model runner, since the steps of V2 "
-            "are of a fixed number of drafts, and this engine runs V2; set "
-            "VLLM_USE_V2_MODEL_RUNNER=0 and --no-async-scheduling, or leave the field out"
+            "are of a fixed number of drafts, and this engine runs V2",
+            "set VLLM_USE_V2_MODEL_RUNNER=0 and --no-async-scheduling, or leave the field out",
         )

@@ -48,7 +48,8 @@ def check_cache(vllm_config: VllmConfig) -> None:
     if model.is_attention_free:
         raise SpeculativeConfigError(
             f"target {model.model}: it has no attention layer; a SpecFormer head keeps K/V of "
-            "every token beside those of one; serve it without speculation"
+            "every token beside those of one",
+            "serve it without speculation",
         )
     text = model.hf_text_config
     windows = vllm_config.cache_config.sliding_window  # set if every layer has it
@@ -57,13 +58,14 @@ def check_cache(vllm_config: VllmConfig) -> None:
     if windows and not scheduler.disable_hybrid_kv_cache_manager:
         raise SpeculativeConfigError(
             f"target {model.model}: sliding_window={windows} in every layer, so vLLM frees pages "
-            "that a SpecFormer head still reads (it sees the whole context); "
-            f"{_WHOLE_WINDOW}, or serve it without speculation"
+            "that a SpecFormer head still reads (it sees the whole context)",
+            f"{_WHOLE_WINDOW}, or serve it without speculation",
         )
     if getattr(vllm_config.attention_config, "hisparse_config", None) is not None:
         raise SpeculativeConfigError(
             "attention_config.hisparse_config: it keeps the KV cache on the host, where a "
-            "SpecFormer head cannot read it; leave it out, or serve without speculation"
+            "SpecFormer head cannot read it",
+            "leave it out, or serve without speculation",
         )
     _check_transfer(vllm_config)
 
@@ -77,8 +79,8 @@ def _check_transfer(vllm_config: VllmConfig) -> None:
     if ranks > 1 and of_head > 1:
         raise SpeculativeConfigError(
             f"kv_transfer_config with an MLA target on {ranks} ranks: vLLM's connectors move one "
-            "rank's cache for all, but a SpecFormer head is cut over the ranks; set "
-            "draft_tensor_parallel_size=1 in the speculative config"
+            "rank's cache for all, but a SpecFormer head is cut over the ranks",
+            "set draft_tensor_parallel_size=1 in the speculative config",
         )
 
 
@@ -110,8 +112,8 @@ class Lender:
             raise SpeculativeConfigError(
                 f"kv_cache_dtype={vllm_config.cache_config.cache_dtype!r}: a layer of the target "
                 f"keeps {spec.num_heads * spec.state_content_size_bytes} bytes of a token, the "
-                f"head's head_dim={shape.head_size} needs {shape.row_bytes} for one key; set "
-                "kv_cache_dtype to 'auto' or 'fp8', or serve on fewer ranks"
+                f"head's head_dim={shape.head_size} needs {shape.row_bytes} for one key",
+                "set kv_cache_dtype to 'auto' or 'fp8', or serve on fewer ranks",
             )
         self.num_layers = layers_needed(rows, shape.kv_heads)
 
@@ -233,7 +235,8 @@ def lay_out(caches: Sequence[Tensor], shape: HeadShape, dense: bool) -> list[Pag
         raise SpeculativeConfigError(
             f"VLLM_KV_CACHE_LAYOUT: in the layout chosen, of pages {list(caches[0].shape)} with "
             f"strides {caches[0].stride()}, no slot has room for a key of head_dim="
-            f"{shape.head_size}; set it to LBHNC, where a page is one piece of memory"
+            f"{shape.head_size}",
+            "set it to LBHNC, where a page is one piece of memory",
         )
     return min(found, key=len)  # the first of the best
 

@@ -201,8 +201,8 @@ class SpecFormerDraftModel(nn.Module):
         """
         if self._is_prepared:
             raise HeadWeightError(
-                "draft weights: a SpecFormer head that is being served cannot be given others; "
-                "leave the draft model out of the update, or start the server with the new head"
+                "draft weights: a SpecFormer head that is being served cannot be given others",
+                "leave the draft model out of the update, or start the server with the new head",
             )
         parameters = self.head.state_dict()
         loaded = set()

@@ -64,8 +64,8 @@ def as_dictionary(given: Any) -> dict[str, Any]:
     """
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise SpeculativeConfigError(
-            f"speculative config: {reprlib.repr(given)} is not an object of named fields; write "
-            '{"method": "specformer", "model": HEAD, "num_speculative_tokens": 4}'
+            f"speculative config: {reprlib.repr(given)} is not an object of named fields",
+            'write {"method": "specformer", "model": HEAD, "num_speculative_tokens": 4}',
         )
     return {key.replace("-", "_"): value for key, value in given.items()}
 
@@ -93,12 +93,14 @@ def _verification(speculative: dict[str, Any]) -> str:
         reason = _LOSSY.get(rule) if isinstance(rule, str) else None
         raise SpeculativeConfigError(
             f"speculative config: rejection_sample_method={reprlib.repr(rule)} "
-            f"{reason or 'is not known to keep the target distribution'}; leave it out"
+            f"{reason or 'is not known to keep the target distribution'}",
+            "leave it out",
         )
     if verification == "coupled" and rule != _STANDARD:
         raise SpeculativeConfigError(
             f"speculative config: rejection_sample_method={rule!r} is a rule of vLLM's own "
-            "verification; leave it out, or set verification='vllm'"
+            "verification",
+            "leave it out, or set verification='vllm'",
         )
     return str(verification)
 
@@ -115,9 +117,10 @@ def _thresholds(value: Any) -> Thresholds | None:
     problem = ranges_problem(value, "threshold", _is_threshold)
     if problem:
         raise SpeculativeConfigError(
-            f"speculative config: {CONFIDENCE}={reprlib.repr(value)}: {problem}; write a number "
+            f"speculative config: {CONFIDENCE}={reprlib.repr(value)}: {problem}",
+            "write a number "
             "from 0 to 1, or ranges of batch sizes with one each, such as "
-            "[[1, 8, 0.1], [9, 64, 0.4]]"
+            "[[1, 8, 0.1], [9, 64, 0.4]]",
         )
     return tuple((first, last, float(bar)) for first, last, bar in closed(value))
 
@@ -156,7 +159,8 @@ def check_fields(speculative: dict[str, Any]) -> None:
         if value not in harmless:
             raise SpeculativeConfigError(
                 f"speculative config: {field}={reprlib.repr(value)} has no meaning for a "
-                f"SpecFormer head ({reason}); leave it out"
+                f"SpecFormer head ({reason})",
+                "leave it out",
             )
     _check_schedule(speculative.get(SCHEDULE))
 
@@ -168,8 +172,9 @@ def _check_schedule(schedule: Any) -> None:
     problem = ranges_problem(schedule, "tokens", is_count)
     if problem:
         raise SpeculativeConfigError(
-            f"speculative config: {SCHEDULE}={reprlib.repr(schedule)}: {problem}; write ranges of "
-            "batch sizes with the tokens to draft, such as [[1, 8, 4], [9, 64, 2], [65, 256, 0]]"
+            f"speculative config: {SCHEDULE}={reprlib.repr(schedule)}: {problem}",
+            "write ranges of "
+            "batch sizes with the tokens to draft, such as [[1, 8, 4], [9, 64, 2], [65, 256, 0]]",
         )
 
 

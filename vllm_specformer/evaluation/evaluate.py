@@ -198,8 +198,8 @@ class _Evaluation:
         if missing:
             raise SpecFormerError(
                 f"--temperature {missing[0]:g}: the held-out answers of --data have "
-                f"{', '.join(f'{t:g}' for t in sorted(found))} only; leave it out, or add --serve "
-                "to have the prompts answered anew"
+                f"{', '.join(f'{t:g}' for t in sorted(found))} only",
+                "leave it out, or add --serve to have the prompts answered anew",
             )
         return {temperature: found[temperature] for temperature in wanted}
 
@@ -215,7 +215,8 @@ class _Evaluation:
         if not any(end - start > 1 for text in texts for start, end in text.spans):
             raise SpecFormerError(
                 f"the target ends each of its {len(texts)} answers after one token, which leaves "
-                "nothing to draft; are the prompts of the form it was trained on?"
+                "nothing to draft",
+                "are the prompts of the form it was trained on?",
             )
         return Texts.collect(texts, self.context)
 
@@ -247,7 +248,9 @@ def _budgets(wanted: Any, slots: int) -> tuple[int, ...]:
 def _device(name: str) -> str:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise SpecFormerError("--device cuda: PyTorch sees no GPU; check the driver and its build")
+        raise SpecFormerError(
+            "--device cuda: PyTorch sees no GPU", "check the driver and its build"
+        )
     return ("cuda" if available else "cpu") if name == "auto" else name
 
 

@@ -99,12 +99,9 @@ def _try(findings: list[Finding], subject: str, read: Callable[[], Any]) -> Any:
         return None
 
 
-def _misfit(subject: str, error: Exception) -> Finding:
-    """An error of ours says what to do behind its last semicolon, if that is not plain."""
-    found, _, remedy = str(error).rpartition("; ")
-    if not found:
-        found, remedy = remedy, _PLAIN_REMEDIES.get(subject, "put it right")
-    return Finding(subject, MISFIT, found, remedy)
+def _misfit(subject: str, error: SpecFormerError) -> Finding:
+    remedy = error.remedy or _PLAIN_REMEDIES.get(subject, "put it right")
+    return Finding(subject, MISFIT, error.problem, remedy)
 
 
 def _weights(head: Path, config: SpecFormerConfig) -> Iterator[Finding]:

@@ -25,11 +25,11 @@ def read_provenance(head: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise SpecFormerError(
-            f"{path}: not readable as JSON ({error}); copy the head again"
+            f"{path}: not readable as JSON ({error})", "copy the head again"
         ) from None
     missing = [name for name in _SECTIONS if name not in (content or {})]
     if missing:
         raise SpecFormerError(
-            f"{path}: section {missing[0]!r} is missing; copy the head again, or remove the file"
+            f"{path}: section {missing[0]!r} is missing", "copy the head again, or remove the file"
         )
     return dict(content)

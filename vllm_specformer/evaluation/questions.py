@@ -88,7 +88,8 @@ def from_files(
     if not prompts:
         raise SpecFormerError(
             f"--prompts: none of {sum(skipped.values())} prompts can be used "
-            f"({', '.join(skipped)}); the context is {context:,} tokens"
+            f"({', '.join(skipped)})",
+            f"the context is {context:,} tokens",
         )
     return Questions(prompts, context, max_tokens, seed)
 
@@ -132,8 +133,8 @@ def unseen(
         say(f"the head was trained on this data; {len(chosen)} texts of it were held out")
     if not len(chosen):
         raise SpecFormerError(
-            f"--data {data}: the head was trained on all of it (--eval-share 0); evaluate on "
-            "--prompts that it has not seen"
+            f"--data {data}: the head was trained on all of it (--eval-share 0)",
+            "evaluate on --prompts that it has not seen",
         )
     kept = set(chosen[:max_prompts].tolist())
     return Texts.collect((text for i, text in enumerate(texts.each()) if i in kept), context)

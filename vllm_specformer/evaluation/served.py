@@ -69,7 +69,7 @@ def serve(
     """
     for name in engine_args:
         if name in _OWN:
-            raise EngineError(f"--engine-args: {name!r} is set by the evaluation; leave it out")
+            raise EngineError(f"--engine-args: {name!r} is set by the evaluation", "leave it out")
     speculative = {
         "method": "specformer",
         "model": str(head),
@@ -99,7 +99,7 @@ def serve(
             ]
     except EngineProcessError as error:
         raise EngineError(
-            f"--engine: {error}; --engine-args sets the engine's memory and the like"
+            f"--engine: {error}", "--engine-args sets the engine's memory and the like"
         ) from None
 
 

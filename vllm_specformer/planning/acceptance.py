@@ -33,7 +33,8 @@ def from_shares(shares: Sequence[float], counts: Sequence[int]) -> dict[int, flo
     if list(shares) != sorted(shares, reverse=True):
         raise SpecFormerError(
             f"--accepted {' '.join(f'{share:g}' for share in shares)}: no later position can be "
-            "reached more often; give the share of drafts accepted up to position 1, 2, ..."
+            "reached more often",
+            "give the share of drafts accepted up to position 1, 2, ...",
         )
     if len(shares) < max(counts):
         raise SpecFormerError(
@@ -49,8 +50,8 @@ def _at(evaluated: dict[int, dict[str, Any]], count: int, path: Path) -> float:
     larger = [known for known in evaluated if known > count]
     if not larger:
         raise SpecFormerError(
-            f"--eval {path}: has no figures for {count} drafted tokens or more; run `specformer "
-            f"eval` with --num-speculative-tokens {count}"
+            f"--eval {path}: has no figures for {count} drafted tokens or more",
+            f"run `specformer eval` with --num-speculative-tokens {count}",
         )
     shares = evaluated[min(larger)]["acceptance_per_position"]
     return 1.0 + float(sum(shares[:count]))

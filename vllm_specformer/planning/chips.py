@@ -80,5 +80,5 @@ def find_chip(name: str) -> Chip:
     """
     chip = CHIPS.get(name.lower())
     if chip is None:
-        raise SpecFormerError(f"--chip {name}: unknown; choose one of {', '.join(CHIPS)}")
+        raise SpecFormerError(f"--chip {name}: unknown", f"choose one of {', '.join(CHIPS)}")
     return chip

@@ -38,16 +38,16 @@ def rows_from_bench(path: Path) -> tuple[list[PlanRow], dict[str, Any]]:
     sizes = sorted({concurrency for concurrency, _ in measured})
     if not any(counts.values()):
         raise SpecFormerError(
-            f"--bench {path}: has no arm with one number of SpecFormer drafts; run `specformer "
-            "bench` with --num-speculative-tokens, or with arms such as k2 and k4"
+            f"--bench {path}: has no arm with one number of SpecFormer drafts",
+            "run `specformer bench` with --num-speculative-tokens, or with arms such as k2 and k4",
         )
     rows = []
     for size in sizes:
         absent = [arm for arm in (_NONE, *counts) if (size, arm) not in measured]
         if absent:
             raise SpecFormerError(
-                f"--bench {path}: {', '.join(absent)} not measured at concurrency {size}; let "
-                "`specformer bench` finish"
+                f"--bench {path}: {', '.join(absent)} not measured at concurrency {size}",
+                "let `specformer bench` finish",
             )
         plain = size / measured[size, _NONE]["tokens_per_second"]
         if 0 not in counts.values():

@@ -40,7 +40,7 @@ def make_plan(options: PlanSettings, say: Callable[[str], None]) -> Plan:
     if options.chip is not None:
         return _on_paper(options, find_chip(options.chip))
     if options.head is None:
-        raise SpecFormerError("HEAD: needed to measure with; or plan on paper with --chip")
+        raise SpecFormerError("HEAD: needed to measure with", "or plan on paper with --chip")
     head = find_head(options.head)
     config = read_head_config(head)
     name = options.target or named_target(head, config, options.revision)
@@ -52,8 +52,8 @@ def make_plan(options: PlanSettings, say: Callable[[str], None]) -> Plan:
 def _under_load(options: PlanSettings, bench: Path) -> Plan:
     if options.chip is not None or options.prompts:
         raise SpecFormerError(
-            "--bench: has costs of its own; leave "
-            f"{'--prompts' if options.prompts else '--chip'} out"
+            "--bench: has costs of its own",
+            f"leave {'--prompts' if options.prompts else '--chip'} out",
         )
     rows, about = rows_from_bench(bench)
     source = f"measured under load by `specformer bench` ({bench}, {about['rounds']} rounds)"
@@ -107,7 +107,8 @@ def _configuration(name: str, revision: str | None) -> dict[str, Any]:
     except OSError as error:
         raise SpecFormerError(
             f"target {name}: neither a directory with a config.json nor a model whose "
-            f"configuration could be fetched ({str(error).strip().splitlines()[0]}); check the name"
+            f"configuration could be fetched ({str(error).strip().splitlines()[0]})",
+            "check the name",
         ) from None
     return dict(content)
 
@@ -139,7 +140,7 @@ def _measured(
     counts = _counts(options, config.num_draft_slots)
     accepted = _given_acceptance(options, counts)
     if not options.prompts:
-        raise SpecFormerError("--prompts: needed to measure with; or plan on paper with --chip")
+        raise SpecFormerError("--prompts: needed to measure with", "or plan on paper with --chip")
     check_weights(head, config)
     settings = Settings(
         options.batch,

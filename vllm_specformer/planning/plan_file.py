@@ -157,6 +157,6 @@ def checked_schedule(value: Any, source: str) -> list[list[int]]:
     problem = ranges_problem(value, "tokens", is_count)
     if problem:
         raise SpecFormerError(
-            f"{source}: {problem}; expected a schedule such as [[1, 8, 4], [9, 64, 0]]"
+            f"{source}: {problem}", "expected a schedule such as [[1, 8, 4], [9, 64, 0]]"
         )
     return [list(entry) for entry in closed(value)]

@@ -85,7 +85,7 @@ class EngineProcess:
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            raise EngineProcessError(f"vLLM's engine ended with code {code}; {self._messages()}")
+            raise EngineProcessError(f"vLLM's engine ended with code {code}", f"{self._messages()}")
         content: dict[str, Any] = json.loads(line)
         if "error" in content:
             raise EngineProcessError(f"vLLM does not start: {content['error']}")

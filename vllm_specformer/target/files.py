@@ -38,13 +38,13 @@ def find_target(name_or_path: str, revision: str | None = None) -> tuple[Path, s
         commit = directory.name  # the hub's cache names a snapshot by its commit
     elif revision is not None:
         raise TargetError(
-            f"revision {revision!r}: {name_or_path} is a directory and has no revisions; leave it "
-            "out"
+            f"revision {revision!r}: {name_or_path} is a directory and has no revisions",
+            "leave it out",
         )
     if not (directory / "config.json").is_file():
         raise TargetError(
-            f"target {name_or_path}: {directory / 'config.json'} is missing; name a directory "
-            "with a Hugging Face model, or a model of the hub"
+            f"target {name_or_path}: {directory / 'config.json'} is missing",
+            "name a directory with a Hugging Face model, or a model of the hub",
         )
     return directory, commit
 
@@ -63,8 +63,8 @@ def target_record(name_or_path: str, directory: Path, commit: str | None) -> Tar
         )
     except (KeyError, IndexError, TypeError) as error:
         raise TargetError(
-            f"target {directory / 'config.json'}: field {error} is missing; this is not the "
-            "configuration of a language model"
+            f"target {directory / 'config.json'}: field {error} is missing",
+            "this is not the configuration of a language model",
         ) from None
 
 
@@ -82,8 +82,9 @@ def fingerprint(directory: Path) -> str:
     weights = sorted(directory.glob("*.safetensors"))
     if not weights:
         raise TargetError(
-            f"target {directory}: no *.safetensors file; weights in other formats are not "
-            "supported, save the model again with Transformers' save_pretrained"
+            f"target {directory}: no *.safetensors file",
+            "weights in other formats are not "
+            "supported, save the model again with Transformers' save_pretrained",
         )
     digest = hashlib.sha256()
     for name in ("config.json", *_TOKENIZER_FILES, _INDEX):

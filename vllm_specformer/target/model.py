@@ -47,12 +47,14 @@ def head_config(
     except AttributeError as error:
         raise UnsupportedTargetError(
             f"target {name}: its configuration ({type(target).__name__}) has no {error.name!r}, "
-            "which the head's shape is taken from; this family is not supported"
+            "which the head's shape is taken from",
+            "this family is not supported",
         ) from None
     if "mrope_section" in (getattr(target.get_text_config(), "rope_parameters", None) or {}):
         raise UnsupportedTargetError(
             f"target {name}: its positions have several dimensions (M-RoPE), but a head counts its "
-            "context in tokens; this family is not supported"
+            "context in tokens",
+            "this family is not supported",
         )
     _check_served(config, name)
     return config
@@ -76,8 +78,8 @@ def _check_served(config: SpecFormerConfig, name: str) -> None:
     if not family.hands_out_states:
         raise UnsupportedTargetError(
             f"target {name}: vLLM {known.vllm} serves {family.architecture} with a class "
-            f"({family.served_by}) that cannot return hidden states, which heads draft from; "
-            "`specformer families` lists the models that can have one"
+            f"({family.served_by}) that cannot return hidden states, which heads draft from",
+            "`specformer families` lists the models that can have one",
         )
     hooks, layers = config.aux_hidden_state_layer_ids, config.target_num_layers
     if refusal := family.handed_out.refusal(hooks, layers):
@@ -98,7 +100,8 @@ def read_target_config(directory: Path) -> PreTrainedConfig:
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedTargetError(
             f"target {directory}: Transformers {transformers.__version__} cannot read its "
-            f"configuration ({reason}); a newer release may know the family"
+            f"configuration ({reason})",
+            "a newer release may know the family",
         ) from None
 
 
@@ -144,8 +147,8 @@ def check_decoder(model: PreTrainedModel, name: str) -> None:
             find_part(find_decoder(model), part)
         except AttributeError as error:
             raise UnsupportedTargetError(
-                f"target {name}: its decoder keeps its parts elsewhere ({error}); hidden states "
-                "cannot be hooked there, this family is not supported"
+                f"target {name}: its decoder keeps its parts elsewhere ({error})",
+                "hidden states cannot be hooked there, this family is not supported",
             ) from None
 
 
@@ -162,20 +165,21 @@ def check_parts(target: HookedTarget, name: str) -> None:
     if not _close(target.lm_head(last), whole, _SAME):
         raise UnsupportedTargetError(
             f"target {name}: its logits are not lm_head(norm(state)), scaled or capped; it does "
-            "something more to them, which the head's drafts would lack; this family is not "
-            "supported"
+            "something more to them, which the head's drafts would lack",
+            "this family is not supported",
         )
     if target.hook_ids[0] == 0 and not _parallel(target.embed(tokens), states[0]):
         raise UnsupportedTargetError(
             f"target {name}: its first layer does not read the embedding, up to one factor (a "
-            "position is added, or a norm comes first); this family is not supported"
+            "position is added, or a norm comes first)",
+            "this family is not supported",
         )
     if target.hook_ids[-1] == len(target.layers) and not _close(
         target.norm(states[-1]), last, _SAME
     ):
         raise UnsupportedTargetError(
-            f"target {name}: its last state does not pass through its final norm alone; this "
-            "family is not supported"
+            f"target {name}: its last state does not pass through its final norm alone",
+            "this family is not supported",
         )
 
 

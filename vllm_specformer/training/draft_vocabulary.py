@@ -32,7 +32,8 @@ def choose_tokens(
     if len(kept) > size:
         raise SpecFormerError(
             f"--draft-vocab {size}: the target has {len(kept)} tokens that end an answer, which "
-            "are always part of it; choose a larger number, as a rule some thousands"
+            "are always part of it",
+            "choose a larger number, as a rule some thousands",
         )
     counts[kept] = counts.sum() + 1
     return np.sort(np.argsort(-counts, kind="stable")[:size])

@@ -74,15 +74,15 @@ class RunDirectory:
             differences = _differences(begun, json.loads(json.dumps(record)))
             if differences:
                 raise DirectoryMismatchError(
-                    f"--out {self.path} was begun with {'; '.join(differences)}; repeat what it "
-                    "was begun with, or choose another directory"
+                    f"--out {self.path} was begun with {'; '.join(differences)}",
+                    "repeat what it was begun with, or choose another directory",
                 )
             return [f"{n} {old[n]} -> {v}" for n, v in versions.items() if old.get(n, v) != v]
         others = [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
         if others and not path.exists():
             raise DirectoryMismatchError(
-                f"--out {self.path} holds {min(others)!r} but no run.json; choose a directory "
-                "that is new, empty or of the same training"
+                f"--out {self.path} holds {min(others)!r} but no run.json",
+                "choose a directory that is new, empty or of the same training",
             )
         self.clean_up()
         content = json.dumps(record | {"versions": versions}, indent=2) + "\n"

@@ -75,7 +75,8 @@ class Texts:
         if not kept:
             raise SpecFormerError(
                 f"--data: no text has an answer of {BONUS_AND_LABEL + 1} tokens within "
-                f"--max-length {max_length}; raise it or distil longer answers"
+                f"--max-length {max_length}",
+                "raise it or distil longer answers",
             )
         kept.sort(key=lambda text: text.id)
         return cls(
@@ -130,7 +131,7 @@ def split(texts: Texts, share: float, limit: int, seed: int) -> tuple[np.ndarray
     train = np.setdiff1d(np.arange(len(texts)), held_out)
     if not len(train):
         raise SpecFormerError(
-            f"--eval-share {share} leaves none of the {len(texts)} texts to train on; lower it"
+            f"--eval-share {share} leaves none of the {len(texts)} texts to train on", "lower it"
         )
     greedy = held_out[texts.temperatures[held_out] == 0]
     chosen = greedy if len(greedy) else held_out

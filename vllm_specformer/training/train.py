@@ -57,12 +57,15 @@ def train(settings: TrainSettings, quiet: bool = False) -> Path:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise SpecFormerError("--device cuda: PyTorch sees no GPU; check the driver and its build")
+        raise SpecFormerError(
+            "--device cuda: PyTorch sees no GPU", "check the driver and its build"
+        )
     for variable in _SHARDING:
         if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
             raise SpecFormerError(
                 f"{variable}={os.environ[variable]}: heads are not sharded, as every process holds "
-                "the whole target, which is larger; unset it or start with torchrun alone"
+                "the whole target, which is larger",
+                "unset it or start with torchrun alone",
             )
     if settings.target_name is not None:
         check_target_name(settings.target_name, Path(settings.out))
@@ -94,8 +97,8 @@ def train(settings: TrainSettings, quiet: bool = False) -> Path:
             _run(inputs, directory, processes.is_main_process, quiet)
         except torch.OutOfMemoryError as error:
             raise SpecFormerError(
-                f"out of GPU memory ({str(error).splitlines()[0]}); lower --memory (logits and "
-                "slots), --batch-tokens or --max-length"
+                f"out of GPU memory ({str(error).splitlines()[0]})",
+                "lower --memory (logits and slots), --batch-tokens or --max-length",
             ) from None
         if processes.is_main_process:
             _say(f"{out} holds the head; README.md says how it did and how to serve it")

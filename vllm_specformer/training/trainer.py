@@ -176,8 +176,8 @@ class HeadTrainer(Trainer):
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise DivergedError(
-                    f"step {step}: the loss is {logs['loss']}, the training has diverged; lower "
-                    f"--learning-rate (it is {self.settings.rate}) and use another --out"
+                    f"step {step}: the loss is {logs['loss']}, the training has diverged",
+                    f"lower --learning-rate (it is {self.settings.rate}) and use another --out",
                 )
             logs |= self._window()
         row = {"step": step} | {name: _rounded(value) for name, value in logs.items()}
