@@ -6,7 +6,7 @@ WORKERS ?= 2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-slow test-statistics test-families test-matrix test-next-vllm soak lint bench bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
+.PHONY: help setup demo serve test test-slow test-statistics test-families test-matrix test-next-vllm kv-groups soak lint bench bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test-matrix: export VLLM_CPU_OMP_THREADS_BIND = nobind
 test-matrix: setup  ## vLLM's features beside speculation, both runners (docs/compatibility.md)
 	$(BIN)/python -m pytest -q -m matrix
 	cd tests && ../$(BIN)/python -m support.matrix.document
+
+kv-groups: setup  ## the table of KV-cache groups in docs/kv-groups.md (benchmarks/results/kv-groups.csv)
+	cd tests && ../$(BIN)/python -m support.kv_groups.table
 
 soak: setup  ## twice 10,000 requests to a server, half an hour each at most (build/soak.json; REQUESTS=, MINUTES=)
 	$(BIN)/python -m pytest -q -s -m soak

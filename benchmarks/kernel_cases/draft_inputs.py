@@ -46,14 +46,11 @@ def bench_cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[BenchC
 def _random_inputs(
     requests: int, max_requests: int, max_tokens: int, device: str
 ) -> tuple[StepInputs, DraftBuffers, int, int]:
-    length = NUM_SLOTS + 1
-    rows, samples = requests * length, max_requests * NUM_SLOTS
+    length, samples = NUM_SLOTS + 1, max_requests * NUM_SLOTS
+    rows = requests * length
 
     def drawn(high: int, size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.randint(high, (size,), device=device).to(dtype)
-
-    def empty(size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return torch.zeros(size, dtype=dtype, device=device)
 
     step = StepInputs(
         query_start_loc=torch.arange(0, rows + 1, length, device=device).int(),
@@ -67,15 +64,9 @@ def _random_inputs(
         temperature=torch.rand(max_requests, device=device),
         seeds=drawn(2**62, max_requests),
     )
-    buffers = DraftBuffers(
-        *(empty(max_tokens) for _ in range(2)),
-        *(empty(max_requests) for _ in range(4)),
-        sample_pos=empty(samples),
-        sample_idx_mapping=empty(samples),
-        idx_mapping=empty(max_requests),
-        temperature=empty(max_requests, torch.float32),
-        seeds=empty(max_requests),
-    )
+    sizes = 2 * [max_tokens] + 4 * [max_requests] + 2 * [samples] + 3 * [max_requests]
+    empty = (torch.zeros(size, dtype=torch.int64, device=device) for size in sizes)
+    buffers = DraftBuffers(*empty)._replace(temperature=torch.zeros(max_requests, device=device))
     return step, buffers, requests, rows
 
 

@@ -16,10 +16,8 @@ NUM_SLOTS, INNER = 8, 12288
 def aot_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Name and call, once for every launch that has tile sizes of its own."""
     for inner in (512, INNER):
-        yield (
-            f"width {inner}",
-            partial(triton_kernel.swiglu, torch.zeros(4, 2 * inner, dtype=dtype)),
-        )
+        rows = torch.zeros(4, 2 * inner, dtype=dtype)
+        yield f"width {inner}", partial(triton_kernel.swiglu, rows)
 
 
 def bench_cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[BenchCase]:
@@ -33,7 +31,9 @@ def bench_cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[BenchC
         rows = requests * NUM_SLOTS
         yield BenchCase(
             name=f"{rows} rows of {inner}",
-            inputs=partial(_random_inputs, rows, inner, dtype, device),
+            inputs=partial(
+                lambda *shape: (torch.randn(shape, dtype=dtype, device=device),), rows, 2 * inner
+            ),
             kernel=triton_kernel.swiglu,
             reference=reference.swiglu,
             least_bytes=3 * rows * inner * dtype.itemsize,
@@ -41,9 +41,3 @@ def bench_cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[BenchC
             tolerance=rounding(dtype),
             alternatives={"torch.compile": compiled(reference.swiglu)},
         )
-
-
-def _random_inputs(
-    rows: int, inner: int, dtype: torch.dtype, device: str
-) -> tuple[torch.Tensor, ...]:
-    return (torch.randn(rows, 2 * inner, dtype=dtype, device=device),)

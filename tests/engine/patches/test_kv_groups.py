@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import kv_groups
 import pytest
-from kv_group_settings import BFLOAT16, Setting
-from kv_group_targets import TARGETS, Target
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from support.kv_groups import table as kv_groups
+from support.kv_groups.settings import BFLOAT16, Setting
+from support.kv_groups.targets import TARGETS, Target
 from vllm_specformer.engine.attention import DraftAttentionBackend
 from vllm_specformer.engine.head_pages import HeadShape, check_cache, layers_needed
 from vllm_specformer.engine.patches import ledger

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
-from kv_group_targets import Target
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -27,6 +26,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.utils import allocate_kv_cache, customize_attention_spec
 
+from support.kv_groups.targets import Target
 from vllm_specformer.engine.head_pages import HeadShape, Lender, lay_out
 from vllm_specformer.engine.patches.kv_groups import head_layer_name
 

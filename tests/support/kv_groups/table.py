@@ -1,6 +1,6 @@
 """How many KV-cache groups vLLM makes of a target's layers, alone and with a head's beside them.
 
-    python benchmarks/kv_groups.py
+    make kv-groups        # (in tests/) python -m support.kv_groups.table
 
 Writes benchmarks/results/kv-groups.csv and the table of docs/kv-groups.md. vLLM's own functions
 make the specs, choose the layout, group the layers and lay their pages out; given are the shapes
@@ -17,19 +17,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kv_group_settings import BACKENDS, BFLOAT16, Setting
-from kv_group_targets import TARGETS, Target
 from vllm.v1.core import kv_cache_utils
 
+from support.kv_groups.settings import BACKENDS, BFLOAT16, Setting
+from support.kv_groups.targets import TARGETS, Target
 from vllm_specformer.engine.head_pages import HeadShape
 from vllm_specformer.engine.patches import ledger
 from vllm_specformer.errors import SpecFormerError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 RESULT = ROOT / "benchmarks" / "results" / "kv-groups.csv"
 DOCUMENT = ROOT / "docs" / "kv-groups.md"
 COLUMNS = ["target", "kv_dtype", "backend", "tp", "groups_alone", "groups_with_head", "refused"]
-BEGIN, END = "<!-- table: python benchmarks/kv_groups.py -->", "<!-- end of the table -->"
+BEGIN, END = "<!-- table: make kv-groups -->", "<!-- end of the table -->"
 NUM_DRAFTS = 4
 
 

@@ -1,0 +1,1 @@
+"""The table of KV-cache groups in docs/kv-groups.md, from the functions of vLLM itself."""
