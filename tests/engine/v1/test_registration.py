@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from support.configs import asking, configured
 from support.paths import HEAD, TARGET
 from vllm_specformer.engine.compat import versions as compat
 from vllm_specformer.engine.compat.versions import ALLOW_UNTESTED, IncompatibleVLLMError
+from vllm_specformer.engine.patches import ledger
 from vllm_specformer.plugin import register
 
 
@@ -35,6 +37,20 @@ def test_unsupported_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     for asked in (asking(HEAD), {"model": str(HEAD)}, {"method": "specformer"}):
         with pytest.raises(IncompatibleVLLMError, match=message):
             configured(asked)
+
+
+def test_other_users_of_an_unsupported_vllm_keep_it_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    applied: list[Sequence[str]] = []
+    monkeypatch.setattr(ledger, "apply", applied.append)
+    monkeypatch.delenv(ALLOW_UNTESTED, raising=False)
+    register()
+    monkeypatch.setattr("vllm.version.__version__", "0.34.0")
+    register()
+    monkeypatch.setenv(ALLOW_UNTESTED, "1")
+    register()
+    assert applied == [ledger.SUBJECTS, ledger.ON_ANY_VERSION, ledger.SUBJECTS]
 
 
 def test_changed_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
