@@ -79,7 +79,7 @@ class Engine:
             self.step()
 
     def hold_drafts(self, count: int) -> None:
-        """Draft `count` tokens per step from now on; see `engine/patches/measuring.py` for the terms.
+        """Draft `count` tokens per step from now on; see `engine/patches/measuring.py`.
 
         An engine without speculation is left as it is.
         """
