@@ -1,4 +1,4 @@
-"""A real server whose engine is killed."""
+"""Real servers: an engine that is killed, a home that cannot be written, two engines at a time."""
 
 from __future__ import annotations
 
@@ -87,3 +87,26 @@ def test_engine_killed(expected: list[Tokens], tmp_path: Path) -> None:
     assert list(tmp_path.glob("specformer-*")) == []
     with serving(OPTIONS, tmp_path / "again.log") as server:
         assert answers(server) == expected
+
+
+def test_home_that_cannot_be_written(
+    expected: list[Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM and the plugin make do with the temporary directory; nobody can write below /proc."""
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "VLLM_CACHE_ROOT", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(OPTIONS, tmp_path / "server.log") as server:
+        assert answers(server) == expected
+        assert read_draft_counts(server.url).accepted > 0
+
+
+def test_two_engines_of_which_one_drafts(expected: list[Tokens], tmp_path: Path) -> None:
+    """Data parallelism: one request at a time, so one engine is idle while the other drafts."""
+    with serving((*OPTIONS, "--data-parallel-size=2"), tmp_path / "server.log") as server:
+        assert answers(server) == expected
+        with urllib.request.urlopen(f"{server.url}/metrics", timeout=PATIENCE_S) as page:
+            lines = page.read().decode().splitlines()
+    steps = [line for line in lines if line.startswith("specformer:draft_steps_total{")]
+    assert len(steps) == 2
+    assert all(float(line.split()[-1]) > 0 for line in steps)

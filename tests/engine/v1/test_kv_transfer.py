@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
@@ -24,17 +25,30 @@ def no_connector_stays() -> Iterator[None]:
     ensure_kv_transfer_shutdown()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kv_heads", "layers"), [(2, 1), (4, 2)])
-def test_the_head_finds_its_context_in_what_was_loaded(
-    kv_heads: int, layers: int, tmp_path: Path
-) -> None:
-    """Pages that were not moved would be another request's or empty, and drafts would show it."""
-    connector = {
+def example(folder: Path) -> dict[str, Any]:
+    """vLLM's own connector, which keeps pages in files."""
+    return {
         "kv_connector": "ExampleConnector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path / "pages")},
+        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kv_heads", "layers", "connectors"), [(2, 1, 1), (4, 2, 1), (2, 1, 2)])
+def test_the_head_finds_its_context_in_what_was_loaded(
+    kv_heads: int, layers: int, connectors: int, tmp_path: Path
+) -> None:
+    """Pages that were not moved would be another request's or empty, and drafts would show it."""
+    several = [example(tmp_path / f"pages{number}") for number in range(connectors)]
+    connector = several[0]
+    if connectors > 1:
+        extra = {"connectors": several}
+        connector = {
+            "kv_connector": "MultiConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        }
     expected = token_ids(run_plain({"all": JOB})["all"])
     head = make_head(tmp_path / "head", "default", num_key_value_heads=kv_heads)
     # Without vLLM's own prefix cache, so that the second time everything comes from outside.

@@ -342,14 +342,25 @@ NOT_TRIED = {
     "`torch.compile` on a CPU": "`make test-slow` (`tests/engine/v1/test_modes.py`)",
     "tensor parallelism": "`tests/engine/v1/test_sharding.py`, two ranks on a CPU",
     "sleep mode": "vLLM refuses it on a CPU, with or without speculation",
-    "quantised targets, target `kv_cache_dtype`": "not tried; vLLM refuses fp8 weights for fp32",
+    "fp8 KV cache of the target": "same output on both runners "
+    "(`tests/engine/v1/test_other_caches.py`, `v2`)",
+    "quantised targets (compressed-tensors W8A8 and W4A16, GPTQ, AWQ)": "same output on V1, tried "
+    "by hand; `train` and `eval` unpack compressed-tensors (`tests/target/test_model.py`)",
     "prompt embeddings, beam search": "same output on V1 "
     "(`tests/engine/matrix/test_other_requests.py`)",
-    "KV connectors": "one that moves the cache layer by layer: same output and drafts on V1 "
-    "(`tests/engine/v1/test_kv_transfer.py`); others, and offloading, not tried",
-    "custom logits processors, structured output by other backends than xgrammar": "not tried",
+    "KV connectors": "vLLM's example, which moves the cache layer by layer, alone and two of them "
+    "behind the multi connector: same output and drafts on V1 "
+    "(`tests/engine/v1/test_kv_transfer.py`); offloading connectors run on no CPU, with or without "
+    "speculation",
+    "guidance and outlines, tool calls and reasoning parsers over HTTP, weight "
+    "reload, resized vocabulary": "same output on V1, tried by hand",
+    "custom logits processors": "not tried",
     "multi-modal targets": "M-RoPE is refused by name; others see [families.md](families.md)",
-    "expert parallelism, data parallelism": "not tried",
+    "data parallelism": "two engines of which one is idle: same output on V1 "
+    "(`tests/engine/matrix/test_server_faults.py`)",
+    "a home directory that cannot be written": "same output on V1, by the temporary directory "
+    "(`tests/engine/matrix/test_server_faults.py`)",
+    "expert parallelism": "not tried",
     "bfloat16 and float16": "greedy texts may part at ties, as between batch sizes of vLLM",
     "`rejection_sample_method=synthetic`": "for measuring at a chosen acceptance; the output is "
     "not the target's (`tests/engine/v1/test_cpu_synthetic.py`)",
