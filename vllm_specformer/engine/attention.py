@@ -73,6 +73,11 @@ class DraftAttentionBackend(AttentionBackend):
     def get_impl_cls() -> type[Any]:
         return DraftAttentionImpl
 
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """Of the text, which `checks.check_batch_invariance` sees to, not of the drafts."""
+        return True
+
     @staticmethod
     def get_builder_cls() -> type[DraftMetadataBuilder]:
         return DraftMetadataBuilder

@@ -75,6 +75,25 @@ def check_v1_verification(speculative_config: Any) -> None:
         )
 
 
+def check_batch_invariance(speculative_config: Any) -> None:
+    """Refuse vLLM's batch invariance where a text depends on its drafts.
+
+    The head's own kernels sum in an order that depends on the batch, so drafts may, too. Greedy
+    text does not depend on them, sampled text does under vLLM's rule of verification.
+
+    Raises:
+        SpeculativeConfigError: VLLM_BATCH_INVARIANT is set, and verification is not coupled.
+    """
+    from vllm import envs
+
+    if envs.VLLM_BATCH_INVARIANT and not verifies_coupled(speculative_config):
+        raise SpeculativeConfigError(
+            "VLLM_BATCH_INVARIANT=1: under verification='vllm' sampled text depends on the drafts, "
+            "and those of a SpecFormer head on the batch",
+            "set verification='coupled' (V2 model runner), or serve without speculation",
+        )
+
+
 def check_v2_adapters(lora_config: Any) -> None:
     """Refuse LoRA adapters of the lm_head on the V2 runner.
 

@@ -15,7 +15,12 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.spec_decode.dflash import DFlashProposer
 
-from vllm_specformer.engine.checks import check_patches, check_target_class, check_v1_verification
+from vllm_specformer.engine.checks import (
+    check_batch_invariance,
+    check_patches,
+    check_target_class,
+    check_v1_verification,
+)
 from vllm_specformer.engine.confidence import ConfidenceCut, largest_log_probs
 from vllm_specformer.engine.head_pages import check_cache
 from vllm_specformer.engine.kv_transfer import moving_pages
@@ -29,6 +34,7 @@ class SpecFormerProposer(DFlashProposer):
         check_target_class(vllm_config)
         check_cache(vllm_config)
         check_v1_verification(vllm_config.speculative_config)
+        check_batch_invariance(vllm_config.speculative_config)
         self.cut = ConfidenceCut.of(vllm_config)
         super().__init__(vllm_config, device, runner)
         self.runner = runner

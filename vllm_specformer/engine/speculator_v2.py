@@ -23,7 +23,12 @@ from vllm.v1.worker.gpu.spec_decode.dflash.cudagraph import DFlashCudaGraphManag
 from vllm.v1.worker.gpu.spec_decode.dflash.speculator import DFlashSpeculator
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-from vllm_specformer.engine.checks import check_patches, check_target_class, check_v2_adapters
+from vllm_specformer.engine.checks import (
+    check_batch_invariance,
+    check_patches,
+    check_target_class,
+    check_v2_adapters,
+)
 from vllm_specformer.engine.confidence import check_no_cut
 from vllm_specformer.engine.head_pages import check_cache
 from vllm_specformer.engine.kv_transfer import moving_pages
@@ -53,6 +58,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         check_target_class(vllm_config)
         check_cache(vllm_config)
         check_no_cut(vllm_config.speculative_config)
+        check_batch_invariance(vllm_config.speculative_config)
         check_v2_adapters(vllm_config.lora_config)
         # Before the base class, which asks for the sizes of graphs in 0.33.
         self._scheduled_drafts = drafts_by_batch_size(vllm_config)

@@ -21,7 +21,13 @@ from vllm.config import ModelConfig
 from support.configs import SLOTS, asking, configured
 from support.paths import HEAD, TARGET
 from vllm_specformer.config import HeadConfigError
-from vllm_specformer.engine.checks import check_target_class, check_v1_verification, is_specformer
+from vllm_specformer.engine.attention import DraftAttentionBackend
+from vllm_specformer.engine.checks import (
+    check_batch_invariance,
+    check_target_class,
+    check_v1_verification,
+    is_specformer,
+)
 from vllm_specformer.errors import SpeculativeConfigError
 from vllm_specformer.pairing import HeadWeightError
 
@@ -307,6 +313,17 @@ def test_coupled_verification_is_for_the_v2_runner() -> None:
         check_v1_verification(config.speculative_config)
     check_v1_verification(configured(asking(HEAD, verification="vllm")).speculative_config)
     check_v1_verification(configured(asking(HEAD)).speculative_config)
+
+
+def test_batch_invariance_needs_coupled_verification(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = configured(asking(HEAD)).speculative_config
+    check_batch_invariance(plain)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    message = r"VLLM_BATCH_INVARIANT=1: .*; set verification='coupled'"
+    with pytest.raises(SpeculativeConfigError, match=message):
+        check_batch_invariance(plain)
+    check_batch_invariance(configured(asking(HEAD, verification="coupled")).speculative_config)
+    assert DraftAttentionBackend.supports_batch_invariance()
 
 
 # --- whose head it is ---

@@ -148,6 +148,11 @@ LAYERS: tuple[Reliance, ...] = (
         "we accept any block size",
         "kv_cache_spec",
     ),
+    override(
+        f"{_BACKEND}:AttentionBackend.supports_batch_invariance",
+        ATTENTION,
+        "our backend stays out of the way; see checks.py",
+    ),
     call(
         f"{_BACKEND}:AttentionBackend.supported_kv_cache_layouts",
         ATTENTION,
