@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +25,17 @@ OPS = {
         "select_tree",
         "kv_compact",
         "verify",
+        "rotate_slots",
+        "swiglu",
+        "draft_inputs",
     ]
 } | {"follow": "verify"}
+# Launchers that are no files of kernels, too.
+LAUNCHERS = {"block_attention": "launch", "verify": "launch"}
+
+
+def launcher(op: str) -> str:
+    return LAUNCHERS.get(OPS[op], "triton_kernel")
 
 
 def function_of(op: str, module: str = "") -> Callable:
@@ -35,8 +45,13 @@ def function_of(op: str, module: str = "") -> Callable:
 def make_call(op: str, device: str) -> dict[str, Any]:
     """Arguments that only have a device: the implementations are replaced."""
     tensor = torch.ones(2, device=device)
-    names = inspect.signature(function_of(op)).parameters
-    return {name: [tensor] if name == "hidden_states" else tensor for name in names}
+    shapes: dict[str, Any] = {
+        "hidden_states": [tensor],
+        "buffers": SimpleNamespace(slot_mapping=tensor),
+    }
+    return {
+        name: shapes.get(name, tensor) for name in inspect.signature(function_of(op)).parameters
+    }
 
 
 @pytest.fixture
@@ -44,7 +59,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replace every implementation by one that notes that it was called."""
     calls: list[str] = []
     for op in OPS:
-        for name in ("reference", "triton_kernel"):
+        for name in ("reference", launcher(op)):
             module = importlib.import_module(f"specformer_kernels.{OPS[op]}.{name}")
             monkeypatch.setattr(module, op, lambda *_, name=name, **__: calls.append(name))
     return calls
@@ -54,7 +69,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_gpu_takes_the_kernel(op: str, taken: list[str]) -> None:
     with FakeTensorMode():
         function_of(op)(**make_call(op, "cuda"))
-    assert taken == ["triton_kernel"]
+    assert taken == [launcher(op)]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -77,7 +92,18 @@ def test_gpu_takes_the_kernel_for_gradients_too(wants: str, taken: list[str]) ->
 def test_signatures_agree(op: str) -> None:
     public = inspect.signature(function_of(op))
     assert inspect.signature(function_of(op, ".reference")) == public
-    assert inspect.signature(function_of(op, ".triton_kernel")) == public
+    assert inspect.signature(function_of(op, f".{launcher(op)}")) == public
+
+
+@pytest.mark.parametrize("op", ["rotate_slots", "swiglu"])
+def test_gradients_take_the_reference(op: str, taken: list[str]) -> None:
+    with FakeTensorMode():
+        call = make_call(op, "cuda")
+        call[next(iter(call))].requires_grad_()
+        function_of(op)(**call)
+        with torch.no_grad():
+            function_of(op)(**call)
+    assert taken == ["reference", "triton_kernel"]
 
 
 def test_importing_needs_neither_triton_nor_vllm() -> None:
