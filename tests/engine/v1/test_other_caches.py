@@ -25,7 +25,7 @@ def groups_of(llm: Any) -> list[tuple[int, Any]]:
 
 
 @pytest.mark.parametrize("cache", ["fp8", "fixed sizes"])
-@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("kv_heads", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_drafts(cache: str, kv_heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head's K and V keep their dtype; the target's group has its own spec, and layers more."""
     options: dict[str, Any] = {"enable_prefix_caching": False}
