@@ -120,7 +120,7 @@ def test_beside_a_schedule(answers: Any) -> None:
     assert found >= {(0, 0), (2, 0), (2, 2), (4, 4)}
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["default", pytest.param("paper", marks=pytest.mark.slow)])
 def test_untrained_heads_and_right_guesses(tmp_path: Path, answers: Any, preset: str) -> None:
     """A head that knows nothing, helped to right drafts; with and without a Markov term."""
     head = make_head(tmp_path / "head", preset)

@@ -48,6 +48,7 @@ def test_other_requests_are_left_alone() -> None:
     assert accepted([0.0] * 5, mine="101") == [[10, 11, 12, 50], [], [20, 21, 52]]
 
 
+@pytest.mark.slow
 def test_served() -> None:
     with engine(synthetic.SPECULATIVE) as llm:
         synthetic.assert_as_asked(*synthetic.kept_per_position(llm, prompts()[:8], 24))

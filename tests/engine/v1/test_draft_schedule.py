@@ -35,8 +35,10 @@ class Both:
 
 @pytest.mark.parametrize(
     "schedule",
-    [[(1, 3, 4), (4, 8, 2), (9, 64, 1)], [(1, 5, 3), (6, 64, 0)]],
-    ids=["down-to-one", "down-to-none"],
+    [
+        pytest.param([(1, 3, 4), (4, 8, 2), (9, 64, 1)], id="down-to-one", marks=pytest.mark.slow),
+        pytest.param([(1, 5, 3), (6, 64, 0)], id="down-to-none"),
+    ],
 )
 def test_number_of_drafts_by_batch_size(
     tmp_path: Path, schedule: Schedule, monkeypatch: pytest.MonkeyPatch
