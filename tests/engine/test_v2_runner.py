@@ -33,8 +33,8 @@ def test_parity_and_drafts_under_each_personality(
     name: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECFORMER_PERSONALITY", name)
-    files = ("test_greedy_parity.py", "test_drafts_match_dense.py", "test_graph_ready.py")
-    run_child(capfd, [str(FOLDER / file) for file in files], 20)
+    suites = ("greedy_parity", "drafts_match_dense", "graph_ready", "speculator_v2")
+    run_child(capfd, [str(FOLDER / f"test_{suite}.py") for suite in suites], 20)
 
 
 @pytest.mark.families
