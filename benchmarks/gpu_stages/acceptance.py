@@ -14,7 +14,7 @@ Options = dict[str, Any]
 
 
 def run(options: Options) -> Options:
-    """`specformer eval --engine`: its rows of engine against replay.
+    """`specformer eval --serve`: its rows of engine against replay.
 
     Args:
         options: `prompts`, `max_tokens`, `num_speculative_tokens`, `engine`.
@@ -26,7 +26,7 @@ def run(options: Options) -> Options:
             *("--prompts", str(PROMPTS), "--max-prompts", str(options["prompts"])),
             *("--max-tokens", str(options["max_tokens"]), "--temperature", "0", "1"),
             *("--num-speculative-tokens", str(options["num_speculative_tokens"])),
-            *("--device", "cpu", "--dtype", "float32", "--engine", "--json", str(report)),
+            *("--device", "cpu", "--dtype", "float32", "--serve", "--json", str(report)),
             *("--engine-args", json.dumps(options["engine"])),
         ]
         # 1 says that engine and replay differ by more than 2%: a result, not a failure.
