@@ -344,8 +344,9 @@ NOT_TRIED = {
     "sleep mode": "vLLM refuses it on a CPU, with or without speculation",
     "fp8 KV cache of the target": "same output on both runners "
     "(`tests/engine/v1/test_other_caches.py`, `v2`)",
-    "quantised targets (compressed-tensors W8A8 and W4A16, GPTQ, AWQ)": "same output on V1, tried "
-    "by hand; `train` and `eval` unpack compressed-tensors (`tests/target/test_model.py`)",
+    "quantised targets (compressed-tensors W8A8 and W4A16, GPTQ, AWQ)": "same output on V1 in a "
+    "trial outside of these tests; `train` and `eval` unpack compressed-tensors "
+    "(`tests/target/test_model.py`)",
     "prompt embeddings, beam search": "same output on V1 "
     "(`tests/engine/matrix/test_other_requests.py`)",
     "KV connectors": "vLLM's example, which moves the cache layer by layer, alone and two of them "
@@ -353,7 +354,7 @@ NOT_TRIED = {
     "(`tests/engine/v1/test_kv_transfer.py`); offloading connectors run on no CPU, with or without "
     "speculation",
     "guidance and outlines, tool calls and reasoning parsers over HTTP, weight "
-    "reload, resized vocabulary": "same output on V1, tried by hand",
+    "reload, resized vocabulary": "same output on V1 in a trial outside of these tests",
     "custom logits processors": "not tried",
     "multi-modal targets": "M-RoPE is refused by name; others see [families.md](families.md)",
     "data parallelism": "two engines of which one is idle: same output on V1 "

@@ -15,7 +15,6 @@ CLASS = ("class",)
 VALUE = ("value",)
 ATTRIBUTE = ("attribute",)
 FUNCTION = ("function",)
-IMPORT = ("import", "class")
 
 
 @dataclass(frozen=True)
