@@ -19,7 +19,7 @@ def aot_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     for num_moves, head_size in ((8, 128), (64, 128), (8, 256)):
         cache = torch.zeros(NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, 2 * head_size, dtype=dtype)
         slots = torch.zeros(NUM_REQUESTS, num_moves, dtype=torch.int64)
-        call = partial(triton_kernel.kv_compact, cache, slots, slots)
+        call = partial(triton_kernel.kv_compact, [cache], slots, slots)
         yield f"{num_moves} moves, head size {head_size}", call
 
 
@@ -63,5 +63,5 @@ def _compact(
     source_slots: torch.Tensor,
     target_slots: torch.Tensor,
 ) -> torch.Tensor:
-    compact(cache, source_slots, target_slots)
+    compact([cache], source_slots, target_slots)
     return cache

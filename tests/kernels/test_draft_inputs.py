@@ -41,6 +41,10 @@ def make_step(lengths: list[int], seed: int = 0) -> StepInputs:
     )
 
 
+def on(step: StepInputs, device: str) -> StepInputs:
+    return StepInputs(*(t if t is None else t.to(device) for t in step))
+
+
 def make_buffers() -> DraftBuffers:
     def poisoned(size: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.full((size,), POISON, dtype=dtype)
@@ -62,7 +66,7 @@ def make_buffers() -> DraftBuffers:
 
 def by_hand(step: StepInputs, requests: int, tokens: int) -> dict[str, list[float]]:
     """Request by request, as the docstring says it."""
-    row = {name: tensor.tolist() for name, tensor in step._asdict().items()}
+    row = {name: tensor.tolist() for name, tensor in step._asdict().items() if tensor is not None}
     found: dict[str, list[float]] = {name: [] for name in DraftBuffers._fields}
     found["context_positions"] = row["positions"][:tokens]
     found["slot_mapping"] = row["slot_mapping"][:tokens] + [-1] * (MAX_TOKENS - tokens)
@@ -71,6 +75,8 @@ def by_hand(step: StepInputs, requests: int, tokens: int) -> dict[str, list[floa
         live = i < requests
         state = row["idx_mapping"][i] if live else -1
         anchor = row["query_start_loc"][i + 1] - 1 - row["num_rejected"][i] if live else 0
+        if live and "last_rows" in row:
+            anchor = row["last_rows"][i]
         position = row["positions"][anchor] if live else 0
         source = (
             row["last_sampled" if row["num_sampled"][i] > 0 else "next_prefill_tokens"]
@@ -92,12 +98,17 @@ BATCHES = [[1], [4, 1, 300], [5] * 7, [290, 290], []]
 
 @pytest.mark.parametrize("lengths", BATCHES, ids=str)
 @pytest.mark.parametrize("name", ["reference", "kernel"])
-def test_fills_the_buffers(lengths: list[int], name: str, kernel_device: str) -> None:
+@pytest.mark.parametrize("walked", [False, True], ids=["chains", "trees"])
+def test_fills_the_buffers(lengths: list[int], name: str, walked: bool, kernel_device: str) -> None:
     step, requests, tokens = make_step(lengths), len(lengths), sum(lengths)
+    if walked:  # some row of the request's own
+        first = torch.tensor([0, *lengths[:-1]]).cumsum(0)[:requests]
+        last = first + torch.tensor([length // 2 for length in lengths], dtype=torch.int64)
+        step = step._replace(last_rows=last)
     device = kernel_device if name == "kernel" else "cpu"
     buffers = DraftBuffers(*(t.to(device) for t in make_buffers()))
     fill = triton_kernel.draft_inputs if name == "kernel" else reference.draft_inputs
-    fill(StepInputs(*(t.to(device) for t in step)), buffers, requests, tokens)
+    fill(on(step, device), buffers, requests, tokens)
     expected = by_hand(step, requests, tokens)
     for field, tensor in buffers._asdict().items():
         found = tensor.cpu().tolist()
@@ -110,7 +121,7 @@ def test_fills_the_buffers(lengths: list[int], name: str, kernel_device: str) ->
 def test_a_smaller_batch_leaves_nothing_of_a_larger_one(kernel_device: str) -> None:
     buffers = DraftBuffers(*(t.to(kernel_device) for t in make_buffers()))
     for lengths in BATCHES:
-        step = StepInputs(*(t.to(kernel_device) for t in make_step(lengths, seed=len(lengths))))
+        step = on(make_step(lengths, seed=len(lengths)), kernel_device)
         triton_kernel.draft_inputs(step, buffers, len(lengths), sum(lengths))
         assert (buffers.slot_mapping[sum(lengths) :] == -1).all()
         assert (buffers.sample_idx_mapping[len(lengths) * SLOTS :] == -1).all()

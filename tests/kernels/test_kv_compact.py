@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from specformer_kernels.kv_compact import reference, triton_kernel
+from specformer_kernels.kv_compact import cache_addresses, reference, triton_kernel
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.uint8]
@@ -63,7 +63,7 @@ def assert_moves(
     expected = moved(cache, source, target)
     found = cache.to(device)  # itself on the CPU, strides and all
     slots = (torch.tensor(one, dtype=torch.int64, device=device) for one in (source, target))
-    implementation(found, *slots)
+    implementation([found], *slots)
     assert torch.equal(found.cpu(), expected)
 
 
@@ -114,7 +114,7 @@ def test_nothing_to_move(
 ) -> None:
     cache = make_cache().to(kernel_device)
     before, slots = cache.clone(), torch.zeros(shape, dtype=torch.int64, device=kernel_device)
-    implementation(cache, slots, slots)
+    implementation([cache], slots, slots)
     assert torch.equal(cache, before)
 
 
@@ -129,7 +129,7 @@ def test_cache_past_int32_elements(kernel_device: str) -> None:
     cache = memory.as_strided((40, *near.shape[1:]), (stride, *near.stride()[1:]))
     cache[35:] = near
     slots = torch.tensor([[0, 17, 40, 79]]) + 35 * BLOCK_SIZE
-    triton_kernel.kv_compact(cache, slots, slots.flip(1).contiguous())
+    triton_kernel.kv_compact([cache], slots, slots.flip(1).contiguous())
     assert torch.equal(cache[35:], moved(near, [[0, 17, 40, 79]], [[79, 40, 17, 0]]))
 
 
@@ -159,11 +159,28 @@ def test_any_moves(data: st.DataObject, kernel_device: str) -> None:
         assert_moves(implementation, kernel_device, make_cache(), source, target)
 
 
+@EACH
+@pytest.mark.parametrize("given", [False, True], ids=["made", "given"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layers_move_alike(
+    layout: str, given: bool, implementation: Callable, kernel_device: str
+) -> None:
+    """Layers that lie anywhere, in one call."""
+    source, target = [[17, 3, 79, -1, 18]], [[18, 17, 3, 4, 40]]
+    layers = [make_cache(2, 8, torch.float32, layout).mul_(factor) for factor in (1, 2, 3)]
+    expected = [moved(cache, source, target) for cache in layers]
+    caches = [cache.to(kernel_device) for cache in layers]
+    slots = (torch.tensor(one, device=kernel_device) for one in (source, target))
+    implementation(caches, *slots, cache_addresses(caches) if given else None)
+    for found, wanted in zip(caches, expected, strict=True):
+        assert torch.equal(found.cpu(), wanted)
+
+
 def test_compiled_kernel_loads_before_it_stores() -> None:
     """A warp must not write before every warp has read: the interpreter cannot tell."""
     slots = torch.zeros(1, 64, dtype=torch.int64)
     cache = make_cache(1, 256)
-    (launch,) = aot.launches_of(lambda: triton_kernel.kv_compact(cache, slots, slots))
+    (launch,) = aot.launches_of(lambda: triton_kernel.kv_compact([cache], slots, slots))
     text = aot.compile_launch(launch, "sm_90").asm["ptx"]
     found = re.findall(r"\b(ld\.global|st\.global|bar\.sync)", text)
     order = [name for index, name in enumerate(found) if found[index - 1 : index] != [name]]
@@ -174,8 +191,13 @@ def test_compiled_kernel_loads_before_it_stores() -> None:
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("kv_cache", lambda tensor: tensor[0]),
-        ("kv_cache", lambda tensor: tensor.mT.contiguous().mT),
+        ("kv_caches", lambda caches: []),
+        ("kv_caches", lambda caches: [caches[0][0]]),
+        ("kv_caches", lambda caches: [caches[0].mT.contiguous().mT]),
+        ("kv_caches", lambda caches: [caches[0], caches[0][:2]]),
+        ("kv_caches", lambda caches: [caches[0], caches[0].half()]),
+        ("addresses", lambda addresses: addresses.int()),
+        ("addresses", lambda addresses: addresses.repeat(2)),
         ("source_slots", lambda tensor: tensor[0]),
         ("source_slots", lambda tensor: tensor.int()),
         ("source_slots", lambda tensor: tensor.new_zeros(2, 65)),
@@ -186,7 +208,12 @@ def test_compiled_kernel_loads_before_it_stores() -> None:
 )
 def test_refuses_arguments(name: str, change: Callable, implementation: Callable) -> None:
     slots = torch.arange(6).view(2, 3)
-    arguments = {"kv_cache": make_cache(), "source_slots": slots, "target_slots": slots}
+    arguments = {
+        "kv_caches": [make_cache()],
+        "source_slots": slots,
+        "target_slots": slots,
+        "addresses": torch.zeros(1, dtype=torch.int64),
+    }
     arguments[name] = change(arguments[name])
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         implementation(**arguments)

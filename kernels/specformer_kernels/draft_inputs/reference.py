@@ -24,6 +24,8 @@ class StepInputs(NamedTuple):
     next_prefill_tokens: Tensor  # [S], by state row
     temperature: Tensor  # float32 [S], by state row
     seeds: Tensor  # [S], by state row
+    # [r], row of each request's last accepted token; None: `num_rejected` rows before its last.
+    last_rows: Tensor | None = None
 
 
 class DraftBuffers(NamedTuple):
@@ -58,8 +60,10 @@ def check_arguments(
     least = {"query_start_loc": num_reqs + 1, "positions": num_tokens, "slot_mapping": num_tokens}
     least |= dict.fromkeys(("idx_mapping", "num_sampled", "num_rejected"), num_reqs)
     least |= dict.fromkeys(("last_sampled", "next_prefill_tokens", "temperature", "seeds"), states)
+    least["last_rows"] = num_reqs
     for name, tensor in step._asdict().items():
-        _check(name, tensor, least[name], _INTEGERS)
+        if name != "last_rows" or tensor is not None:
+            _check(name, tensor, least[name], _INTEGERS)
     least = dict.fromkeys(DraftBuffers._fields, requests)
     least |= {"context_positions": rows, "slot_mapping": rows, "seeds": states}
     least |= {"sample_pos": samples, "sample_idx_mapping": samples}
@@ -92,6 +96,8 @@ def draft_inputs(step: StepInputs, buffers: DraftBuffers, num_reqs: int, num_tok
 
     state = step.idx_mapping[:num_reqs].long()
     rows = (step.query_start_loc[1 : num_reqs + 1] - 1 - step.num_rejected[:num_reqs]).long()
+    if step.last_rows is not None:
+        rows = step.last_rows[:num_reqs].long()
     positions = step.positions[rows]
     bonus = torch.where(
         step.num_sampled[:num_reqs] > 0,

@@ -22,7 +22,7 @@ BLOCK = 256  # rows per program
     ],
     do_not_specialize_on_alignment=[
         "query_start_loc_ptr", "positions_ptr", "slot_mapping_ptr", "idx_mapping_ptr",
-        "num_sampled_ptr", "num_rejected_ptr",
+        "num_sampled_ptr", "num_rejected_ptr", "last_rows_ptr",
     ],
 )  # fmt: skip
 def _draft_inputs_kernel(
@@ -36,6 +36,7 @@ def _draft_inputs_kernel(
     next_prefill_tokens_ptr,  # [num_states]
     temperature_ptr,  # float32 [num_states]
     seeds_ptr,  # [num_states]
+    last_rows_ptr,  # [num_reqs], or None
     context_positions_out_ptr,  # int64 [max_tokens]
     slot_mapping_out_ptr,  # int64 [max_tokens]
     anchor_rows_out_ptr,  # int64 [max_reqs]
@@ -71,9 +72,12 @@ def _draft_inputs_kernel(
     is_request, is_written = b_row < num_reqs, b_row < max_reqs
     b_state = tl.load(idx_mapping_ptr + b_row, mask=is_request, other=-1).to(tl.int64)
     tl.store(idx_mapping_out_ptr + b_row, b_state, mask=is_written)
-    b_end = tl.load(query_start_loc_ptr + 1 + b_row, mask=is_request, other=1)
-    b_rejected = tl.load(num_rejected_ptr + b_row, mask=is_request, other=0)
-    b_anchor = (b_end - 1 - b_rejected).to(tl.int64)
+    if last_rows_ptr is None:
+        b_end = tl.load(query_start_loc_ptr + 1 + b_row, mask=is_request, other=1)
+        b_rejected = tl.load(num_rejected_ptr + b_row, mask=is_request, other=0)
+        b_anchor = (b_end - 1 - b_rejected).to(tl.int64)
+    else:
+        b_anchor = tl.load(last_rows_ptr + b_row, mask=is_request, other=0).to(tl.int64)
     b_anchor_position = tl.load(positions_ptr + b_anchor, mask=is_request, other=0).to(tl.int64)
     tl.store(anchor_rows_out_ptr + b_row, b_anchor, mask=is_written)
     tl.store(anchor_positions_out_ptr + b_row, b_anchor_position, mask=is_written)
