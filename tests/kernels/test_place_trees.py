@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from specformer_kernels.place_trees import MAX_BLOCK_ROWS, TreeTable, reference, triton_kernel
+
 from support.trees import STATES, Batch, make_batch, make_table
 
 POISON = -77

@@ -6,6 +6,7 @@ import pytest
 import torch
 from specformer_kernels.place_trees import TreeTable
 from specformer_kernels.tree_paths import TreePaths, reference, triton_kernel
+
 from support.trees import STATES, Batch, make_batch, make_table
 
 IMPLEMENTATIONS = {"torch": reference.tree_paths, "triton": triton_kernel.tree_paths}

@@ -12,7 +12,13 @@ from vllm_specformer.config import SpecFormerConfig, read_head_config
 from vllm_specformer.engine.compat.handed_out import handed_out
 from vllm_specformer.engine.compat.versions import check_chosen, check_complete, vllm_root
 from vllm_specformer.engine.patches.ledger import LEDGER
-from vllm_specformer.engine.speculative_config import check_fields, checked_tokens, verifies_coupled
+from vllm_specformer.engine.speculative_config import (
+    TREE,
+    check_fields,
+    checked_tokens,
+    tree_settings,
+    verifies_coupled,
+)
 from vllm_specformer.errors import SpeculativeConfigError
 from vllm_specformer.head_files import files_at_hand, names_head
 from vllm_specformer.names import SPECULATORS_TYPE
@@ -62,11 +68,16 @@ def check_patches() -> None:
 
 
 def check_v1_verification(speculative_config: Any) -> None:
-    """Refuse coupled verification on the V1 runner.
+    """Refuse coupled verification, and trees with it, on the V1 runner.
 
     Raises:
         SpeculativeConfigError: it was asked for.
     """
+    if tree_settings(speculative_config) is not None:
+        raise SpeculativeConfigError(
+            f"speculative config: {TREE} needs vLLM's V2 model runner, and this engine runs V1",
+            f"set VLLM_USE_V2_MODEL_RUNNER=1, or leave {TREE!r} out: V1 drafts chains",
+        )
     if verifies_coupled(speculative_config):
         raise SpeculativeConfigError(
             "speculative config: verification='coupled' needs vLLM's V2 model runner, whose "

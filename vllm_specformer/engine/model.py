@@ -22,6 +22,7 @@ from vllm_specformer.engine.attention import DraftAttention
 from vllm_specformer.engine.cpu import norms
 from vllm_specformer.engine.patches.hooked_states import keep_hooked_states
 from vllm_specformer.engine.sharding import HeadShard
+from vllm_specformer.engine.speculative_config import tree_settings
 from vllm_specformer.engine.target_logits import CopiedRows, logits_of_some, without_adapters
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.pairing import HeadWeightError, check_draft_tokens
@@ -65,7 +66,8 @@ class SpecFormerDraftModel(nn.Module):
         wanted = speculative.draft_parallel_config.tensor_parallel_size
         self.shard = HeadShard(self.config, ranks, wanted)
         self.num_slots = self.config.num_draft_slots
-        self.num_served = speculative.num_speculative_tokens
+        tree = tree_settings(speculative)
+        self.num_served = speculative.num_speculative_tokens if tree is None else tree.slots
         layers = vllm_config.model_config.get_total_num_hidden_layers()
         self.attn = DraftAttention(
             first_layer=layers,

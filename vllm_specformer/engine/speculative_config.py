@@ -16,6 +16,9 @@ VERIFICATIONS = (DEFAULT_VERIFICATION, "coupled")
 
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 CONFIDENCE = "draft_confidence_threshold"
+TREE = "tree_nodes"
+TREE_SCHEDULE = "tree_nodes_per_batch_size"
+MAX_TREE_NODES = 63  # the root and they are the bits of a word
 
 # vLLM's rules of accepting a draft: the lossless one, and the one that measures at a chosen
 # acceptance whatever the target says. Any other is refused, also one that a later vLLM brings.
@@ -31,11 +34,21 @@ Thresholds = tuple[tuple[int, int, float], ...]
 
 
 @dataclass(frozen=True)
+class TreeSettings:
+    """Trees of candidates: most nodes, and the head's slots, which are their depth."""
+
+    nodes: int
+    slots: int
+
+
+@dataclass(frozen=True)
 class OwnFields:
     """What our own fields of a speculative config ask for; see `split_own_fields`."""
 
     verification: str = DEFAULT_VERIFICATION
     confidence: Thresholds | None = None
+    tree_nodes: int | None = None
+    tree_schedule: tuple[tuple[int, int, int], ...] | None = None
 
 
 # Field -> values that ask for nothing, and why any other cannot be had.
@@ -76,13 +89,69 @@ def split_own_fields(speculative: dict[str, Any]) -> tuple[dict[str, Any], OwnFi
     Raises:
         SpeculativeConfigError: unknown value, or one that contradicts another field.
     """
-    own = OwnFields(_verification(speculative), _thresholds(speculative.get(CONFIDENCE)))
-    names = ("verification", CONFIDENCE)
+    nodes = _tree_nodes(speculative)
+    own = OwnFields(
+        _verification(speculative, DEFAULT_VERIFICATION if nodes is None else "coupled"),
+        _thresholds(speculative.get(CONFIDENCE)),
+        nodes,
+        None if nodes is None else _tree_schedule(speculative.get(TREE_SCHEDULE), nodes),
+    )
+    names = ("verification", CONFIDENCE, TREE, TREE_SCHEDULE)
     return {key: value for key, value in speculative.items() if key not in names}, own
 
 
-def _verification(speculative: dict[str, Any]) -> str:
-    verification = speculative.get("verification", DEFAULT_VERIFICATION)
+def _tree_nodes(speculative: dict[str, Any]) -> int | None:
+    """Nodes of a tree, or None; with what contradicts them refused."""
+    nodes = speculative.get(TREE)
+    if nodes is None:
+        if speculative.get(TREE_SCHEDULE) is not None:
+            raise SpeculativeConfigError(
+                f"speculative config: {TREE_SCHEDULE} says how many of {TREE!r} to draft by batch "
+                "size, and that field is missing",
+                f"set {TREE!r} to the most nodes of a tree",
+            )
+        return None
+    if not is_count(nodes) or not 1 <= nodes <= MAX_TREE_NODES:
+        raise SpeculativeConfigError(
+            f"speculative config: {TREE}={reprlib.repr(nodes)} must be a whole number from 1 to "
+            f"{MAX_TREE_NODES}, the candidates of a request that one forward verifies"
+        )
+    refused = {
+        "verification": (speculative.get("verification", "coupled") != "coupled", "coupled"),
+        SCHEDULE: (speculative.get(SCHEDULE) is not None, f"{TREE_SCHEDULE}"),
+        CONFIDENCE: (speculative.get(CONFIDENCE) is not None, f"{TREE_SCHEDULE}"),
+        "draft_sample_method": (speculative.get("draft_sample_method") == "greedy", ""),
+    }
+    for field, (is_given, instead) in refused.items():
+        if is_given:
+            raise SpeculativeConfigError(
+                f"speculative config: {field}={reprlib.repr(speculative[field])} cannot be had "
+                f"with {TREE}",
+                f"leave it out{f' (trees have {instead!r})' if instead else ''}",
+            )
+    return int(nodes)
+
+
+def _tree_schedule(value: Any, nodes: int) -> tuple[tuple[int, int, int], ...] | None:
+    """Ranges of batch sizes with the nodes to draft in each, 0 for none."""
+    if value is None:
+        return None
+
+    def is_part(count: Any) -> bool:
+        return is_count(count) and count <= nodes
+
+    problem = ranges_problem(value, "nodes", is_part)
+    if problem:
+        raise SpeculativeConfigError(
+            f"speculative config: {TREE_SCHEDULE}={reprlib.repr(value)}: {problem}",
+            f"write ranges of batch sizes with the nodes to draft, at most {TREE}={nodes}, such as "
+            f"[[1, 8, {nodes}], [9, 64, 0]]",
+        )
+    return tuple((first, last, int(count)) for first, last, count in closed(value))
+
+
+def _verification(speculative: dict[str, Any], default: str) -> str:
+    verification = speculative.get("verification", default)
     if verification not in VERIFICATIONS:
         raise SpeculativeConfigError(
             f"speculative config: verification={verification!r} must be one of "
@@ -145,6 +214,24 @@ def checked_tokens(tokens: Any, slots: int) -> int:
     return tokens
 
 
+def with_tree(speculative: dict[str, Any], own: OwnFields) -> dict[str, Any]:
+    """A judged config as vLLM must see it: to vLLM, the nodes of a tree are its drafts.
+
+    Trees are drafted with the request's own noise, so vLLM is to keep no draft probabilities.
+    """
+    if own.tree_nodes is None:
+        return speculative
+    schedule = {} if own.tree_schedule is None else {SCHEDULE: list(map(list, own.tree_schedule))}
+    return (
+        speculative
+        | schedule
+        | {
+            "num_speculative_tokens": own.tree_nodes,
+            "draft_sample_method": "greedy",
+        }
+    )
+
+
 def check_fields(speculative: dict[str, Any]) -> None:
     """Refuse fields that cannot work with a head, and a schedule that vLLM would refuse too late.
 
@@ -187,6 +274,12 @@ def drafts_with_head(speculative_config: Any) -> bool:
 def verifies_coupled(speculative_config: Any) -> bool:
     """Whether the user asked for coupled verification."""
     return getattr(_head_config(speculative_config), "specformer_verification", "") == "coupled"
+
+
+def tree_settings(speculative_config: Any) -> TreeSettings | None:
+    """Trees of candidates, where the user asked for them."""
+    tree = getattr(_head_config(speculative_config), "specformer_tree", None)
+    return None if tree is None else TreeSettings(**tree)
 
 
 def confidence_ranges(speculative_config: Any) -> Any:

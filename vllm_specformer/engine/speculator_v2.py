@@ -218,12 +218,13 @@ class SpecFormerSpeculator(DFlashSpeculator):
         requests, tokens = batch.num_reqs, batch.num_tokens
         hooks = [state[:tokens] for state in aux_hidden_states]
         self.hidden_states[:tokens].copy_(self.model.combine_hidden_states(hooks))
+        last_rows = None
         if dummy_run:
             # Its rows name state rows and pages of others, so none of them may act.
             slots, requests, tokens = batch.positions, 0, 0
         else:
             assert slot_mappings is not None
-            slots = slot_mappings[self.model.attn.layer_name]
+            slots, last_rows = self._kept_rows(batch, slot_mappings, num_rejected)
         step = StepInputs(
             query_start_loc=batch.query_start_loc,
             positions=batch.positions,
@@ -235,8 +236,18 @@ class SpecFormerSpeculator(DFlashSpeculator):
             next_prefill_tokens=next_prefill_tokens.flatten(),
             temperature=temperature,
             seeds=seeds,
+            last_rows=last_rows,
         )
         draft_inputs(step, self.inputs, requests, tokens)
+
+    def _kept_rows(
+        self, batch: Any, slot_mappings: dict[str, Tensor], num_rejected: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The slot of each row in the head's cache, and each request's last accepted row.
+
+        None for the rows: that many before its last as drafts were refused.
+        """
+        return slot_mappings[self.model.attn.layer_name], None
 
     @moving_pages
     @timed
@@ -271,7 +282,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         assert aux_hidden_states, "the target returned no auxiliary hidden states"
         requests, tokens = input_batch.num_reqs, input_batch.num_tokens
         if not dummy_run:
-            self.monitor.observe(input_batch.num_draft_tokens, num_rejected[:requests])
+            self._observe(input_batch, num_rejected[:requests])
         self._stage(
             input_batch,
             slot_mappings,
@@ -296,6 +307,9 @@ class SpecFormerSpeculator(DFlashSpeculator):
             requests = min(requests, dp_sync_state.num_reqs)
         self._run(requests, tokens, wanted, dp_sync_state, is_profile)
         return self.draft_tokens[:requests]
+
+    def _observe(self, batch: Any, num_rejected: Tensor) -> None:
+        self.monitor.observe(batch.num_draft_tokens, num_rejected)
 
     def _run(
         self, requests: int, tokens: int, wanted: int, dp_sync_state: Any, need_eager: bool
@@ -349,6 +363,16 @@ class SpecFormerSpeculator(DFlashSpeculator):
         Fills `draft_tokens[:num_reqs, :wanted]`. Rows past `num_context` must be in the cache
         already.
         """
+        logits = self._slot_logits(num_reqs, num_context, wanted)
+        if self.model.config.markov_rank:
+            bonus = self.inputs.bonus_tokens[:num_reqs]
+            self._sample_in_order(logits.unflatten(0, (num_reqs, -1)), bonus)
+        else:
+            sampled = self._sample(logits, num_reqs, slice(0, wanted))
+            self.draft_tokens[:num_reqs, :wanted] = sampled.view(num_reqs, -1)
+
+    def _slot_logits(self, num_reqs: int, num_context: int, slots: int) -> Tensor:
+        """Store the first rows of the buffers and run the head: logits [num_reqs * slots, V]."""
         bonus = self.inputs.bonus_tokens[:num_reqs]
         positions = self.inputs.anchor_positions[:num_reqs]
         anchors = self.hidden_states[self.inputs.anchor_rows[:num_reqs]]
@@ -356,13 +380,8 @@ class SpecFormerSpeculator(DFlashSpeculator):
         normed = self.model.normalise(anchors)
         queries = self._store_context_and_query(0, num_context, normed, positions)
         table = None if self._block_table is None else self._block_table[:num_reqs]
-        slots = self.model(anchors, queries, positions, lens, bonus, table, wanted)
-        logits = self.model.compute_logits(slots.flatten(0, 1))
-        if self.model.config.markov_rank:
-            self._sample_in_order(logits.unflatten(0, (num_reqs, -1)), bonus)
-        else:
-            sampled = self._sample(logits, num_reqs, slice(0, wanted))
-            self.draft_tokens[:num_reqs, :wanted] = sampled.view(num_reqs, -1)
+        states = self.model(anchors, queries, positions, lens, bonus, table, slots)
+        return self.model.compute_logits(states.flatten(0, 1))
 
     def _sample_in_order(self, logits: Tensor, bonus_tokens: Tensor) -> None:
         """Slot by slot, each biased by the token chosen before it; logits [R, n, V or N]."""

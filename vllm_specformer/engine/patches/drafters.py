@@ -9,7 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_specformer.engine.patches.ledger import construct
-from vllm_specformer.engine.speculative_config import drafts_with_head, verifies_coupled
+from vllm_specformer.engine.speculative_config import (
+    drafts_with_head,
+    tree_settings,
+    verifies_coupled,
+)
 
 
 @construct(
@@ -32,7 +36,8 @@ def drafts_on_v1(vllm_config: Any = None, *_: Any, **__: Any) -> bool:
     bases=("DraftModelSpeculator",),
 )
 def drafts_on_v2(vllm_config: Any = None, *_: Any, **__: Any) -> bool:
-    return drafts_with_head(getattr(vllm_config, "speculative_config", None))
+    speculative = getattr(vllm_config, "speculative_config", None)
+    return drafts_with_head(speculative) and tree_settings(speculative) is None
 
 
 @construct(
@@ -42,4 +47,4 @@ def drafts_on_v2(vllm_config: Any = None, *_: Any, **__: Any) -> bool:
     guard='acts only on "verification": "coupled" in a SpecFormer speculative config',
 )
 def verifies_on_v2(sampler: Any = None, spec_config: Any = None, *_: Any, **__: Any) -> bool:
-    return verifies_coupled(spec_config)
+    return verifies_coupled(spec_config) and tree_settings(spec_config) is None

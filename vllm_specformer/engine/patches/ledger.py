@@ -43,6 +43,7 @@ SUBJECTS = (
     "late_store",
     "requests",
     "kv_groups",
+    "candidates",
 )
 # They act only where somebody asks for SpecFormer. Made on every vLLM, so that one which is not
 # supported can be refused by name.
@@ -126,7 +127,7 @@ class Ledger(importlib.abc.MetaPathFinder):
         """Let the decorated function take the target's place: `ours(original, *arguments)`.
 
         Args:
-            target: a function or method, "module:name" or "module:Class.name".
+            target: a function, method or property, "module:name" or "module:Class.name".
             why: what goes wrong, or is impossible, without it.
             guard: what keeps it from acting elsewhere.
             parameters: names the target must take, separated by blanks. By default those that our
@@ -318,9 +319,12 @@ def _make(entry: Patch, module: ModuleType) -> None:
         raise _NotThereError("not found in this vLLM") from None
     if entry.name in _marks(owner):
         return
-    if isinstance(found, (classmethod, property)):
-        raise TypeError(f"it is a {type(found).__name__}, which `patch` does not wrap")
-    changed = entry.change(getattr(owner, name))
+    if isinstance(found, classmethod):
+        raise TypeError("it is a classmethod, which `patch` does not wrap")
+    if isinstance(found, property):
+        changed = property(entry.change(found.fget), found.fset, found.fdel, found.__doc__)
+    else:
+        changed = entry.change(getattr(owner, name))
     setattr(owner, name, staticmethod(changed) if isinstance(found, staticmethod) else changed)
     setattr(owner, _MARK, (*_marks(owner), entry.name))
 

@@ -6,7 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_specformer.engine.patches.ledger import extend, patch
-from vllm_specformer.engine.speculative_config import OwnFields, as_dictionary, split_own_fields
+from vllm_specformer.engine.speculative_config import (
+    OwnFields,
+    as_dictionary,
+    split_own_fields,
+    with_tree,
+)
 from vllm_specformer.names import ARCHITECTURE, SPECULATORS_TYPE
 
 # Count up when what the plugin adds to the target's graph changes (see `hooked_states`): vLLM keeps
@@ -111,7 +116,9 @@ def _create(
 
     speculative, own = split_own_fields(speculative)
     asked = {name: getattr(arguments, name, None) for name in _ASKED_BY}
-    arguments.speculative_config = checked(speculative, target_model_config, target_parallel_config)
+    checks = checked(speculative, target_model_config, target_parallel_config)
+    slots = checks["num_speculative_tokens"]
+    arguments.speculative_config = with_tree(checks, own)
     arguments.spec_method = arguments.spec_model = arguments.spec_tokens = None
     publish()
     try:
@@ -122,4 +129,7 @@ def _create(
         # vLLM's config has no field for them; the head's own config travels to every worker.
         config.draft_model_config.hf_config.specformer_verification = own.verification
         config.draft_model_config.hf_config.specformer_confidence = own.confidence
+        if own.tree_nodes is not None:
+            tree = {"nodes": own.tree_nodes, "slots": slots}
+            config.draft_model_config.hf_config.specformer_tree = tree
     return config

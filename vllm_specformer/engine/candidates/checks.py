@@ -1,0 +1,75 @@
+"""What trees of candidates cannot be combined with, refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vllm_specformer.engine.candidates.attention import TreeAttention
+from vllm_specformer.engine.speculative_config import TREE
+from vllm_specformer.errors import SpeculativeConfigError
+
+_CHAINS = f"leave {TREE!r} out: chains of drafts work there"
+
+
+def check_trees(vllm_config: Any) -> None:
+    """Refuse engines that cannot verify trees, before any weights are loaded.
+
+    Raises:
+        SpeculativeConfigError: names the first field that stands against them.
+    """
+    problem = next(_problems(vllm_config), None)
+    if problem is not None:
+        raise SpeculativeConfigError(
+            f"speculative config: {TREE} cannot be had with {problem}", _CHAINS
+        )
+
+
+def _problems(vllm_config: Any) -> Iterator[str]:
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    parallel = vllm_config.parallel_config
+    if getattr(model, "use_mla", False):
+        yield "a target with multi-head latent attention (MLA), whose cache is not K beside V"
+    if getattr(model, "is_hybrid", False) or getattr(model, "is_attention_free", False):
+        yield "a target with recurrent layers, whose state has no branches"
+    if getattr(model.hf_text_config, "sliding_window", None) and model.get_sliding_window():
+        yield (
+            f"sliding windows (sliding_window={model.get_sliding_window()}): attention over trees "
+            "sees the whole context"
+        )
+    if cache.cache_dtype not in ("auto", "bfloat16", "float16"):
+        yield f"kv_cache_dtype={cache.cache_dtype!r}: attention over trees reads no quantised cache"
+    if getattr(cache, "kv_sharing_fast_prefill", False):
+        yield "kv_sharing_fast_prefill"
+    if vllm_config.kv_transfer_config is not None:
+        yield "a KV connector, which may take K and V before the accepted path is in its place"
+    if getattr(parallel, "enable_dbo", False) or getattr(parallel, "ubatch_size", 0):
+        yield "micro-batches (enable_dbo), which split the rows that a tree stands in"
+    if getattr(parallel, "enable_batch_sharded_sampling", False):
+        yield "enable_batch_sharded_sampling: every rank has to know all accepted paths"
+    if getattr(vllm_config, "watermark_config", None) is not None:
+        yield "watermarks, which depend on the tokens before a row"
+    if getattr(getattr(vllm_config, "aux_output_config", None), "enabled", False):
+        yield "auxiliary outputs, which are handed out row by row"
+
+
+def check_layers(layers: Sequence[Any]) -> None:
+    """Refuse a target whose attention layers cannot attend along trees.
+
+    Raises:
+        SpeculativeConfigError: names the backend, or the property of a layer.
+    """
+    for layer in layers:
+        impl = getattr(layer, "impl", None)
+        if not isinstance(impl, TreeAttention):
+            raise SpeculativeConfigError(
+                f"speculative config: {TREE} needs attention backend FLASH_ATTN, and layer "
+                f"{getattr(layer, 'layer_name', '?')} uses {type(impl).__name__}",
+                f"add --attention-backend FLASH_ATTN, or {_CHAINS}",
+            )
+        if (missing := impl.missing()) is not None:
+            raise SpeculativeConfigError(
+                f"speculative config: {TREE} cannot be had with {missing} of layer "
+                f"{getattr(layer, 'layer_name', '?')}",
+                _CHAINS,
+            )

@@ -1,0 +1,80 @@
+"""Verification along trees: the text is what the target samples without speculation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from specformer_kernels.verify import follow
+from torch import Tensor
+from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
+
+from vllm_specformer.engine.candidates.trees import CandidateTrees
+from vllm_specformer.engine.coupled import CoupledSampler
+
+
+class CandidateSampler(CoupledSampler):
+    """Every row is sampled as without speculation; the child that equals it is walked to.
+
+    The noise is keyed by a row's position, which is the root's plus the depth. So siblings, of
+    which one is visited at most, share it, and a request's text does not depend on its trees.
+    """
+
+    # Set with the first batch: vLLM builds the sampler without the speculator.
+    trees: CandidateTrees
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Fused samplers draw from noise of their own, which no candidate has met.
+        self.sampler.use_flashinfer = self.sampler.use_xpu_sampler = False
+
+    def _verify(
+        self,
+        logits: Tensor,
+        draft_logits: Tensor | None,
+        draft_sampled: Tensor,
+        pos: Tensor,
+        cu_num_logits: Tensor,
+        idx_mapping: Tensor,
+        idx_mapping_np: np.ndarray,
+        expanded_idx_mapping: Tensor,
+        expanded_local_pos: Tensor,
+        seq_lens_upper_bound_np: np.ndarray,
+        verify_draft_sampled: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `CoupledSampler._verify`; rows that were not walked may be left in any order."""
+        sampled, processed_logits = self.sampler.sample(
+            logits,
+            expanded_idx_mapping,
+            idx_mapping,
+            idx_mapping_np,
+            pos,
+            draft_sampled,
+            expanded_local_pos,
+            seq_lens_upper_bound_np,
+        )
+        tokens, parents = self.trees.candidates(expanded_idx_mapping, expanded_local_pos)
+        # A grammar has refused these, and what comes after them.
+        tokens = torch.where(verify_draft_sampled == draft_sampled, tokens, -1)
+        most = self.num_speculative_steps + 1
+        verified = follow(sampled, tokens, cu_num_logits, most, parents)
+        nodes = verified.rows - cu_num_logits[:-1, None]
+        self.trees.accept(idx_mapping, torch.where(verified.rows < 0, -1, nodes))
+        if self._returns_logits(idx_mapping_np):
+            self._put_paths_first(
+                (logits, processed_logits), expanded_idx_mapping, expanded_local_pos
+            )
+        return processed_logits, verified.tokens, verified.num_tokens
+
+    def _returns_logits(self, idx_mapping_np: np.ndarray) -> bool:
+        wanted = self.sampler.sampling_states.max_num_logprobs(idx_mapping_np)
+        return bool(wanted != NO_LOGPROBS or self.sampler.return_sampling_mask)
+
+    def _put_paths_first(self, tensors: tuple[Tensor, ...], states: Tensor, nodes: Tensor) -> None:
+        """Move each path's rows to the front of its request's, where vLLM looks for them."""
+        row = torch.arange(len(nodes), device=nodes.device)
+        path = self.trees.table.paths[states, nodes]
+        source = torch.where(path >= 0, row - nodes + path, row)
+        for tensor in {id(tensor): tensor for tensor in tensors}.values():
+            tensor.copy_(tensor[source])

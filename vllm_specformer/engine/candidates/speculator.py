@@ -1,0 +1,91 @@
+"""The SpecFormer speculator that drafts trees (V2 model runner)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from specformer_kernels.tree_paths import tree_paths
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+
+from vllm_specformer.candidates import draft_tree
+from vllm_specformer.engine.candidates.attention import TreeAttention
+from vllm_specformer.engine.candidates.checks import check_layers, check_trees
+from vllm_specformer.engine.candidates.kv_layers import TargetLayers, slots_of
+from vllm_specformer.engine.candidates.trees import CandidateTrees
+from vllm_specformer.engine.head_pages import target_layers
+from vllm_specformer.engine.speculative_config import tree_settings
+from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
+
+
+class CandidateSpeculator(SpecFormerSpeculator):
+    """Drafts `num_speculative_steps` nodes of a tree, as deep as the head has slots to serve."""
+
+    _speculator_name = "SpecFormer trees"
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        check_trees(vllm_config)
+        super().__init__(vllm_config, device)
+        settings = tree_settings(vllm_config.speculative_config)
+        assert settings is not None
+        self.num_slots = settings.slots
+        self.trees = CandidateTrees(
+            self.max_num_reqs, self.max_num_tokens, self.num_speculative_steps, device
+        )
+        self._layers: TargetLayers | None = None
+
+    def load_draft_model(
+        self, target_model: nn.Module, target_attn_layer_names: set[str]
+    ) -> nn.Module:
+        layers = target_layers(self.vllm_config)
+        check_layers(layers)
+        for layer in layers:
+            assert isinstance(layer.impl, TreeAttention)
+            layer.impl.trees = self.trees
+        return super().load_draft_model(target_model, target_attn_layer_names)
+
+    def set_attn(self, *args: Any, **kwargs: Any) -> None:
+        super().set_attn(*args, **kwargs)
+        self._layers = TargetLayers(self.vllm_config, self.kv_cache_config.kv_cache_groups)
+
+    def _kept_rows(
+        self, batch: Any, slot_mappings: dict[str, Tensor], num_rejected: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Move the accepted paths' K and V of the target; where the head's belong and begin."""
+        assert self._layers is not None
+        requests = (batch.query_start_loc, batch.idx_mapping, num_rejected[: batch.num_reqs])
+        for layers in self._layers.alike():
+            paths = tree_paths(self.trees.table, *requests, slots_of(layers, slot_mappings))
+            layers.move(paths.source_slots, paths.target_slots)
+        own = slot_mappings[self.model.attn.layer_name]
+        paths = tree_paths(self.trees.table, *requests, own)
+        return paths.row_slots, paths.last_rows
+
+    def _observe(self, batch: Any, num_rejected: Tensor) -> None:
+        """Judge acceptance by a tree's depth: most of its nodes are alternatives."""
+        drafts = batch.num_draft_tokens_per_req
+        if drafts is None or not batch.num_draft_tokens:
+            return
+        deepest = drafts.clip(max=self.num_slots)
+        surplus = int((drafts - deepest).sum())
+        self.monitor.observe(int(deepest.sum()), num_rejected.sum() - surplus)
+
+    def _draft(self, num_reqs: int, num_context: int, wanted: int) -> None:
+        slots = min(wanted, self.num_slots)
+        logits = self._slot_logits(num_reqs, num_context, slots)
+        states = self.inputs.idx_mapping[:num_reqs]  # -1 in rows that pad a graph
+        positions = self.inputs.anchor_positions[:num_reqs]
+        tree = draft_tree(
+            self.model.head,
+            logits.unflatten(0, (num_reqs, slots)),
+            self.inputs.bonus_tokens[:num_reqs],
+            wanted,
+            temperature=self.temperature[states],
+            seeds=self.seeds[states],
+            positions=positions,
+            chains=self.trees.needs_chain[states],
+        )
+        self.trees.keep(states, positions + 1, tree)
+        # Nodes that are none are fed to the target as any token; nothing is accepted there.
+        self.draft_tokens[:num_reqs, :wanted] = tree.tokens[:, 1:].clamp(min=0)
