@@ -27,6 +27,7 @@ MAX_SIZE = 1 << 20
 MAX_POSITIONS = 1 << 28
 MAX_SLOT_LAYERS = 8
 MIN_TARGET_LAYERS = 4
+MIN_RANKING, MAX_RANKING = 0.01, 100.0
 
 # Written by Transformers or the speculators format itself; they carry no choice of ours.
 _BOOKKEEPING = {
@@ -118,6 +119,12 @@ class HeadFields(BaseModel):
         ge=0,
         description="N, the tokens the head scores, `draft_token_ids` in its weights; 0: all.",
     )
+    tree_ranking: tuple[float, ...] = Field(
+        (),
+        description="Temperature per slot at which the scores of a tree's nodes rank, so that "
+        "nodes of several slots compare well; empty: 1 everywhere. It decides what is drafted, "
+        "never what is emitted. `specformer eval --fit-tree-ranking` finds and writes it.",
+    )
     target_architecture: str = Field(min_length=1, description="Target's architecture name.")
     target_num_layers: int = Field(
         ge=MIN_TARGET_LAYERS,
@@ -141,6 +148,17 @@ class HeadFields(BaseModel):
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
+            )
+        taus = self.tree_ranking
+        if taus and len(taus) != self.num_draft_slots:
+            raise ValueError(
+                f"tree_ranking={list(taus)} must have num_draft_slots={self.num_draft_slots} "
+                "temperatures, one per slot, or none"
+            )
+        if not all(MIN_RANKING <= tau <= MAX_RANKING for tau in taus):
+            raise ValueError(
+                f"tree_ranking={list(taus)} must lie in {MIN_RANKING:g}..{MAX_RANKING:g}; "
+                "1 leaves scores as they are"
             )
         ids = self.aux_hidden_state_layer_ids
         if list(ids) != sorted(set(ids)):

@@ -22,6 +22,7 @@ OPS = {
         "kv_store",
         "grouped_rms_norm",
         "sample_candidates",
+        "tree_candidates",
         "select_tree",
         "kv_compact",
         "verify",
@@ -29,7 +30,7 @@ OPS = {
         "swiglu",
         "draft_inputs",
     ]
-} | {"follow": "verify"}
+} | {"follow": "verify", "extend_beam": "select_tree"}
 # Launchers that are no files of kernels, too.
 LAUNCHERS = {"block_attention": "launch", "verify": "launch"}
 

@@ -43,6 +43,32 @@ def packed_index(key):
 
 
 @triton.jit
+def packed_value(key):
+    """The float32 value inside a packed key."""
+    ordered = (key >> 32).to(tl.int32)
+    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def join_sums(max_ptr, sum_ptr, num_chunks, BLOCK_C: tl.constexpr):
+    """From the chunks' maxima and sums of exponentials, [num_chunks] each, those of their row.
+
+    Returns whether the row is sampled (some token is possible, nothing is to be reported), its
+    maximum and the logarithm of its sum of exponentials below that maximum; 0 both if not.
+    """
+    b_chunk = tl.arange(0, BLOCK_C)
+    is_chunk = b_chunk < num_chunks
+    b_max = tl.load(max_ptr + b_chunk, mask=is_chunk, other=float("-inf"))
+    b_sum = tl.load(sum_ptr + b_chunk, mask=is_chunk, other=0.0)
+    row_max = tl.max(b_max, 0)
+    is_sampled = (row_max > float("-inf")) & (row_max < float("inf"))
+    origin = tl.where(is_sampled, row_max, 0.0)
+    b_weight = tl.where(b_max < float("inf"), tl.exp(b_max - origin), 0.0)
+    # At least 1 in a row that is sampled, so that its logarithm is never -inf.
+    return is_sampled, origin, tl.log(tl.where(is_sampled, tl.sum(b_sum * b_weight, 0), 1.0))
+
+
+@triton.jit
 def _draw_chunks_kernel(
     keys_ptr,  # [N, num_chunks, NUM_CANDIDATES] int64
     max_ptr,  # [N, num_chunks] float32
@@ -110,17 +136,9 @@ def _combine_chunks_kernel(
     BLOCK_K: tl.constexpr,  # >= num_chunks * NUM_CANDIDATES
 ):
     row = tl.program_id(0).to(tl.int64)
-    b_chunk = tl.arange(0, BLOCK_C)
-    is_chunk = b_chunk < num_chunks
-    b_max = tl.load(max_ptr + row * num_chunks + b_chunk, mask=is_chunk, other=float("-inf"))
-    b_sum = tl.load(sum_ptr + row * num_chunks + b_chunk, mask=is_chunk, other=0.0)
-    row_max = tl.max(b_max, 0)
-    is_sampled = (row_max > float("-inf")) & (row_max < float("inf"))
-    origin = tl.where(is_sampled, row_max, 0.0)
-    b_weight = tl.where(b_max < float("inf"), tl.exp(b_max - origin), 0.0)
-    # At least 1 in a row that is sampled, so that its logarithm is never -inf.
-    log_sum = tl.log(tl.where(is_sampled, tl.sum(b_sum * b_weight, 0), 1.0))
-
+    is_sampled, origin, log_sum = join_sums(
+        max_ptr + row * num_chunks, sum_ptr + row * num_chunks, num_chunks, BLOCK_C
+    )
     divisor = 1.0
     if HAS_TEMPERATURE:
         temperature = tl.load(temperature_ptr + row)

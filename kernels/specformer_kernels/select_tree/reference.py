@@ -13,6 +13,8 @@ from torch import Tensor
 # A row's ancestors and itself are the bits of one int64 word; the root takes one.
 MAX_NODES = 63
 MAX_CANDIDATES = 16
+MAX_BEAM = 8
+MAX_SLOTS = 64
 
 
 class Tree(NamedTuple):
@@ -24,6 +26,14 @@ class Tree(NamedTuple):
     mask: Tensor  # [R, n + 1] int64; bit j is set iff node j is the row itself or an ancestor
 
 
+class Beam(NamedTuple):
+    """A slot's rows: the best of the children of the slot before; w rows."""
+
+    tokens: Tensor  # [R, w] int64; 0 of a dead row, so that it may be looked up
+    paths: Tensor  # [R, w] float32 (float64 of float64), the sum along the path; -inf of a dead row
+    origins: Tensor  # [R, w] int64, number of the child, row times c plus candidate; -1 if dead
+
+
 class FixedTree(NamedTuple):
     """A tree's shape, the same for every request; n drafted nodes in breadth-first order."""
 
@@ -33,70 +43,180 @@ class FixedTree(NamedTuple):
     mask: Tensor  # [n + 1] int64; bit j is set iff node j is the row itself or an ancestor
 
 
-def check_arguments(log_probs: Tensor, tokens: Tensor, num_nodes: int) -> None:
-    """Raise ValueError, naming the argument, where shapes or dtypes break the contract."""
-    if log_probs.dim() != 3 or log_probs.shape[1] == 0:
+def check_lists(log_probs: Tensor, tokens: Tensor, shape: str) -> None:
+    """Raise ValueError where two lists of candidates of `shape`, such as "R, w, c", do not fit."""
+    expected = f"[{shape}]"
+    if log_probs.dim() != len(shape.split(", ")) or not all(log_probs.shape[1:]):
         raise ValueError(
-            f"log_probs: expected shape [R, K, c], K > 0, found {list(log_probs.shape)}"
+            f"log_probs: expected shape {expected}, only R may be 0, found {list(log_probs.shape)}"
         )
     if not log_probs.is_floating_point():
         raise ValueError(f"log_probs: expected a floating point dtype, found {log_probs.dtype}")
-    if not 1 <= log_probs.shape[2] <= MAX_CANDIDATES:
+    if log_probs.shape[-1] > MAX_CANDIDATES:
         raise ValueError(
-            f"log_probs: expected 1 to {MAX_CANDIDATES} candidates, found {log_probs.shape[2]}"
+            f"log_probs: expected 1 to {MAX_CANDIDATES} candidates, found {log_probs.shape[-1]}"
         )
+    if log_probs.shape[-2] > MAX_BEAM:
+        raise ValueError(f"log_probs: expected 1 to {MAX_BEAM} rows, found {log_probs.shape[-2]}")
     if tokens.shape != log_probs.shape:
         raise ValueError(
             f"tokens: expected log_probs' shape {list(log_probs.shape)}, found {list(tokens.shape)}"
         )
     if tokens.dtype != torch.int64:
         raise ValueError(f"tokens: expected torch.int64, found {tokens.dtype}")
+
+
+def check_beam(log_probs: Tensor, tokens: Tensor, paths: Tensor | None, width: int) -> None:
+    """Raise ValueError, naming the argument, where `extend_beam`'s contract is broken."""
+    check_lists(log_probs, tokens, "R, w, c")
     for name, tensor in (("log_probs", log_probs), ("tokens", tokens)):
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name}: expected a contiguous last dimension, found {tensor.stride()}"
+            )
+    if paths is not None:
+        if paths.shape != log_probs.shape[:2]:
+            raise ValueError(
+                f"paths: expected shape {list(log_probs.shape[:2])}, found {list(paths.shape)}"
+            )
+        if paths.dtype not in (log_probs.dtype, torch.float32):
+            raise ValueError(f"paths: expected {log_probs.dtype}, found {paths.dtype}")
+        if not paths.is_contiguous():
+            raise ValueError(f"paths: expected a contiguous tensor, found {paths.stride()}")
+    if not 1 <= width <= MAX_BEAM:
+        raise ValueError(f"width: expected 1 to {MAX_BEAM}, found {width}")
+
+
+def check_arguments(log_probs: Tensor, tokens: Tensor, origins: Tensor, num_nodes: int) -> None:
+    """Raise ValueError, naming the argument, where shapes or dtypes break the contract."""
+    if log_probs.dim() == 4 and log_probs.shape[1] > MAX_SLOTS:
+        raise ValueError(f"log_probs: expected 1 to {MAX_SLOTS} slots, found {log_probs.shape[1]}")
+    check_lists(log_probs, tokens, "R, K, w, c")
+    if origins.shape != log_probs.shape[:3]:
+        raise ValueError(
+            f"origins: expected shape {list(log_probs.shape[:3])}, found {list(origins.shape)}"
+        )
+    if origins.dtype != torch.int64:
+        raise ValueError(f"origins: expected torch.int64, found {origins.dtype}")
+    for name, tensor in (("log_probs", log_probs), ("tokens", tokens), ("origins", origins)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, found {tensor.stride()}")
     if not 1 <= num_nodes <= MAX_NODES:
         raise ValueError(f"num_nodes: expected 1 to {MAX_NODES}, found {num_nodes}")
 
 
-def select_tree(log_probs: Tensor, tokens: Tensor, num_nodes: int) -> Tree:
-    """Best first, for all requests at once: every node offers its best child not yet taken.
+def _first_rows(log_probs: Tensor) -> Tensor:
+    """Paths of slot 0's rows, [R, w] of log_probs [R, ..., w, c]: row 0 lives, at 0."""
+    paths = log_probs.new_full((log_probs.shape[0], log_probs.shape[-2]), -math.inf)
+    paths[:, 0] = 0.0
+    return paths
+
+
+def _children(paths: Tensor, log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """The sums along the children's paths, -inf of those never taken: [R, w * c]."""
+    sums = paths[..., None] + log_probs.clamp(max=0.0)
+    return sums.masked_fill((tokens < 0) | ~log_probs.isfinite(), -math.inf).flatten(1)
+
+
+def _widened(log_probs: Tensor) -> Tensor:
+    return log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
+
+
+def extend_beam(log_probs: Tensor, tokens: Tensor, paths: Tensor | None, width: int) -> Beam:
+    """Sort all children of every request.
+
+    Shapes and dtypes as in `specformer_kernels.select_tree.extend_beam`. Adds log-probabilities in
+    float32, or in float64 if they come so.
+    """
+    check_beam(log_probs, tokens, paths, width)
+    weights = _widened(log_probs)
+    paths = _first_rows(weights) if paths is None else paths.to(weights.dtype)
+    best, child = _best(_children(paths, weights, tokens), width)
+    is_dead = best == -math.inf
+    return Beam(
+        tokens.flatten(1).gather(1, child).masked_fill(is_dead, 0),
+        best,
+        child.masked_fill(is_dead, -1),
+    )
+
+
+def _best(sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest of [R, N], the first of equal ones first, and where: [R, count], filled up."""
+    best, where = sums.sort(dim=1, descending=True, stable=True)
+    missing = max(0, count - sums.shape[1])
+    best = F.pad(best[:, :count], (0, missing), value=-math.inf)
+    return best, F.pad(where[:, :count], (0, missing))
+
+
+def select_tree(log_probs: Tensor, tokens: Tensor, origins: Tensor, num_nodes: int) -> Tree:
+    """Sum along all paths, slot by slot, sort, and follow the parents; for all requests at once.
 
     Shapes and dtypes as in `specformer_kernels.select_tree.select_tree`. Adds log-probabilities in
     float32, or in float64 if they come so.
     """
-    check_arguments(log_probs, tokens, num_nodes)
-    num_requests, _, num_candidates = log_probs.shape
-    device, num_rows = log_probs.device, num_nodes + 1
-    weights = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
-    weights = weights.masked_fill((tokens < 0) | ~weights.isfinite(), -math.inf)
-    weights, order = weights.sort(dim=-1, descending=True, stable=True)
-    tokens = tokens.gather(-1, order)
-    # A slot and a rank past the end, which offer nothing.
-    weights = F.pad(weights, (0, 1, 0, 1), value=-math.inf).flatten(1)
-    tokens = F.pad(tokens, (0, 1, 0, 1), value=-1).flatten(1)
+    check_arguments(log_probs, tokens, origins, num_nodes)
+    requests, slots, beam, count = log_probs.shape
+    device, of_slot = log_probs.device, beam * count
+    weights = _widened(log_probs)
+    paths, sums = _first_rows(weights), []
+    for slot in range(slots):
+        if slot:
+            origin = origins[:, slot]
+            is_dead = (origin < 0) | (origin >= of_slot)
+            paths = sums[-1].gather(1, origin.clamp(0, of_slot - 1)).masked_fill(is_dead, -math.inf)
+        sums.append(_children(paths, weights[:, slot], tokens[:, slot]))
+    best, child = _best(torch.cat(sums, dim=1), num_nodes)  # [R, n], child: slot * w * c + place
 
-    row = torch.arange(num_rows, device=device)
-    request = torch.arange(num_requests, device=device)
-    chosen = torch.full((num_requests, num_rows), -1, dtype=torch.int64, device=device)
-    parents = torch.zeros_like(chosen)
-    depths = (row > 0).long().expand(num_requests, -1).clone()
-    mask = (torch.ones_like(row) << row).expand(num_requests, -1).clone()
-    path = torch.full_like(chosen, -math.inf, dtype=weights.dtype)  # log-probability of the path
-    path[:, 0] = 0.0
-    next_rank = torch.zeros_like(chosen)
-    for node in range(1, num_rows):
-        child = depths * (num_candidates + 1) + next_rank  # [R, n + 1] into the flat lists
-        offers = path + weights.gather(1, child)
-        parent = offers.argmax(dim=1)  # the first of equal offers
-        is_node = offers[request, parent] > -math.inf
-        path[:, node] = offers[request, parent]
-        chosen[:, node] = torch.where(is_node, tokens[request, child[request, parent]], -1)
-        parents[:, node] = torch.where(is_node, parent, 0)
-        depths[:, node] = torch.where(is_node, depths[request, parent] + 1, 1)
-        mask[:, node] |= torch.where(is_node, mask[request, parent], 0)
-        # Once nothing is offered nothing changes any more, and ranks stay inside the lists.
-        next_rank[request, parent] += is_node.long()
-    return Tree(chosen, parents.int(), depths.int(), mask)
+    # Rows in order of choice, the root first; child -1 at the root and at inert rows.
+    child = F.pad(child.masked_fill(best == -math.inf, -1), (1, 0), value=-1)
+    is_node = child >= 0
+    row = torch.arange(num_nodes + 1, device=device).expand(requests, -1)
+    chosen = torch.zeros((requests, slots * of_slot + 1), dtype=torch.int64, device=device)
+    chosen.scatter_(1, child.clamp(min=-1) % (slots * of_slot + 1), row)  # -1: the last column
+    slot = child.clamp(min=0) // of_slot
+    origin = origins.flatten(1).gather(1, child.clamp(min=0) // count)
+    above = (slot - 1) * of_slot + origin
+    has_parent = is_node & (slot > 0)
+    parent = chosen.gather(1, torch.where(has_parent, above, 0)).masked_fill(~has_parent, 0)
+
+    # The first child of every node is its best. A node is on the main chain if it is one and all
+    # that it descends from are.
+    siblings = parent[:, :, None] == parent[:, None, :]  # [R, n + 1, n + 1]
+    earlier = torch.ones_like(siblings[:1]).tril(-1) & is_node[:, None, :]
+    is_first = is_node & ~(siblings & earlier).any(-1)
+    others = (_bit(row) * (is_node & ~is_first)).sum(1, keepdim=True)
+    is_main = is_node & (_words(parent, row, is_node, slots) & others == 0)
+    ahead = is_main.sum(1, keepdim=True) - is_main.cumsum(1)  # of the main chain, behind a row
+    depth = slot + 1
+    place = torch.where(is_main, depth, torch.where(row > 0, row + ahead, 0))
+
+    def placed(values: Tensor) -> Tensor:
+        return torch.empty_like(values).scatter_(1, place, values)
+
+    parents, is_node = placed(place.gather(1, parent)), placed(is_node)
+    found = tokens.flatten(1).gather(1, child.clamp(min=0)).masked_fill(child < 0, -1)
+    return Tree(
+        placed(found),
+        parents.int(),
+        placed(depth * (row > 0)).int(),
+        _words(parents, row, is_node, slots),
+    )
+
+
+def _bit(row: Tensor) -> Tensor:
+    return torch.ones_like(row) << row
+
+
+def _words(parents: Tensor, row: Tensor, is_node: Tensor, depth: int) -> Tensor:
+    """Every row's ancestors and itself as bits, [R, n + 1]; inert rows and the root: themselves.
+
+    The reach of a word doubles in every round, up to `depth` rows above.
+    """
+    words, upward = _bit(row), torch.where(is_node, parents, row)
+    for _ in range(depth.bit_length()):
+        words = words | words.gather(1, upward)
+        upward = upward.gather(1, upward)
+    return words
 
 
 def fixed_tree(widths: Sequence[int]) -> FixedTree:
