@@ -118,7 +118,9 @@ def test_a_stale_tree_is_verified_by_the_next_tenant(monkeypatch: pytest.MonkeyP
     def run() -> int:
         live.clear()
         with engine(drafting(8, tree_nodes=16), max_num_seqs=2) as llm:
-            llm.generate(prompts, greedy(6, ignore_eos=True), use_tqdm=False)
+            # Of different lengths, so that one starts while another one runs.
+            params = [greedy(4 + 3 * (n % 3), ignore_eos=True) for n in range(len(prompts))]
+            llm.generate(prompts, params, use_tqdm=False)
         return sum(live)
 
     assert run() == 0
