@@ -43,6 +43,7 @@ SUBJECTS = (
     "late_store",
     "requests",
     "kv_groups",
+    "worker",
 )
 # They act only where somebody asks for SpecFormer. Made on every vLLM, so that one which is not
 # supported can be refused by name.
