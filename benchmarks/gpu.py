@@ -6,9 +6,10 @@
     python benchmarks/gpu.py --dry             # without a GPU: toy sizes in Triton's interpreter
     python benchmarks/gpu.py --predictions     # what stage d should show, as in docs/performance.md
 
-Stages: a environment, b kernels, c the bundled pair's output and acceptance, d throughput against
-other methods at equal acceptance, e a profile of the draft step. A stage is made of units, each a
-process with a result of its own; what has a result is not run again unless --again. Results are
+Stages: a environment, b kernels, c the bundled pair's output, drafts and acceptance, d throughput
+against other methods at equal acceptance, e a profile of the draft step. A stage is made of units,
+each a process with a result of its own; what has a result is not run again unless --again. They
+run in the order of their worth (`gpu_stages/plan.py`). Results are
 benchmarks/results/gpu/stage-*.json, logs are build/gpu/*.log.
 """
 
@@ -140,8 +141,7 @@ def finish(process: subprocess.Popen[bytes], limit: float) -> str | None:
 
 def environment(unit: Unit, dry: bool) -> dict[str, str]:
     """This process's, with our folders on the path of vLLM's processes too."""
-    names = ("benchmarks", "", "kernels", *(("tests",) if dry else ()))
-    folders = [str(ROOT / name) for name in names]
+    folders = [str(ROOT / name) for name in ("benchmarks", "", "kernels", "tests")]
     path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
     found = os.environ | {"PYTHONPATH": path} | unit.environment
     if dry:

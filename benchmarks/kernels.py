@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         total = sum(3 + len(task.case.alternatives) for task in tasks)
         with tqdm(total=total, unit="step", disable=None) as bar:
             for task in tasks:
-                measure(task, args.device, bar)
+                measure(task, args, bar)
                 if args.out:
                     write(args.out, report)
     print_results(rows)
@@ -85,6 +85,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     ops = list(kernel_cases.modules())
     parser.add_argument("--op", action="append", choices=ops, help="this op only (repeat)")
     parser.add_argument("--quick", action="store_true", help="a few sizes of each op")
+    parser.add_argument("--check", action="store_true", help="compare only, time nothing")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     parser.add_argument("--device", default="cuda" if has_gpu else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=Path, help="stem of the files to write")
@@ -138,18 +139,18 @@ def prediction(op: str, case: BenchCase, dtype: str, bandwidth: float | None) ->
     }
 
 
-def measure(task: Task, device: str, bar: tqdm) -> None:
-    """Check, then time; whatever goes wrong is noted in the row."""
+def measure(task: Task, args: argparse.Namespace, bar: tqdm) -> None:
+    """Check, then time if asked to; whatever goes wrong is noted in the row."""
     case, row = task.case, task.row
     bar.set_postfix_str(f"{row['op']} {row['case']}")
     position = bar.n
     try:
         expected, seconds = check(case, row)
         bar.update()
-        if not row["failure"]:
+        if not (row["failure"] or args.check):
             # One run is enough where the time means nothing.
-            known = None if device == "cuda" else Timing(seconds, seconds, seconds, "eager")
-            time_case(case, row, expected, known, device, bar)
+            known = None if args.device == "cuda" else Timing(seconds, seconds, seconds, "eager")
+            time_case(case, row, expected, known, args.device, bar)
     except Exception as error:
         row["failure"] = _reason(error)
     bar.update(position + 3 + len(case.alternatives) - bar.n)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_stages.kernels import report_of
-from gpu_stages.pair import HEAD, PROMPTS
+from support.paths import HEAD, PROMPTS
 
 Options = dict[str, Any]
 

@@ -1,30 +1,44 @@
 """Stage c: the bundled pair's answers from one engine, to be compared with the other engines'.
 
 Every engine answers the same jobs: greedily, all prompts at once; the same in groups of `group`,
-which is the control for what batching alone changes; and sampled with a seed for each prompt.
+which is the control for what batching alone changes; and sampled with a seed for each prompt. Then
+drafts are held against the dense head on a CPU, given the states that the target handed out.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import time
 from typing import Any
 
+from gpu_stages.draft_clock import QUALIFIED_NAME
+from support.paths import HEAD, TARGET
+
 Options = dict[str, Any]
-ROOT = Path(__file__).resolve().parents[2]
-TARGET = ROOT / "examples" / "models" / "python-target"
-HEAD = ROOT / "examples" / "models" / "python-specformer"
-PROMPTS = ROOT / "tests" / "data" / "prompts.jsonl"
+DRAFTER = "SpecFormerSpeculator"
 
 
 def run(options: Options) -> Options:
-    """Answers of one engine as token ids, and what became of its drafts.
+    """Answers of one engine as token ids, what drafts in it, and what became of its drafts.
 
     Args:
-        options: `speculative` (None: no speculation), `prompts`, `max_tokens`, `group`, `engine`.
+        options: `speculative` (None: no speculation), `prompts`, `max_tokens`, `group`, `engine`;
+            `dense`: how many of the prompts have their drafts compared, in this process.
+
+    Raises:
+        RuntimeError: vLLM runs, but drafts with another class than ours.
     """
+    from support.engines import greedy, prompts
+
+    started = time.perf_counter()
     llm = start(options)
-    texts, limit, group = prompts(options["prompts"]), options["max_tokens"], options["group"]
+    seconds = time.perf_counter() - started
+    found = llm.collective_rpc("describe_drafter")[0]
+    if found["drafter"] != (DRAFTER if options["speculative"] else None):
+        raise RuntimeError(
+            f"vLLM drafts with {found['drafter']} instead of {DRAFTER}: the plugin is not in "
+            "place; `specformer doctor` says why"
+        )
+    texts, limit, group = prompts()[: options["prompts"]], options["max_tokens"], options["group"]
     answers = {
         "greedy": _answers(llm, texts, greedy(limit)),
         "greedy in groups": [
@@ -39,10 +53,16 @@ def run(options: Options) -> Options:
         for metric in llm.get_metrics()
         if metric.name.startswith("vllm:spec_decode_num_") and hasattr(metric, "value")
     }
-    return {"answers": answers, "counters": counters}
+    dense: Options = {}
+    if options["dense"]:
+        from support.v2.drafts import against_dense
+
+        dense = vars(against_dense(llm, texts[: options["dense"]], greedy(16)))
+    found |= {"start_seconds": seconds, "dense": dense}
+    return found | {"answers": answers, "counters": counters}
 
 
-def start(options: Options, worker_extension: str = "") -> Any:
+def start(options: Options) -> Any:
     """An engine of the bundled target; `options["engine"]` has the last word."""
     from vllm import LLM
 
@@ -52,27 +72,16 @@ def start(options: Options, worker_extension: str = "") -> Any:
         "disable_log_stats": False,
         "enable_prefix_caching": False,  # a group is to compute its prompts like any batch
         "seed": 0,
-        "worker_extension_cls": worker_extension,
+        "worker_extension_cls": QUALIFIED_NAME,
         **options["engine"],
     }
-    return LLM(model=str(TARGET), speculative_config=options.get("speculative"), **engine)
+    return LLM(model=str(TARGET), speculative_config=options["speculative"], **engine)
 
 
 def speculative(num_tokens: int = 4, **changes: Any) -> Options:
     """The bundled head's speculative config."""
     config = {"method": "specformer", "model": str(HEAD), "num_speculative_tokens": num_tokens}
     return config | changes
-
-
-def prompts(number: int) -> list[str]:
-    lines = PROMPTS.read_text(encoding="utf-8").splitlines()[:number]
-    return [json.loads(line)["prompt"] for line in lines]
-
-
-def greedy(max_tokens: int) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(temperature=0, max_tokens=max_tokens)
 
 
 def _seeded(max_tokens: int, number: int) -> Any:

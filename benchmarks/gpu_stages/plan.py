@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,18 @@ from gpu_stages import pair
 from gpu_stages.arms import ARMS, BATCHES, CONTEXT, PUBLISHED, SHAPES, Arm, find
 
 STAGES = {
-    "a": "environment, vLLM with the plugin",
+    "a": "environment",
     "b": "kernels",
     "c": "the bundled pair: output and acceptance",
     "d": "throughput against other methods",
     "e": "profile of a draft step",
 }
-# Of stage d on the first shape, run before anything that is worth less.
-FIRST_ARMS = 6
+# Of stage d on the first shape: those of the first call, and those worth more than what follows.
+FIRST_ARMS, NEXT_ARMS = 3, 6
 MAX_LENGTH = 4096
 # Said outright, so that vLLM refuses what a runner cannot do instead of taking the other one.
 V1, V2 = ({"VLLM_USE_V2_MODEL_RUNNER": choice} for choice in "01")
+IN_PROCESS = V2 | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # A dry run draws one small engine after another in the interpreter.
 DRY_ENGINE = {
     "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20,
@@ -52,38 +52,47 @@ class Unit:
 
 
 def units(dry: bool, results: Path, scratch: Path) -> list[Unit]:
-    """All units; `scratch` is for checkpoints and traces."""
+    """All units; `scratch` is for checkpoints and traces.
+
+    Those up to the first arms are what one call of eight minutes is to answer.
+    """
     # All but the first shape in full, in a dry run: one shape of toy size.
     shapes = ("toy",) if dry else SHAPES
     first, *others = shapes
     throughput = [_throughput(first, arm, dry, scratch) for arm in ARMS]
     published = [_throughput(first, arm, dry, scratch) for arm in PUBLISHED]
+    first_pairs, other_pairs = _pair(dry)
     return [
-        _environment(dry),
-        *_pair(dry),
+        Unit("a", "machine", "environment", {}, 20, on_v1=True),
+        *first_pairs,
+        _kernels("correct", ["--check"], 60, dry, results),
         *throughput[:FIRST_ARMS],
+        *other_pairs,
+        *throughput[FIRST_ARMS:NEXT_ARMS],
         _profile(first, dry, scratch),
-        _kernels(dry, results),
-        *throughput[FIRST_ARMS:],
+        _kernels("kernels", [], 150, dry, results),
+        *throughput[NEXT_ARMS:],
         *published,
         *(_throughput(shape, arm, dry, scratch) for shape in others for arm in ARMS),
     ]
 
 
-def _environment(dry: bool) -> Unit:
-    return Unit("a", "start", "environment", {"engine": DRY_ENGINE if dry else {}}, environment=V2)
+def _kernels(name: str, more: list[str], expected: int, dry: bool, results: Path) -> Unit:
+    arguments = ["--quick", *more]
+    if dry:
+        arguments += ["--op", "grouped_rms_norm", "--device", "cpu"]
+    options = {"arguments": arguments, "stem": str(results / name)}
+    return Unit("b", name, "kernels", options, expected, 420, on_v1=True)
 
 
-def _kernels(dry: bool, results: Path) -> Unit:
-    arguments = ["--quick", "--op", "grouped_rms_norm", "--device", "cpu"] if dry else ["--quick"]
-    options = {"arguments": arguments, "stem": str(results / "kernels")}
-    return Unit("b", "kernels", "kernels", options, 150, 420, on_v1=True)
+def _pair(dry: bool) -> tuple[list[Unit], list[Unit]]:
+    """Engines with and without graphs, drafts and coupled verification, all of them in float32.
 
-
-def _pair(dry: bool) -> Iterator[Unit]:
-    """Engines with and without graphs, drafts and coupled verification, all of them in float32."""
+    First those that show whether drafts are right and change no greedy text, then the others.
+    """
     size = {"prompts": 6, "max_tokens": 8, "group": 2}
     full = {"prompts": 48, "max_tokens": 96, "group": 5}
+    first, others = list[Unit](), list[Unit]()
     arms = {
         "none": None,
         "specformer": pair.speculative(),
@@ -95,13 +104,16 @@ def _pair(dry: bool) -> Iterator[Unit]:
             options: dict[str, Any] = (size if dry else full) | {
                 "speculative": speculative,
                 "engine": engine,
+                "dense": (3 if dry else 8) if name == "specformer" else 0,
             }
             mode = "graphs" if graphs else "eager"
-            yield Unit("c", f"{name}, {mode}", "pair", options, 45, environment=V2)
+            unit = Unit("c", f"{name}, {mode}", "pair", options, 40, environment=IN_PROCESS)
+            (others if name == "coupled" else first).append(unit)
     served = {"prompts": 6, "max_tokens": 12} if dry else {"prompts": 48, "max_tokens": 96}
     engine = {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True} if dry else {}
     evaluated = served | {"num_speculative_tokens": 4, "engine": engine}
-    yield Unit("c", "acceptance", "acceptance", evaluated, 90, on_v1=True)
+    others.append(Unit("c", "acceptance", "acceptance", evaluated, 90, on_v1=True))
+    return first, others
 
 
 def _throughput(shape: str, arm: Arm, dry: bool, scratch: Path) -> Unit:
@@ -109,7 +121,7 @@ def _throughput(shape: str, arm: Arm, dry: bool, scratch: Path) -> Unit:
     options = _serving(shape, arm, batches, dry, scratch) | {"steps": 3 if dry else 40}
     environment = V1 if arm.on_v1 else V2
     name = f"{shape} {arm.name}"
-    return Unit("d", name, "throughput", options, 75, 300, environment, arm.on_v1)
+    return Unit("d", name, "throughput", options, 70, 300, environment, arm.on_v1)
 
 
 def _profile(shape: str, dry: bool, scratch: Path) -> Unit:

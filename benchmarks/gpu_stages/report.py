@@ -44,18 +44,14 @@ def print_report(store: Store, dry: bool) -> None:
 
 def _started(store: Store) -> Iterator[str]:
     for unit in store.finished("a").values():
-        graphs = ", ".join(map(str, unit["draft_graphs"])) or "none"
-        yield (
-            f"a  {unit['device']['name']}; {unit['versions']['vllm']}; drafts with "
-            f"{unit['drafter']}, graphs of {graphs} requests; doctor "
-            f"{'ok' if unit['doctor']['ok'] else unit['doctor']['problems']}"
-        )
+        doctor = "ok" if unit["doctor"]["ok"] else unit["doctor"]["problems"]
+        yield f"a  {unit['device']['name']}; {unit['versions']['vllm']}; doctor {doctor}"
 
 
 def _kernels(store: Store, dry: bool) -> Iterator[str]:
-    for unit in store.finished("b").values():
-        rows = unit["rows"]
-        yield f"b  {len(rows)} kernel cases right, see kernels.csv" + ("" if dry else " for times")
+    for name, unit in store.finished("b").items():
+        timed = f", see {name}.csv for times" if name == "kernels" and not dry else ""
+        yield f"b  {len(unit['rows'])} kernel cases right{timed}"
 
 
 def same(one: Result, other: Result, job: str, other_job: str = "") -> str:
@@ -80,6 +76,10 @@ def _pair(store: Store) -> Iterator[str]:
             if arm == "coupled":
                 line += f", seeded {same(unit, none, 'seeded')} same"
             yield f"{line}, {1 + accepted / max(1, drafts):.2f} tokens per step"
+            if dense := unit["dense"]:
+                wrong = f"{len(dense['wrong'])} are not the dense head's, {dense['ties']} ties"
+                graphs = f"graphs of {unit['draft_graphs'] or 'no'} requests"
+                yield f"c  {mode}: {graphs}; of {dense['compared']} drafts {wrong}"
 
 
 def _acceptance(store: Store) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from support.personalities import NAMES
+from support.personalities import FP8, NAMES
 from support.v2.child import ADAPTERS, FOLDER, MATRIX, run_child
 
 FAMILIES = FOLDER / "test_family_groups.py"  # with `make test-families`
@@ -33,8 +33,19 @@ def test_parity_and_drafts_under_each_personality(
     name: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECFORMER_PERSONALITY", name)
-    suites = ("greedy_parity", "drafts_match_dense", "graph_ready", "speculator_v2")
-    run_child(capfd, [str(FOLDER / f"test_{suite}.py") for suite in suites], 20)
+    suites = ["greedy_parity", "drafts_match_dense"]
+    if name != "replayed":  # has graphs of its own
+        suites += ["graph_ready", "speculator_v2"]
+    run_child(capfd, [str(FOLDER / f"test_{suite}.py") for suite in suites], 8)
+
+
+@pytest.mark.slow
+def test_parity_beside_an_fp8_cache(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECFORMER_PERSONALITY", FP8)
+    tests = ("four_drafts", "other_numbers_of_drafts")
+    run_child(capfd, [f"{FOLDER / 'test_greedy_parity.py'}::test_{test}" for test in tests], 3)
 
 
 @pytest.mark.families

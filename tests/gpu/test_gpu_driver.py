@@ -22,11 +22,11 @@ def test_a_result_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     """Stage b, the one that starts no engine."""
     ran = "b, kernels: "
     assert dry(tmp_path, "--stage", "b", "--minutes", "0") == 0
-    assert "1 of 1 units are left" in capsys.readouterr().out
+    assert "2 of 2 units are left" in capsys.readouterr().out
     assert dry(tmp_path, "--stage", "b") == 0
     out = capsys.readouterr().out
     assert ran in out
-    assert "b  3 kernel cases right" in out
+    assert out.count("b  3 kernel cases right") == 2
     assert dry(tmp_path, "--stage", "b") == 0
     out = capsys.readouterr().out
     assert ran not in out
@@ -83,6 +83,16 @@ def test_the_plan(is_dry: bool, tmp_path: Path) -> None:
     assert len({(unit.stage, unit.name) for unit in found}) == len(found)
     # Every unit fits a call of eight minutes, the default.
     assert all(unit.expected < unit.limit < 480 for unit in found)
+    # What one call of eight minutes answers, in this order.
+    names = [unit.name for unit in found]
+    shape = "toy" if is_dry else "8b"
+    pairs = [f"{arm}, {mode}" for mode in ("graphs", "eager") for arm in ("none", "specformer")]
+    first = ["machine", *(pairs[2:] if is_dry else pairs), "correct"]
+    first += [f"{shape} {arm}" for arm in ("none", "specformer-k4", "eagle3-k4")]
+    assert names[: len(first)] == first
+    assert sum(unit.expected for unit in found[: len(first)]) <= 480
+    dense = [unit.name for unit in found if unit.options.get("dense")]
+    assert dense == [pair for pair in first if pair.startswith("specformer, ")]
     # A ratio needs its baseline, which therefore comes first.
     order = [unit.name for unit in found if unit.stage == "d"]
     for shape in {name.split()[0] for name in order}:

@@ -43,9 +43,12 @@ def test_one_arm(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_all_stages(tmp_path: Path) -> None:
     found = dry(tmp_path)
-    assert found["start"]["drafter"] == "SpecFormerSpeculator"
-    assert found["start"]["doctor"]["ok"]
+    assert found["machine"]["doctor"]["ok"]
     assert found["kernels"]["rows"]
+    assert "kernel" not in found["correct"]["rows"][0]
+    assert found["specformer, eager"]["drafter"] == "SpecFormerSpeculator"
+    assert found["specformer, eager"]["dense"]["wrong"] == []
+    assert found["specformer, eager"]["dense"]["compared"] >= 40
     none = found["none, eager"]["answers"]
     assert none["greedy"] == none["greedy in groups"]
     assert found["specformer, eager"]["answers"]["greedy"] == none["greedy"]

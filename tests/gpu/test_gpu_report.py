@@ -64,7 +64,10 @@ def test_the_table(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = none | {"seeded": ["6", "8"]}
     counters = {"drafts": 10, "accepted_tokens": 12}
     store.add("c", "none, graphs", {"answers": none, "counters": {}})
-    store.add("c", "coupled, graphs", {"answers": drawn, "counters": counters})
+    store.add("c", "coupled, graphs", {"answers": drawn, "counters": counters, "dense": {}})
+    dense = {"compared": 90, "wrong": ["position 7, slot 2"], "ties": 3}
+    ours = {"answers": none, "counters": counters, "dense": dense, "draft_graphs": [1, 16]}
+    store.add("c", "specformer, graphs", ours)
     figures = {"launches": 40, "host_launches": 27, "span": 500, "gaps": 30, "share": 0.11}
     row = {"batch": 64, "bytes_per_second": 2.5e12, "drafts": 6, **figures}
     store.add("e", "8b draft step", {"rows": [row]})
@@ -72,6 +75,8 @@ def test_the_table(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "d, 8b dflash-k4: FAILED: exit code 1" in out
     assert "c  graphs: batching alone: 1 of 2 same" in out
+    told = "graphs of [1, 16] requests; of 90 drafts 1 are not the dense head's, 3 ties"
+    assert f"c  graphs: {told}" in out
     assert "coupled: greedy 2 of 2 same, seeded 1 of 2 same, 2.20 tokens per step" in out
     assert "40 kernels from 27 calls, 500 us of which 30 us gaps, 11% of the step" in out
     lines = [line.replace("│", " ").split() for line in out.splitlines() if "│" in line]

@@ -18,8 +18,8 @@ from specformer_kernels.kv_store.triton_kernel import kv_store
 from specformer_kernels.rotate_slots.triton_kernel import rotate_slots
 from specformer_kernels.swiglu.triton_kernel import swiglu
 from torch import Tensor
-from triton.backends.compiler import BaseBackend
-from triton.runtime.jit import create_function_from_signature
+
+from support.variants import variant
 
 HEADS, KV_HEADS, SIZE, PAGE, MOST = 8, 2, 64, 16, 256
 CACHE = torch.zeros(4, KV_HEADS, PAGE, 2 * SIZE)
@@ -32,13 +32,7 @@ ROWS = (*range(1, 40), 63, 64, 65, 511, 512, 1000, 2047, 2048)
 
 def variants(launches: list[aot.Launch]) -> set[str]:
     """What Triton looks a compiled kernel up by."""
-    found = set()
-    for launch in launches:
-        kernel = launch.kernel
-        bind = create_function_from_signature(kernel.signature, kernel.params, BaseBackend)
-        _, specialization, options = bind(*launch.args, **launch.kwargs)
-        found.add(f"{launch.name} {specialization} {options}")
-    return found
+    return {variant(launch.kernel, launch.args, launch.kwargs) for launch in launches}
 
 
 def store(start: int, rows: int, requests: int | None) -> None:

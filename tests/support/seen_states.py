@@ -30,7 +30,7 @@ class SeenStates(DenseReference):
 
     def see(self, text: Sequence[int], position: int, states: Sequence[Tensor]) -> None:
         """The hooked states of the token at `position` of `text`, G of [H]."""
-        self.seen[tuple(text[: position + 1])] = torch.stack(list(states)).clone()
+        self.seen[tuple(text[: position + 1])] = torch.stack(list(states)).cpu()
 
     @torch.no_grad()
     def slot_logits(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,24 @@ def _normed(norm: nn.Module, states: Tensor) -> Tensor:
     """The norm's output alone; some families' norms (Cohere) return a residual with it."""
     out = norm(states)
     return out[0] if isinstance(out, tuple) else out
+
+
+def keep_through_sleep(vllm_config: VllmConfig) -> None:
+    """Have vLLM keep the head on the host through sleep of level 2.
+
+    That level discards all weights. The target's are loaded again after it, no drafter's are.
+    """
+    patterns = vllm_config.model_config.sleep_preserve_parameter_names
+    if "draft.*" not in patterns:
+        patterns.append("draft.*")
+
+
+def refuse_other_weights() -> NoReturn:
+    """Raises HeadWeightError: the head is being served."""
+    raise HeadWeightError(
+        "draft weights: a SpecFormer head that is being served cannot be given others",
+        "leave the draft model out of the update, or start the server with the new head",
+    )
 
 
 class SpecFormerDraftModel(nn.Module):
@@ -202,10 +220,7 @@ class SpecFormerDraftModel(nn.Module):
                 cut and packed by then.
         """
         if self._is_prepared:
-            raise HeadWeightError(
-                "draft weights: a SpecFormer head that is being served cannot be given others",
-                "leave the draft model out of the update, or start the server with the new head",
-            )
+            refuse_other_weights()
         parameters = self.head.state_dict()
         loaded = set()
         for name, tensor in weights:

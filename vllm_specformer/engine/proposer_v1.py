@@ -25,6 +25,7 @@ from vllm_specformer.engine.confidence import ConfidenceCut, largest_log_probs
 from vllm_specformer.engine.head_pages import check_cache
 from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
+from vllm_specformer.engine.model import keep_through_sleep
 from vllm_specformer.engine.patches.late_store import DeferredRows, has_time_between_steps
 
 
@@ -35,6 +36,7 @@ class SpecFormerProposer(DFlashProposer):
         check_cache(vllm_config)
         check_v1_verification(vllm_config.speculative_config)
         check_batch_invariance(vllm_config.speculative_config)
+        keep_through_sleep(vllm_config)
         self.cut = ConfidenceCut.of(vllm_config)
         super().__init__(vllm_config, device, runner)
         self.runner = runner

@@ -8,6 +8,7 @@ device; `_draft` reads nothing else, so it can be captured.
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from vllm_specformer.engine.confidence import check_no_cut
 from vllm_specformer.engine.head_pages import check_cache
 from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
+from vllm_specformer.engine.model import keep_through_sleep
 from vllm_specformer.engine.speculative_config import verifies_coupled
 
 
@@ -50,6 +52,14 @@ def drafts_by_batch_size(vllm_config: VllmConfig) -> list[int]:
     return drafts
 
 
+def _without_draft_logits(vllm_config: VllmConfig) -> VllmConfig:
+    """The config as the base class takes it without allocating logits [requests, K, V], GiBs."""
+    config = copy(vllm_config)
+    config.speculative_config = copy(vllm_config.speculative_config)
+    config.speculative_config.draft_sample_method = "greedy"
+    return config
+
+
 class SpecFormerSpeculator(DFlashSpeculator):
     _speculator_name = "SpecFormer"
 
@@ -60,19 +70,21 @@ class SpecFormerSpeculator(DFlashSpeculator):
         check_no_cut(vllm_config.speculative_config)
         check_batch_invariance(vllm_config.speculative_config)
         check_v2_adapters(vllm_config.lora_config)
+        keep_through_sleep(vllm_config)
         # Before the base class, which asks for the sizes of graphs in 0.33.
         self._scheduled_drafts = drafts_by_batch_size(vllm_config)
         self._graph_drafts: dict[int, int] = {}
-        super().__init__(vllm_config, device)
-        self._aux_staging = None  # a buffer of DFlash's own graph (0.33) that we never read
         # Sampled drafts that share the target's noise agree with it far more often, and coupled
         # verification asks for no draft probabilities: the cache of draft logits is not needed.
         speculative = vllm_config.speculative_config
         self.draws_with_target = (
             verifies_coupled(speculative) and speculative.draft_sample_method == "probabilistic"
         )
-        if self.draws_with_target:
-            self.draft_logits = None
+        super().__init__(
+            _without_draft_logits(vllm_config) if self.draws_with_target else vllm_config, device
+        )
+        self.speculative_config = self.vllm_config.speculative_config = speculative
+        self._aux_staging = None  # a buffer of DFlash's own graph (0.33) that we never read
         # One query row per request: its last accepted token.
         self.num_query_per_req = 1
         self.monitor = AcceptanceMonitor(device)
@@ -138,13 +150,8 @@ class SpecFormerSpeculator(DFlashSpeculator):
         )
 
     def capture(self) -> None:
-        """Capture the step for every batch size, with all rows inert.
-
-        Before it, every kernel is compiled that serving may launch outside of a graph; after it,
-        what vLLM's warm-up has drafted is forgotten.
-        """
-        self._make_inert()
-        self._compile_kernels()
+        """Capture the step for every batch size, with all rows inert; vLLM skips it when eager."""
+        self.warm_up()
         self.query_cudagraph_manager.capture(
             self._generate_draft,
             self.input_buffers,
@@ -156,12 +163,20 @@ class SpecFormerSpeculator(DFlashSpeculator):
             prepare_forward=self._prepare_graph_forward,
             progress_bar_desc="Capturing specformer CUDA graphs",
         )
+        self.end_warm_up()
+
+    def end_warm_up(self) -> None:
+        """Forget what vLLM's warm-up has drafted."""
         self.monitor.reset()
         self.clock.reset()
 
     @torch.inference_mode()
-    def _compile_kernels(self) -> None:
-        """Draft once for every number of drafts, and store without drafting, with inert rows."""
+    def warm_up(self) -> None:
+        """Compile every kernel that serving may launch outside of a graph.
+
+        Drafts once for every number of drafts, and stores without drafting, with inert rows.
+        """
+        self._make_inert()
         self._store_context_and_query(0, 1)
         for wanted in sorted({*self._scheduled_drafts, self.num_speculative_steps} - {0}):
             self._draft(1, 1, wanted)

@@ -6,8 +6,9 @@ the step is replayed or run eagerly as its batch demands. See test_host_reads.py
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from vllm import LLM, SamplingParams
+from vllm.config import set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
@@ -25,7 +27,7 @@ from support.dense import DenseReference
 from support.engines import drafting, greedy
 from support.outputs import Tokens, continuations
 from support.paths import HEAD
-from support.personalities import poisoned
+from support.personalities import Replays, poisoned
 from support.v2.drafts import assert_all_equal, watching
 from support.v2.engines import LONG, MAX_TOKENS, TEXTS, K, engine, speculator
 from support.v2.triton_ops import OUR_KERNELS, use_triton
@@ -89,34 +91,43 @@ def test_a_moved_storage_would_be_seen() -> None:
     assert seen == [{fixed_address, o.untyped_storage().data_ptr()} for o in others]
 
 
+class Allocated(TorchDispatchMode):
+    """Shapes of the tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        leaves = tree_leaves(result)
+        self.shapes |= {tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)}
+        return result
+
+
 def stable_buffers(ours: SpecFormerSpeculator) -> list[Tensor]:
     """All that a captured step reads and writes from outside."""
     own = (ours.hidden_states, ours.sample_col, ours.draft_tokens, ours._block_table)
     return [buffer for buffer in (*own, *ours.inputs) if buffer is not None]
 
 
-class FakeGraphs:
-    """Stands in for captured graphs of all sizes that are a multiple of `PADDED`.
-
-    A graph runs what was captured: the context rows of a full batch and the draft pass over all
-    its rows, on whatever the buffers hold. It is the captured functions themselves, so this shows
-    everything about a replay but that CUDA can record it.
-    """
-
-    PADDED = 4
+class FakeGraphs(Replays):
+    """Graphs that note what they read, and see to it that only the batch's rows are written."""
 
     def __init__(self, ours: SpecFormerSpeculator, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.ours, self.replays = ours, Counter[tuple[int, int]]()
+        super().__init__(ours)
         self.storages: dict[int, list[StoragesRead]] = {}
         self.addresses: set[tuple[int, ...]] = set()
+        self.batches: list[list[int]] = []  # the requests' rows of state, step by step
         self.overflowing_steps = 0
         self._requests = self._tokens = 0
-        monkeypatch.setattr(speculator_v2, "dispatch_cg_and_sync_dp", self._dispatch)
+        monkeypatch.setattr(speculator_v2, "dispatch_cg_and_sync_dp", self.dispatch)
         monkeypatch.setattr(ours, "query_cudagraph_manager", self)
         run = ours._run
 
         def observed(requests: int, tokens: int, *args: Any) -> None:
             self._requests, self._tokens = requests, tokens
+            self.batches.append(ours.idx_mapping[:requests].tolist())
             before = self._cache().clone()
             logits = None if ours.draft_logits is None else ours.draft_logits.clone()
             run(requests, tokens, *args)
@@ -127,23 +138,13 @@ class FakeGraphs:
     def _cache(self) -> Tensor:
         return self.ours.model.attn.layers[0].kv_cache
 
-    def _dispatch(self, manager: Any, requests: int, num_rows: int, **kwargs: Any) -> Any:
-        assert manager is self
-        assert num_rows == requests
-        assert kwargs["uniform_token_count"] == 1
-        padded = -(-requests // self.PADDED) * self.PADDED
-        assert padded <= self.ours.max_num_reqs
-        return BatchExecutionDescriptor(CUDAGraphMode.FULL, padded, padded), None
-
     def run_fullgraph(self, desc: BatchExecutionDescriptor) -> None:
         ours, padded = self.ours, desc.num_reqs
         assert padded is not None
-        self.replays[self._requests, padded] += 1
         captured = ours._num_graph_context_tokens(padded)
         self.overflowing_steps += self._tokens > captured
         with StoragesRead() as storages:
-            ours._prepare_graph_forward(padded)
-            ours._generate_draft(padded, padded)
+            super().run_fullgraph(desc)
         self.storages.setdefault(padded, []).append(storages)
         self.addresses.add(tuple(buffer.data_ptr() for buffer in stable_buffers(ours)))
 
@@ -211,6 +212,81 @@ def test_padded_steps_cache_no_foreign_logits(
     assert_parity(continuations(outputs[:3]), answers)
     assert any(requests < padded for requests, padded in graphs.replays)
     assert len(graphs.addresses) == 1
+
+
+def test_batches_that_shrink_grow_and_change_order(
+    llm: LLM,
+    reference: DenseReference,
+    answers: dict[Tokens, Tokens],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Requests come while others are served, end early, or are aborted; one has a long prompt.
+
+    A prompt's chunks are behind the requests that decode, whenever it came.
+    """
+    graphs = FakeGraphs(speculator(llm), monkeypatch)
+    engine_ = llm.llm_engine
+    llm.reset_prefix_cache()
+    # Step: the requests that come before it, as (name, text, tokens wanted); None: aborted.
+    plan: dict[int, dict[str, tuple[str, int] | None]] = {
+        0: {"a": (TEXTS[0], 9), "b": (TEXTS[1], 3), "c": (TEXTS[2], 10)},
+        1: {"long": (LONG[1], 9), "d": (TEXTS[3], 10)},
+        3: {"a": None, "e": (TEXTS[4], 6)},
+        5: {"d": None, "f": (TEXTS[5], 8), "g": (TEXTS[6], 8)},
+    }
+    found: dict[Tokens, Tokens] = {}
+    step = 0
+    with poisoned(llm), watching(llm, answers) as watch:
+        while plan or engine_.has_unfinished_requests():
+            for name, request in plan.pop(step, {}).items():
+                if request is None:
+                    engine_.abort_request([name])
+                else:
+                    engine_.add_request(name, request[0], greedy(request[1]))
+            for output in engine_.step():
+                if output.finished:
+                    found |= continuations([output])
+            step += 1
+    assert_parity(found, answers)
+    assert len(found) >= 5
+    steps = list(pairwise(graphs.batches))
+    assert any(set(after) < set(before) for before, after in steps), "no batch has shrunk"
+    assert any(set(after) > set(before) for before, after in steps), "no batch has grown"
+    assert any(
+        [row for row in before if row in after] != [row for row in after if row in before]
+        for before, after in steps
+    ), "no batch has changed its order"
+    assert len(graphs.addresses) == 1
+    assert_all_equal(reference, watch, at_least=60)
+
+
+def test_coupled_drafts_never_have_their_logits_allocated(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even while the speculator is built: they can take gigabytes."""
+    config = llm.llm_engine.vllm_config
+    speculative = config.speculative_config
+
+    def built() -> tuple[SpecFormerSpeculator, set[tuple[int, ...]]]:
+        with set_current_vllm_config(config), Allocated() as allocated:
+            return SpecFormerSpeculator(config, torch.device("cpu")), allocated.shapes
+
+    ours, allocated = built()
+    assert ours.draft_logits is not None
+    logits = (ours.max_num_reqs, K, ours.vocab_size)
+    assert tuple(ours.draft_logits.shape) == logits
+    assert logits in allocated
+
+    hf_config = speculative.draft_model_config.hf_config
+    monkeypatch.setattr(hf_config, "specformer_verification", "coupled", raising=False)
+    ours, allocated = built()
+    assert ours.draws_with_target
+    assert ours.draft_logits is None
+    assert tuple(ours.draft_tokens.shape) in allocated
+    assert not any(math.prod(shape) == math.prod(logits) for shape in allocated)
+    # What was told the base class is nobody else's business.
+    assert ours.speculative_config is ours.vllm_config.speculative_config is speculative
+    assert speculative.draft_sample_method == "probabilistic"
 
 
 def test_capture_leaves_no_trace(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +12,9 @@ from support.engines import drafting, greedy
 from support.heads import make_head
 from support.outputs import continuations
 from support.seen_states import SeenStates
-from support.v2.drafts import assert_all_equal, watching
+from support.v2.drafts import assert_all_equal, seeing, watching
 from support.v2.engines import MAX_TOKENS, TEXTS, K, engine, groups_of, runner
 from support.v2.triton_ops import use_triton
-from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
-
-
-@contextmanager
-def seeing(reference: SeenStates, states: Any) -> Iterator[None]:
-    """Let a reference see what the speculator is given; `states` are the runner's requests."""
-    original = SpecFormerSpeculator.propose
-
-    def propose(self: SpecFormerSpeculator, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        hooks, num_rejected = args[3], args[5]
-        starts = batch.query_start_loc.tolist()
-        for row in range(batch.num_reqs):
-            state = int(batch.idx_mapping[row])
-            text = states.all_token_ids.gpu[state].tolist()
-            for index in range(starts[row], starts[row + 1] - int(num_rejected[row])):
-                reference.see(text, int(batch.positions[index]), [hook[index] for hook in hooks])
-        return original(self, batch, *args, **kwargs)
-
-    SpecFormerSpeculator.propose = propose  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        SpecFormerSpeculator.propose = original  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,14 @@ import pytest
 from support.dense import DenseReference
 from support.engines import drafting, greedy
 from support.outputs import Tokens, continuations
-from support.personalities import BLOCK, NAMES, SPLIT, personality, poisoned
+from support.personalities import (
+    BLOCK,
+    NAMES,
+    SPLIT,
+    counting_overlaps,
+    personality,
+    poisoned,
+)
 from support.v2.drafts import assert_all_equal, watching
 from support.v2.engines import LONG, MAX_TOKENS, TEXTS, K, engine, speculator
 
@@ -23,10 +30,20 @@ def test_personality(name: str, reference: DenseReference, answers: dict[Tokens,
         personality(name) as changes,
         engine(drafting(K), max_num_batched_tokens=96, **changes) as llm,
     ):
-        layer = speculator(llm).model.attn
-        assert layer.pages_per_block == BLOCK // SPLIT.get(name, BLOCK) or name not in SPLIT
-        with poisoned(llm), watching(llm, answers) as watch:
+        ours = speculator(llm)
+        if name in SPLIT:
+            assert ours.model.attn.pages_per_block == BLOCK // SPLIT[name]
+        with (
+            poisoned(llm),
+            watching(llm, answers) as watch,
+            counting_overlaps() as steps,
+        ):
             outputs = llm.generate(texts, greedy(MAX_TOKENS), use_tqdm=False)
+        assert bool(steps["overlapped"]) == (name == "asynchronous")
+        if name == "replayed":
+            replays = ours.query_cudagraph_manager.replays
+            assert replays.total() == watch.requests.total()
+            assert any(requests < padded for requests, padded in replays)
     assert continuations(outputs).items() <= answers.items()
     assert max(len(d.text) for d in watch.drafted) > BLOCK
     assert_all_equal(reference, watch, at_least=40)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm import LLM
+from vllm import LLM, SamplingParams
 
 from support.dense import DenseReference
-from support.drafts import Drafted, compare
+from support.drafts import Comparison, Drafted, compare
 from support.outputs import Tokens
+from support.seen_states import SeenStates
 from support.v2.engines import runner
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
@@ -89,6 +90,40 @@ def watching(
         yield watch
     finally:
         SpecFormerSpeculator.propose = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def seeing(reference: SeenStates, states: Any) -> Iterator[None]:
+    """Let a reference see what the speculator is given; `states` are the runner's requests."""
+    original = SpecFormerSpeculator.propose
+
+    def propose(self: SpecFormerSpeculator, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        hooks, num_rejected = args[3], args[5]
+        starts = batch.query_start_loc.tolist()
+        for row in range(batch.num_reqs):
+            state = int(batch.idx_mapping[row])
+            text = states.all_token_ids.gpu[state].tolist()
+            for index in range(starts[row], starts[row + 1] - int(num_rejected[row])):
+                reference.see(text, int(batch.positions[index]), [hook[index] for hook in hooks])
+        return original(self, batch, *args, **kwargs)
+
+    SpecFormerSpeculator.propose = propose  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SpecFormerSpeculator.propose = original  # type: ignore[method-assign]
+
+
+def against_dense(llm: LLM, texts: Sequence[str], params: SamplingParams) -> Comparison:
+    """An engine's drafts of these texts, held against the dense head on the CPU.
+
+    It is given the states that the engine's target handed out, so that the target's own rounding
+    does not count.
+    """
+    reference = SeenStates()
+    with watching(llm) as watch, seeing(reference, runner(llm).req_states):
+        llm.generate(list(texts), params, use_tqdm=False)
+    return compare(reference, watch.drafted)
 
 
 def assert_all_equal(reference: DenseReference, watch: Watch, at_least: int) -> None:

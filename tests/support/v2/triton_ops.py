@@ -12,15 +12,26 @@ import pytest
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from support.variants import variant
 from vllm_specformer import head as head_module
 from vllm_specformer.engine import attention, speculator_v2
 
 
 class Launched:
-    """A kernel whose launches are counted and whose interpretation is not watched."""
+    """A kernel whose launches are counted and whose interpretation is not watched.
 
-    def __init__(self, kernel: Any, pausing: Callable[[], Any], launches: Counter[str]) -> None:
+    `variants`, if given, gets what a launch would have to be compiled for.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        pausing: Callable[[], Any],
+        launches: Counter[str],
+        variants: set[str] | None = None,
+    ) -> None:
         self.kernel, self.pausing, self.launches = kernel, pausing, launches
+        self.variants = variants
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.kernel, name)
@@ -30,6 +41,8 @@ class Launched:
             # vLLM samples the target's tokens with the same kernel as our drafts.
             if kwargs.get("IS_DRAFTING", True):
                 self.launches[self.kernel.__name__] += 1
+                if self.variants is not None:
+                    self.variants.add(variant(self.kernel, args, kwargs))
             # A dispatch mode does not see a launch; views show it which tensors the kernel uses.
             for argument in tree_leaves(args):
                 if isinstance(argument, Tensor):
@@ -41,7 +54,9 @@ class Launched:
 
 
 def use_triton(
-    monkeypatch: pytest.MonkeyPatch, pausing: Callable[[], Any] = contextlib.nullcontext
+    monkeypatch: pytest.MonkeyPatch,
+    pausing: Callable[[], Any] = contextlib.nullcontext,
+    variants: set[str] | None = None,
 ) -> Counter[str]:
     """Let the head run on its Triton kernels, as on a GPU; returns the count of their launches."""
     launches: Counter[str] = Counter()
@@ -55,11 +70,13 @@ def use_triton(
     ):
         launcher = import_module(f"specformer_kernels.{operation}.{file}")
         kernel = getattr(launcher, f"_{operation}_kernel")
-        monkeypatch.setattr(launcher, f"_{operation}_kernel", Launched(kernel, pausing, launches))
+        watched = Launched(kernel, pausing, launches, variants)
+        monkeypatch.setattr(launcher, f"_{operation}_kernel", watched)
         monkeypatch.setattr(module, operation, getattr(launcher, operation))
     gumbel = import_module("vllm.v1.worker.gpu.sample.gumbel")
     kernel = gumbel._gumbel_sample_kernel
-    monkeypatch.setattr(gumbel, "_gumbel_sample_kernel", Launched(kernel, pausing, launches))
+    watched = Launched(kernel, pausing, launches, variants)
+    monkeypatch.setattr(gumbel, "_gumbel_sample_kernel", watched)
     return launches
 
 

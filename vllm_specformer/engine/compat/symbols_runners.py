@@ -213,6 +213,12 @@ RUNNER_V2: tuple[Reliance, ...] = (
         "temperature seeds draft_tokens draft_logits dp_size dp_rank model attn_groups "
         "attn_cg_support block_tables kv_cache_config draft_attn_layer_names supports_mm_inputs",
     ),
+    *members(
+        "vllm.config.model:ModelConfig",
+        MODEL,
+        "keeps the head's parameters through sleep of level 2",
+        "sleep_preserve_parameter_names",
+    ),
     call(
         "vllm.v1.spec_decode.dynamic.utils:build_dynamic_sd_schedule_lookup",
         V2,

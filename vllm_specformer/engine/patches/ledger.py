@@ -44,6 +44,7 @@ SUBJECTS = (
     "requests",
     "kv_groups",
     "candidates",
+    "worker",
 )
 # They act only where somebody asks for SpecFormer. Made on every vLLM, so that one which is not
 # supported can be refused by name.
