@@ -42,6 +42,7 @@ SUBJECTS = (
     "draftless_steps",
     "late_store",
     "requests",
+    "drawn_drafts",
     "kv_groups",
 )
 # They act only where somebody asks for SpecFormer. Made on every vLLM, so that one which is not

@@ -1,0 +1,94 @@
+"""Drawn drafts on the V1 runner, beside requests that get the head's best tokens.
+
+vLLM draws all rows of a batch from one stream, which has no seed. Here a request with a seed has a
+stream of its own for its drafts, beside the one that the target's tokens are drawn from: it repeats
+itself, whatever else is in the batch. Rows that take the best token are verified as such, by a
+distribution that knows nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from vllm_specformer.engine.draws.rules import wants_best
+
+# Added to a request's seed for the stream of its drafts, which must not be the target's noise.
+_SALT = 0x5DEECE66D
+_STREAM = "specformer_draft_stream"
+
+
+class DrawnBatch(NamedTuple):
+    """What a batch of R requests is to get.
+
+    Attributes:
+        num_reqs: R.
+        num_drawn: requests whose drafts are drawn.
+        best: rows of sampled requests that get the head's best tokens.
+        streams: row -> stream of a request with a seed whose drafts are drawn.
+    """
+
+    num_reqs: int
+    num_drawn: int
+    best: list[int]
+    streams: dict[int, Generator]
+
+    @classmethod
+    def of(cls, runner: Any, num_reqs: int) -> DrawnBatch:
+        """The first `num_reqs` requests of the V1 runner's batch."""
+        best: list[int] = []
+        streams: dict[int, Generator] = {}
+        num_drawn = 0
+        discarded = runner.discard_request_mask.np
+        for row, name in enumerate(runner.input_batch.req_ids[:num_reqs]):
+            state = runner.requests[name]
+            if wants_best(state.sampling_params):
+                best.append(row)
+            elif state.sampling_params.temperature > 0:
+                num_drawn += 1
+                # Drafts of a prompt that is not yet computed to its end are never verified. They
+                # take nothing from the stream: the parts of a prompt make no difference.
+                if state.generator is not None and not discarded[row]:
+                    streams[row] = _stream(state)
+        return cls(num_reqs, num_drawn, best, streams)
+
+    def apply(self, tokens: Tensor, probs: Tensor) -> Tensor:
+        """Draw again for rows with a stream of their own, and give the best token to others.
+
+        Args:
+            tokens: drawn for every row, int64 [R * n], the n slots of a request after one another;
+                changed in place.
+            probs: what they were drawn from, float32 [R * n, N]. Rows that get the best token are
+                changed in place: it has probability 1.
+
+        Returns:
+            `tokens`.
+        """
+        slots = len(tokens) // self.num_reqs
+        for row, stream in self.streams.items():
+            own = slice(row * slots, (row + 1) * slots)
+            noise = torch.empty_like(probs[own]).exponential_(generator=stream)
+            tokens[own] = (probs[own] / noise.clamp_min_(_TINY)).argmax(-1)
+        if self.best:
+            rows = torch.tensor(self.best, device=probs.device)
+            of_request = probs.view(self.num_reqs, slots, -1)
+            best = of_request[rows].argmax(-1)
+            of_request[rows] = torch.zeros_like(of_request[rows]).scatter_(-1, best[..., None], 1.0)
+            tokens.view(self.num_reqs, slots)[rows] = best
+        return tokens
+
+
+# What a token of probability 0 must not be divided by: 0/0 would be the largest of all.
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def _stream(state: Any) -> Generator:
+    """The stream of a request's drafts, kept with what the runner knows of the request."""
+    stream: Generator | None = vars(state).get(_STREAM)
+    if stream is None:
+        stream = Generator(device=state.generator.device)
+        stream.manual_seed((state.sampling_params.seed + _SALT) % 2**63)
+        vars(state)[_STREAM] = stream
+    return stream
