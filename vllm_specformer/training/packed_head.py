@@ -289,6 +289,7 @@ class PackedHead(SpecFormerHead):
         wanted: int,
         temperature: float,
         memory: int = DEFAULT_MEMORY,
+        keep: Callable[[Tensor], Tensor] = lambda scores: scores,
     ) -> Tensor:
         """How probably the text's next tokens came of drafts drawn from the head.
 
@@ -297,6 +298,7 @@ class PackedHead(SpecFormerHead):
 
         Args:
             temperature: at which text and drafts were drawn, above 0.
+            keep: what filtered the target's logits [..., V] after the temperature (top-p, top-k).
 
         Returns:
             float32 [rows, A, wanted]: min(1, q / p) of the token in each slot, given that all
@@ -309,7 +311,7 @@ class PackedHead(SpecFormerHead):
         for part in self._parts(rows, running, 5, memory):
             slots = self.slot_states(context, rows, target, part, running)
             chances = [
-                self._chance(slots[:, :, slot], slot, rows, target, labels, part, temperature)
+                self._chance(slots[:, :, slot], slot, rows, target, labels, part, temperature, keep)
                 for slot in range(wanted)
             ]
             found.append(torch.stack(chances, dim=-1))
@@ -324,6 +326,7 @@ class PackedHead(SpecFormerHead):
         labels: _Labels,
         part: slice,
         temperature: float,
+        keep: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """`chances` of one slot at some anchors, [rows, anchors of the part]."""
         own = labels.indices[:, part, slot]
@@ -332,15 +335,14 @@ class PackedHead(SpecFormerHead):
             logits = logits + self.markov_logits(labels.previous[:, part, slot])
         seen = rows.at(rows.last_states, rows.after_anchors(1 + slot)[:, part])
         tokens = rows.at(rows.input_ids, rows.after_anchors(2 + slot)[:, part])
-        q = _log_prob(logits, own.clamp(min=0), temperature)
-        p = _log_prob(target.lm_head(seen), tokens, temperature)
+        q = _log_prob(logits.float() / temperature, own.clamp(min=0))
+        p = _log_prob(keep(target.lm_head(seen).float() / temperature), tokens)
         return (q - p).exp().clamp(max=1).masked_fill(own == IGNORED, 0)
 
 
-def _log_prob(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """Log-probability of one token per row, in float32: [..., V] and [...] -> [...]."""
-    scores = (logits.float() / temperature).log_softmax(-1)
-    return scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+def _log_prob(scores: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of one token per row: [..., V] and [...] -> [...]."""
+    return scores.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 class _Gradients:

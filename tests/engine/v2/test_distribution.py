@@ -18,9 +18,8 @@ from support.outputs import Tokens, counting, token_ids
 from support.v2.drafts import watching
 from support.v2.engines import K, engine, speculator
 
-SAMPLES = 320
-# The second token is the first that drafts decide, the third may be drafted, too.
-DEPTH = 3
+SAMPLES = 160
+DEPTH = 2  # the second token is the first that drafts decide
 TOP_P = 0.85
 WIDE = {"max_num_seqs": 40, "max_num_batched_tokens": 512}
 PROMPT = prompts()[1]
@@ -39,14 +38,12 @@ def test_the_default_has_the_targets_law(reference: DenseReference) -> None:
     prompt = tuple(tokenizer()(PROMPT)["input_ids"])
     with engine(drafting(K), **WIDE) as llm:
         assert speculator(llm).draft_logits is not None
-        for top_p, changes in ((1.0, {"seed": 3}), (TOP_P, {"top_p": TOP_P})):
-            laws = {n: joint_law(reference, prompt, n, 1.0, top_p) for n in range(1, DEPTH + 1)}
-            with watching(llm) as watch, counting(llm) as counted:
-                assert_law(laws, sample(llm, **changes))
-            at_one_text = Counter(d.text for d in watch.drafted).most_common(1)[0][0]
-            assert len({d.drafts for d in watch.drafted if d.text == at_one_text}) > 20
-            accepted = counted["spec_decode_num_accepted_tokens"]
-            assert accepted > 0.05 * counted["spec_decode_num_drafts"]
+        laws = {n: joint_law(reference, prompt, n, 1.0, TOP_P) for n in range(1, DEPTH + 1)}
+        with watching(llm) as watch, counting(llm) as counted:
+            assert_law(laws, sample(llm, top_p=TOP_P, seed=3))
+    at_one_text = Counter(d.text for d in watch.drafted).most_common(1)[0][0]
+    assert len({d.drafts for d in watch.drafted if d.text == at_one_text}) > 10
+    assert counted["spec_decode_num_accepted_tokens"] > 0.05 * counted["spec_decode_num_drafts"]
 
 
 def test_what_each_request_of_a_batch_gets(answers: dict[Tokens, Tokens]) -> None:
@@ -83,12 +80,3 @@ def test_what_each_request_of_a_batch_gets(answers: dict[Tokens, Tokens]) -> Non
         text = tuple(output.outputs[0].token_ids)
         assert answers[tuple(output.prompt_token_ids or ())][: len(text)] == text
     assert outputs[0].outputs[0].text.isalpha()
-
-
-def test_coupled_drafts_meet_the_targets_noise_by_default() -> None:
-    for method, shares in ((None, True), ("greedy", False)):
-        changes = {} if method is None else {"draft_sample_method": method}
-        with engine(drafting(K, verification="coupled", **changes)) as llm:
-            ours = speculator(llm)
-            assert ours.draws_with_target is shares
-            assert ours.draft_logits is None
