@@ -81,6 +81,7 @@ def test_bound_and_lookup(pair: Pair) -> None:
     assert all(text.chances == {} for text in greedy)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("markov", [True, False])
 def test_chances_are_those_of_the_served_head(
     pair: Pair, markov: bool, monkeypatch: pytest.MonkeyPatch

@@ -214,7 +214,7 @@ class SpecFormerProposer(DFlashProposer):
         """Draft tokens [R, n] from slot states [R, n, H]; keeps what they were drawn from."""
         self._drawn = None
         if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
-            drawn = DrawnBatch.of(self.runner, len(slots))
+            drawn = DrawnBatch(self.runner, *slots.shape[:2])
             self._drawn = drawn if drawn.num_drawn else None
         # argmax over float32 is several times faster than over bfloat16 on a CPU.
         logits = self.model.compute_logits(slots.flatten(0, 1)).float()
@@ -241,9 +241,9 @@ class SpecFormerProposer(DFlashProposer):
             drafts are cut.
         """
         previous, tokens, probs, biased = bonus_tokens, [], [], []
-        for slot in logits.unbind(1):
-            scores = slot + self.model.head.markov_logits(previous)
-            previous, slot_probs = self._choose(scores, sampling_metadata)
+        for slot, own in enumerate(logits.unbind(1)):
+            scores = own + self.model.head.markov_logits(previous)
+            previous, slot_probs = self._choose(scores, sampling_metadata, slot)
             if self.cut is not None:
                 biased.append(scores)
             tokens.append(previous)
@@ -255,11 +255,14 @@ class SpecFormerProposer(DFlashProposer):
             torch.stack(biased, dim=1) if biased else logits,
         )
 
-    def _choose(self, logits: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
+    def _choose(
+        self, logits: Tensor, sampling_metadata: Any, slot: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
         """Target ids [rows] and, where a request draws, the probabilities [rows, V] drawn from.
 
-        Of logits [rows, V], or [rows, N] of a draft vocabulary: other tokens have probability 0.
-        Without probabilities vLLM takes each draft for certain, as the best tokens are.
+        Of logits [rows, V] of a slot, or of all; or [rows, N] of a draft vocabulary: other tokens
+        have probability 0. Without probabilities vLLM takes each draft for certain, as the best
+        tokens are.
         """
         head = self.model.head
         if self._drawn is None:
@@ -269,4 +272,5 @@ class SpecFormerProposer(DFlashProposer):
             return head.to_tokens(best), None
         chosen, probs = self._sample_from_logits(logits, sampling_metadata)
         assert probs is not None
-        return head.to_tokens(self._drawn.apply(chosen, probs)), head.over_vocabulary(probs, 0.0)
+        chosen = self._drawn.apply(chosen, probs, slot)
+        return head.to_tokens(chosen), head.over_vocabulary(probs, 0.0)

@@ -75,7 +75,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         if self.draws_with_target:
             self.draft_logits = None
         # Among sampled requests with drawn drafts, those that want the best ones all the same.
-        self.best_rows = BestRows(self.max_num_reqs)
+        self.best_rows = BestRows(self.max_num_reqs, device)
         self._best: Tensor | None = None
         # One query row per request: its last accepted token.
         self.num_query_per_req = 1
@@ -294,7 +294,9 @@ class SpecFormerSpeculator(DFlashSpeculator):
         wanted = num_speculative_tokens or self.num_speculative_steps
         self._best = None
         if self.draft_logits is not None and not dummy_run:
-            self._best = self.best_rows.of(input_batch.idx_mapping_np[:requests], self.device)
+            self._best = self.best_rows.of(
+                input_batch.idx_mapping_np[:requests], input_batch.idx_mapping[:requests]
+            )
         if dummy_run and skip_attn_for_dummy_run:
             self._draft(requests, tokens, wanted)
             return self.draft_tokens[:requests]

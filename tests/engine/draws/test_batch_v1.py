@@ -45,25 +45,36 @@ def probs() -> Tensor:
     return logits.softmax(-1)
 
 
-def drawn(engine: Any, probs: Tensor) -> tuple[list[list[int]], Tensor]:
-    """Drafts [R][SLOTS] of a step, -1 where vLLM's own were left, and the distributions."""
+def drawn(engine: Any, probs: Tensor, at_once: bool = True) -> tuple[list[list[int]], Tensor]:
+    """Drafts [R][SLOTS] of a step, -1 where vLLM's own were left, and the distributions.
+
+    All slots at once, or slot by slot as with a Markov term.
+    """
     count = len(engine.requests)
-    probs = probs[: count * SLOTS].clone()
+    batch, probs = DrawnBatch(engine, count, SLOTS), probs[: count * SLOTS].clone()
     tokens = torch.full((len(probs),), -1)
-    found = DrawnBatch.of(engine, count).apply(tokens, probs)
-    return found.view(count, SLOTS).tolist(), probs
+    if at_once:
+        batch.apply(tokens, probs)
+        return tokens.view(count, SLOTS).tolist(), probs
+    for slot in range(SLOTS):
+        chosen, of_slot = tokens[slot::SLOTS].clone(), probs[slot::SLOTS].clone()
+        tokens[slot::SLOTS] = batch.apply(chosen, of_slot, slot)
+        probs[slot::SLOTS] = of_slot
+    return tokens.view(count, SLOTS).tolist(), probs
 
 
 def test_what_a_batch_asks_for() -> None:
-    batch = DrawnBatch.of(runner(GREEDY, DRAWS, BEST, seeded(1), seeded(2), discarded=(4,)), 5)
-    assert (batch.num_reqs, batch.num_drawn, batch.best) == (5, 3, [2])
+    engine = runner(GREEDY, DRAWS, BEST, seeded(1), seeded(2), discarded=(4,))
+    batch = DrawnBatch(engine, 5, SLOTS)
+    assert (batch.num_drawn, batch.best) == (3, [2])
     assert batch.streams.keys() == {3}
-    assert DrawnBatch.of(runner(GREEDY, BEST), 2).num_drawn == 0
+    assert DrawnBatch(runner(GREEDY, BEST), 2, SLOTS).num_drawn == 0
 
 
-def test_best_tokens_are_certain(probs: Tensor) -> None:
-    """Of these rows alone, whether a call has one slot or all."""
-    tokens, changed = drawn(runner(DRAWS, BEST, GREEDY, BEST), probs)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_best_tokens_are_certain(probs: Tensor, at_once: bool) -> None:
+    """Of these rows alone."""
+    tokens, changed = drawn(runner(DRAWS, BEST, GREEDY, BEST), probs, at_once)
     best = probs.argmax(-1).view(4, SLOTS).tolist()
     assert tokens == [[-1] * SLOTS, best[1], [-1] * SLOTS, best[3]]
     certain = torch.nn.functional.one_hot(probs.argmax(-1), VOCABULARY).float()
@@ -79,6 +90,7 @@ def test_a_seed_decides_whatever_is_beside_it(probs: Tensor) -> None:
     assert drawn(other, probs)[0][0] == [-1] * SLOTS
     other.discard_request_mask.np[0] = False
     assert [drawn(other, probs)[0][0] for _ in range(5)] == expected
+    assert [drawn(runner(seeded(7)), probs, at_once=False)[0][0]] == expected[:1]
     assert drawn(runner(seeded(8)), probs)[0][0] != expected[0]
     torch.manual_seed(99)
     assert drawn(runner(seeded(7), seeded(8)), probs)[0][0] == expected[0]
@@ -91,14 +103,14 @@ def test_the_targets_noise_is_left_alone(probs: Tensor) -> None:
     before = generator.get_state()
     drawn(engine, probs)
     assert torch.equal(generator.get_state(), before)
-    (stream,) = DrawnBatch.of(engine, 1).streams.values()
+    (stream,) = DrawnBatch(engine, 1, SLOTS).streams.values()
     assert stream.initial_seed() != generator.initial_seed()
 
 
 def test_seeded_draws_have_their_distribution(probs: Tensor) -> None:
     engine, row = runner(seeded(3)), probs[:1]
-    batch = DrawnBatch.of(engine, 1)
-    draws = torch.cat([batch.apply(torch.tensor([-1]), row.clone()) for _ in range(4000)])
+    steps = [DrawnBatch(engine, 1, 1).apply(torch.tensor([-1]), row.clone()) for _ in range(4000)]
+    draws = torch.cat(steps)
     counts = draws.bincount(minlength=VOCABULARY)
     assert counts[row[0] == 0].sum() == 0
     expected = 4000 * row[0]

@@ -11,17 +11,22 @@ from vllm_specformer.engine.draws.batch_v2 import BestRows, keep_best
 CPU = torch.device("cpu")
 
 
+def found(rows: BestRows, *states: int) -> list[bool] | None:
+    of_batch = rows.of(np.array(states), torch.tensor(states, dtype=torch.int32))
+    return None if of_batch is None else of_batch.tolist()
+
+
 def test_a_state_row_has_the_wish_of_its_last_tenant() -> None:
-    rows = BestRows(4)
-    assert rows.of(np.array([0, 1, 2, 3]), CPU) is None
+    rows = BestRows(4, CPU)
+    assert found(rows, 0, 1, 2, 3) is None
     rows.add_request(2, SamplingParams(temperature=1, top_k=1))
     rows.add_request(1, SamplingParams(temperature=1))
-    found = rows.of(np.array([2, 0, 1]), CPU)
-    assert found is not None
-    assert found.tolist() == [True, False, False]
-    assert rows.of(np.array([3, 1]), CPU) is None
+    assert found(rows, 2, 0, 1) == [True, False, False]
+    assert found(rows, 3, 1) is None
     rows.add_request(2, SamplingParams(temperature=1))
-    assert rows.of(np.array([2, 0, 1]), CPU) is None
+    assert found(rows, 2, 0, 1) is None
+    rows.add_request(0, SamplingParams(temperature=1, top_k=1))
+    assert found(rows, 2, 0) == [False, True]
 
 
 def test_best_logits_alone_are_kept() -> None:

@@ -31,9 +31,9 @@ def added(speculator: Any) -> None:
 
 
 def test_by_state_row() -> None:
-    best = BestRows(8)
+    best = BestRows(8, torch.device("cpu"))
     added(SimpleNamespace(best_rows=best))
-    found = best.of(np.arange(8), torch.device("cpu"))
+    found = best.of(np.arange(8), torch.arange(8))
     assert found is not None
     assert found.nonzero().tolist() == [[4]]
 

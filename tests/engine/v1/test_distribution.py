@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import LLM, SamplingParams
+from vllm import LLM, CompletionOutput, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
 from support.dense import DenseReference
@@ -211,18 +211,18 @@ def test_drafts_of_requests_with_top_p_or_a_seed(
             assert accepted > MIN_ACCEPTED * counted["spec_decode_num_drafts"]
 
 
-def spoken(llm: LLM, prompt: Tokens) -> Counter[str]:
-    """How often each text of the grammar is written."""
+def spoken(llm: LLM, prompt: Tokens) -> list[CompletionOutput]:
+    """What is written under the grammar."""
     grammar = StructuredOutputsParams(regex=GRAMMAR)
     params = SamplingParams(n=SAMPLES, temperature=1, max_tokens=16, structured_outputs=grammar)
     (output,) = llm.generate([{"prompt_token_ids": list(prompt)}], params, use_tqdm=False)
-    texts = [c.text for c in output.outputs]
-    assert all(re.fullmatch(GRAMMAR, text) for text in texts)
-    return Counter(texts)
+    assert all(re.fullmatch(GRAMMAR, completion.text) for completion in output.outputs)
+    return output.outputs
 
 
-def likeness(some: Counter[str], others: Counter[str]) -> float:
+def likeness(*sets: Sequence[CompletionOutput]) -> float:
     """Probability that two sets of SAMPLES come out this different if their law is one."""
+    some, others = (Counter(completion.text for completion in found) for found in sets)
     both = some + others
     rare = {text for text, count in both.items() if count < 2 * MIN_EXPECTED}
     pairs = [(some[text], others[text]) for text in both.keys() - rare]
@@ -233,19 +233,29 @@ def likeness(some: Counter[str], others: Counter[str]) -> float:
     return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2).double()))
 
 
-def test_a_grammar_keeps_the_law(prompt: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It cuts drafts off by their values. Drawn drafts, the control, do not bear that."""
+def test_a_grammar_keeps_the_law(
+    tmp_path: Path, reference: DenseReference, prompt: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cuts drafts off by their values. Drawn drafts, the control, do not bear that.
+
+    The head drafts something that is often said and something forbidden.
+    """
     changes: dict[str, Any] = {"max_num_seqs": 128, "max_model_len": 128}
     with engine(None, **changes) as llm:
         plain = spoken(llm, prompt)
-    with engine(drafting(4), **changes) as llm:
+    after_return = Counter(completion.token_ids[1] for completion in plain)
+    (token, said), *_ = after_return.most_common(1)
+    assert 0.1 < said / SAMPLES < 0.5
+    drafted = {depth: {(token,): 0.55, (prompt[-1],): 0.45} for depth in range(1, DEPTH + 1)}
+    head = lawful_head(tmp_path / "head", reference, drafted, restricted=False)
+    with engine(drafting(4, head), **changes) as llm:
         with counting(llm) as counted:
             alike = likeness(plain, spoken(llm, prompt))
         monkeypatch.setattr(batch_v1, "wants_best", lambda params: False)
         wrong = likeness(plain, spoken(llm, prompt))
     print(f"p-values: {alike:.3g}, with drawn drafts {wrong:.3g}")
     assert alike > LEVEL
-    assert wrong < LEVEL
+    assert wrong < LEVEL / 100
     assert counted["spec_decode_num_accepted_tokens"] > 0
 
 

@@ -42,7 +42,8 @@ def test_our_triton_kernels_inside_vllm(
             outputs = llm.generate([*TEXTS[:5], LONG[0]], greedy(MAX_TOKENS), use_tqdm=False)
     assert continuations(outputs).items() <= answers.items()
     print(f"launches {dict(launches)}; ", end="")
-    assert set(launches) == OUR_KERNELS
+    # vLLM's kernel that draws takes the best tokens of greedy requests, too.
+    assert set(launches) == OUR_KERNELS | {"_gumbel_sample_kernel"}
     # Two attentions a step: the anchor over the context, then the slots.
     assert launches["_block_attention_kernel"] == 2 * watch.requests.total()
     # Keys, values and the anchors' queries are one launch.

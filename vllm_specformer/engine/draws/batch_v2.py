@@ -16,21 +16,31 @@ from vllm_specformer.engine.draws.rules import wants_best
 
 
 class BestRows:
-    """Which state rows want the best tokens; on the host, where a step asks without waiting."""
+    """Which state rows want the best tokens: on the host, where a step asks without waiting, and
+    on the device, where it takes them from. Only new requests change them.
+    """
 
-    def __init__(self, num_states: int) -> None:
+    def __init__(self, num_states: int, device: torch.device) -> None:
         self._wanted = np.zeros(num_states, dtype=bool)
+        self._on_device = torch.zeros(num_states, dtype=torch.bool, device=device)
 
     def add_request(self, state_row: int, params: Any) -> None:
         """A state row's new tenant, with vLLM's sampling parameters."""
-        self._wanted[state_row] = wants_best(params)
+        wanted = wants_best(params)
+        if wanted != self._wanted[state_row]:
+            self._wanted[state_row] = wanted
+            self._on_device[state_row].fill_(wanted)
 
-    def of(self, state_rows: np.ndarray, device: torch.device) -> Tensor | None:
-        """Bool [R] for the requests in these state rows; None where none of them is such."""
-        wanted = self._wanted[state_rows]
-        if not wanted.any():
+    def of(self, state_rows: np.ndarray, on_device: Tensor) -> Tensor | None:
+        """Bool [R] for the requests in these state rows; None where none of them is such.
+
+        Args:
+            state_rows: [R].
+            on_device: the same, int32 or int64.
+        """
+        if not self._wanted[state_rows].any():
             return None
-        return torch.from_numpy(wanted).to(device, non_blocking=True)
+        return self._on_device[on_device.long()]
 
 
 def keep_best(logits: Tensor, wanted: Tensor) -> Tensor:
