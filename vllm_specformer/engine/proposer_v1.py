@@ -96,9 +96,10 @@ class SpecFormerProposer(DFlashProposer):
             slots = self.model(
                 context[:requests], queries, first, first, first, None, self.num_speculative_tokens
             )
-            logits = self.model.compute_logits(slots.flatten(0, 1)).float()
-            if self._enable_probabilistic_draft_probs:  # what vLLM's drawing holds at once
-                probs = logits.softmax(-1)
+            logits = self.model.compute_logits(slots.flatten(0, 1))
+            # What vLLM's drawing holds at once. A CPU's memory is not profiled.
+            if self._enable_probabilistic_draft_probs and self.device.type != "cpu":
+                probs = logits.float().softmax(-1)
                 (probs.clone() / torch.empty_like(probs).exponential_()).argmax(-1)
 
     def prepare_inputs_padded(
