@@ -32,7 +32,7 @@ LAYER_LAUNCHES = 10
 # Around the layers: embedding, final norm, logits, sampling, preparation of inputs.
 PASS_LAUNCHES = 8
 # Ours, as tests/engine/v2/test_launches.py counts them: before the graph, and in it.
-STAGE_LAUNCHES, DRAFT_LAUNCHES = 4, 34
+STAGE_LAUNCHES, DRAFT_LAUNCHES = 4, 36
 # vLLM's V2 sampler copies logits to float32 and reads the copy.
 SAMPLED_BYTES = 2 + 4 + 4
 

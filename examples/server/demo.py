@@ -1,5 +1,7 @@
 """`make demo`: serve the bundled pair with vLLM, talk to it, and compare it with no speculation.
 
+Greedy first, then the same prompts at temperature 1, where the head's drafts are drawn.
+
 Two servers run the same target, one with the SpecFormer head and one without. They are measured in
 turn, never at the same time: a waiting vLLM server uses about 1% of a core, so the one that
 works has the machine to itself. Both run in fp32, where greedy outputs must be equal token for
@@ -17,6 +19,7 @@ import shlex
 import signal
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -87,11 +90,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         drafting = start(stack, "with", ["--speculative-config", json.dumps(speculative)])
         show_requests(drafting, prompts)
         plain = start(stack, "without", [])
-        before = read_draft_counts(drafting.url)
-        alone, together = measure(args, drafting, plain, prompts)
-        counts = read_draft_counts(drafting.url) - before
-    results = as_results(counts, alone, together)
-    print_table(results, alone, together)
+        counts, (alone, together) = counted(
+            drafting, partial(measure, args, drafting, plain, prompts)
+        )
+        drawn, sampled = counted(
+            drafting, partial(measure, args, drafting, plain, prompts, temperature=1.0)
+        )
+    results = as_results(counts, alone, together) | sampled_results(drawn, *sampled)
+    print_table(results, alone, together, sampled)
     return results | {
         "start_up_s": [round(server.started_in_s, 1) for server in (drafting, plain)],
         "commands": [without_machine_paths(server.command) for server in (drafting, plain)],
@@ -144,22 +150,37 @@ def show_requests(server: Server, prompts: list[str]) -> None:
     complete(server.url, TARGET, prompts[:CONCURRENT], CONCURRENT, on_completion)
 
 
+Pairs = tuple[PairedRounds, PairedRounds]
+
+
+def counted(server: Server, work: Callable[[], Pairs]) -> tuple[DraftCounts, Pairs]:
+    """What `work` measures, and the increase of a server's draft counters meanwhile."""
+    before = read_draft_counts(server.url)
+    pairs = work()
+    return read_draft_counts(server.url) - before, pairs
+
+
 def measure(
-    args: argparse.Namespace, drafting: Server, plain: Server, prompts: list[str]
-) -> tuple[PairedRounds, PairedRounds]:
+    args: argparse.Namespace,
+    drafting: Server,
+    plain: Server,
+    prompts: list[str],
+    temperature: float = 0.0,
+) -> Pairs:
     """Paired rounds at concurrency 1 and 16, after a warm-up of both servers."""
     measured = []
+    send = partial(complete, temperature=temperature)
     for server in (drafting, plain):
-        complete(server.url, TARGET, prompts[:CONCURRENT], CONCURRENT)
+        send(server.url, TARGET, prompts[:CONCURRENT], CONCURRENT)
     for concurrency, used in ((1, prompts[: args.sequential_prompts]), (CONCURRENT, prompts)):
         console.print(
-            f"\n[bold]Measuring[/] {args.rounds} pairs of rounds: "
+            f"\n[bold]Measuring[/] {args.rounds} pairs of rounds at temperature {temperature:g}: "
             f"{len(used)} prompts, {concurrency} at a time"
         )
         measured.append(
             in_pairs(
-                partial(complete, drafting.url, TARGET, used, concurrency),
-                partial(complete, plain.url, TARGET, used, concurrency),
+                partial(send, drafting.url, TARGET, used, concurrency),
+                partial(send, plain.url, TARGET, used, concurrency),
                 args.rounds,
             )
         )
@@ -182,18 +203,40 @@ def as_results(counts: DraftCounts, alone: PairedRounds, together: PairedRounds)
     }
 
 
-def print_table(results: dict[str, Any], alone: PairedRounds, together: PairedRounds) -> None:
+SAMPLED = "_temperature_1"
+
+
+def sampled_results(
+    counts: DraftCounts, alone: PairedRounds, together: PairedRounds
+) -> dict[str, Any]:
+    """The same figures at temperature 1, where texts differ from round to round."""
+    found = as_results(counts, alone, together)
+    texts = ("identical_greedy_outputs", "differing_prompts")
+    return {f"{name}{SAMPLED}": value for name, value in found.items() if name not in texts}
+
+
+def print_table(
+    results: dict[str, Any], alone: PairedRounds, together: PairedRounds, sampled: Pairs
+) -> None:
     table = Table("", "with SpecFormer", "without", "ratio (min-max of the pairs)")
-    for concurrency, suffix, pairs in ((1, "", alone), (CONCURRENT, "_16", together)):
+    for concurrency, suffix, pairs in (
+        (1, "", alone),
+        (CONCURRENT, "_16", together),
+        (1, SAMPLED, sampled[0]),
+        (CONCURRENT, f"_16{SAMPLED}", sampled[1]),
+    ):
+        at = ", temperature 1" if suffix.endswith(SAMPLED) else ""
         table.add_row(
-            f"tokens/s, {concurrency} at a time",
+            f"tokens/s, {concurrency} at a time{at}",
             f"{results['tokens_per_second_with' + suffix]:.0f}",
             f"{results['tokens_per_second_without' + suffix]:.0f}",
             f"{results['ratio' + suffix]:.2f} ({min(pairs.ratios):.2f}-{max(pairs.ratios):.2f})",
         )
-    table.add_row("tokens per step", f"{results['tokens_per_step']:.2f}", "1", "")
-    accepted = "  ".join(f"{a:.2f}" for a in results["acceptance_per_position"])
-    table.add_row("acceptance per position", accepted, "", "")
+    for suffix, at in (("", ""), (SAMPLED, ", temperature 1")):
+        steps = f"{results['tokens_per_step' + suffix]:.2f}"
+        table.add_row(f"tokens per step{at}", steps, "1", "")
+        accepted = "  ".join(f"{a:.2f}" for a in results["acceptance_per_position" + suffix])
+        table.add_row(f"acceptance per position{at}", accepted, "", "")
     identical = "yes" if results["identical_greedy_outputs"] else "NO"
     table.add_row("identical greedy outputs", identical, "", "")
     console.print()

@@ -88,9 +88,10 @@ def complete(
     prompts: Sequence[str],
     concurrency: int,
     on_completion: Callable[[Completion], None] = lambda completion: None,
+    temperature: float = 0.0,
 ) -> Round:
-    """Complete all prompts greedily, at most `concurrency` at a time; timed as a whole."""
-    return asyncio.run(_complete(url, model, prompts, concurrency, on_completion))
+    """Complete all prompts, at most `concurrency` at a time; timed as a whole."""
+    return asyncio.run(_complete(url, model, prompts, concurrency, on_completion, temperature))
 
 
 async def _complete(
@@ -99,6 +100,7 @@ async def _complete(
     prompts: Sequence[str],
     concurrency: int,
     on_completion: Callable[[Completion], None],
+    temperature: float,
 ) -> Round:
     slots = asyncio.Semaphore(concurrency)
     async with AsyncOpenAI(
@@ -111,7 +113,7 @@ async def _complete(
                     model=model,
                     prompt=prompt,
                     max_tokens=MAX_TOKENS,
-                    temperature=0,
+                    temperature=temperature,
                     extra_body={"return_token_ids": True},
                 )
             choice = answer.choices[0]

@@ -61,6 +61,9 @@ def test_prompts_to_metrics(
             assert {"lookup_3", "lookup_2_3"} < group[part].keys()
         assert ("share_of_bound" in group) == (name != "greedy")
         head, bound = (group["all"].get(method) for method in ("head", "bound"))
+        served = group["all"]["head_drawn" if bound else "head"]["K=4"]["tokens_per_step"]
+        lookup = max(group["all"][m]["K=4"]["tokens_per_step"] for m in ("lookup_3", "lookup_2_3"))
+        assert group["over_lookup"]["K=4"] == pytest.approx(served / lookup, abs=1e-3)
         if bound:
             share = head["K=4"]["tokens_per_step"] / bound["K=4"]["tokens_per_step"]
             assert group["share_of_bound"]["K=4"] == pytest.approx(share, abs=1e-3)
@@ -68,6 +71,7 @@ def test_prompts_to_metrics(
     printed = capsys.readouterr().out
     assert "greedy: tokens per step, 6 texts" in printed
     assert "of bound" in printed
+    assert "drawn" in printed
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
 
 

@@ -10,6 +10,7 @@ from support.answered_pair import MAX_TOKENS, Pair
 from vllm_specformer.evaluation import replay as replay_module
 from vllm_specformer.evaluation.replay import (
     BOUND,
+    DRAWN,
     HEAD,
     LOOKUP_2_3,
     LOOKUP_3,
@@ -74,6 +75,48 @@ def test_bound_and_lookup(pair: Pair) -> None:
     by_method = {m: replay(sampled, m, 4) for m in (HEAD, BOUND, LOOKUP_3, LOOKUP_2_3)}
     assert 1.1 < by_method[HEAD].tokens_per_step < by_method[BOUND].tokens_per_step < 5
     assert {a.tokens for a in by_method.values()} == {by_method[HEAD].tokens}
+    drawn = replay(sampled, DRAWN, 4)
+    assert drawn.tokens == pytest.approx(by_method[HEAD].tokens)
+    assert by_method[HEAD].tokens_per_step < drawn.tokens_per_step < 5
+    assert all(text.chances == {} for text in greedy)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("markov", [True, False])
+def test_chances_are_those_of_the_served_head(
+    pair: Pair, markov: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """min(1, q / p) of the text's own tokens, each draft following the text's token before it."""
+    if not markov:
+        monkeypatch.setattr(pair.head.config, "markov_rank", 0)
+    served = super(type(pair.head), pair.head)
+    compared = 0
+    for text in list(draft_texts(pair.head, pair.target, pair.texts(1.0), (1, 3), True))[:3]:
+        tokens = torch.tensor(text.tokens)
+        start, end = text.answers[0]
+        states, last = pair.target(tokens[None])
+        p = pair.target.lm_head(last)[0].softmax(-1)
+        anchors = torch.arange(len(tokens) - 1)[None]
+        for count in (1, 3):
+            slots = served.forward(
+                states, anchors, pair.target.embed(tokens[None, 1:]), pair.head.slots_to_run(count)
+            )
+            logits = pair.target.logits(slots[:, :, :count])[0]
+            assert sorted(text.chances[count]) == list(range(start - 1, end - 2))
+            for position, chances in text.chances[count].items():
+                for slot, chance in enumerate(chances):
+                    place = position + 2 + slot
+                    if place >= end:
+                        assert chance == 0
+                        continue
+                    scores = logits[position, slot]
+                    if markov:
+                        scores = scores + pair.head.markov_logits(tokens[place - 1])
+                    q = scores.softmax(-1)[tokens[place]]
+                    expected = min(1.0, float(q / p[place - 1, tokens[place]]))
+                    assert chance == pytest.approx(expected, rel=1e-3, abs=1e-6)
+                    compared += 1
+    assert compared > 100
 
 
 END = 0

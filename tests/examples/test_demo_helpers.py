@@ -47,7 +47,7 @@ def test_differing_outputs_are_found() -> None:
     assert pairs.differing_prompts() == ["def f():"]
 
 
-def test_results_have_the_promised_keys() -> None:
+def test_results_have_the_promised_keys(capsys: pytest.CaptureFixture[str]) -> None:
     pairs = load.PairedRounds((rounds_of(1.0),), (rounds_of(1.8),))
     results = demo.as_results(DraftCounts(10, 40, 17, (9, 5, 2, 1)), pairs, pairs)
     assert json.loads(json.dumps(results)) == results
@@ -57,7 +57,17 @@ def test_results_have_the_promised_keys() -> None:
     assert results["tokens_per_second_without"] == pytest.approx(1.7, abs=0.05)
     assert results["ratio"] == results["ratio_16"] == 1.8
     assert results["identical_greedy_outputs"] is True
-    demo.print_table(results, pairs, pairs)
+    slower = load.PairedRounds((rounds_of(1.0),), (rounds_of(1.25),))
+    sampled = demo.sampled_results(DraftCounts(10, 40, 12, (7, 3, 1, 1)), slower, pairs)
+    assert not sampled.keys() & results.keys()
+    assert sampled["tokens_per_step_temperature_1"] == 2.2
+    assert sampled["acceptance_per_position_temperature_1"] == [0.7, 0.3, 0.1, 0.1]
+    assert sampled["ratio_temperature_1"] == 1.25
+    assert sampled["ratio_16_temperature_1"] == 1.8
+    demo.print_table(results | sampled, pairs, pairs, (slower, pairs))
+    printed = capsys.readouterr().out
+    assert "temperature 1" in printed
+    assert "1.25 (1.25-1.25)" in printed
 
 
 def test_recorded_command_names_no_path_of_this_machine() -> None:
@@ -88,3 +98,5 @@ def test_demo_end_to_end(tmp_path: Path) -> None:
     assert results["tokens_per_step"] >= 1
     assert len(results["acceptance_per_position"]) == 4
     assert len(results["commands"]) == 2
+    assert results["tokens_per_step_temperature_1"] > 1.7, "drawn drafts are the default"
+    assert results["ratio_16_temperature_1"] > 0

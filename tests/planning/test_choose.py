@@ -233,6 +233,12 @@ def test_acceptance_of_an_evaluation(evaluation: Path) -> None:
         from_evaluation(evaluation, [8])
     with pytest.raises(SpecFormerError, match=r"--temperature 1: .* has temperature 0 only"):
         from_evaluation(evaluation, [2], temperature=1.0)
+    content = json.loads(evaluation.read_bytes())
+    drawn = {"K=2": {"tokens_per_step": 2.0, "acceptance_per_position": [0.6, 0.4]}}
+    methods = content["offline"]["greedy"]["all"] | {"head_drawn": drawn}
+    content["offline"]["sampled"] = {"temperature": 1.0, "all": methods}
+    evaluation.write_text(json.dumps(content))
+    assert from_evaluation(evaluation, [2], temperature=1.0) == {2: 2.0}  # what is served
     evaluation.write_text("[]")
     with pytest.raises(SpecFormerError, match="not what `specformer eval --json` writes"):
         from_evaluation(evaluation, [2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -64,6 +66,56 @@ def test_texts_add_up() -> None:
     for _ in range(3):
         acceptance.walk(TEXT, 2, lambda position: [TEXT[position + 2]])
     assert (acceptance.steps, acceptance.tokens) == (9, 18)
+
+
+def test_certain_chances_are_drafts_that_are_right_or_wrong() -> None:
+    drafts = {1: [11, 12], 4: [14, 0], 6: [0]}
+    walked, _ = replay(drafts)
+    expected = Acceptance(2)
+    expected.expect(len(TEXT), 2, lambda position: CERTAIN.get(position, [0.0, 0.0]))
+    assert vars(expected) == vars(walked)
+
+
+CERTAIN = {1: [1.0, 1.0], 4: [1.0, 0.0]}
+
+
+def test_expectation_is_the_mean_of_all_that_may_happen() -> None:
+    """Every outcome of every draft is walked through, with its probability."""
+    chances = {1: [0.5, 0.25], 2: [0.75, 0.5], 3: [0.25, 0.75], 4: [0.5, 0.5], 5: [0.75, 0.0]}
+    expected = Acceptance(2)
+    expected.expect(len(TEXT), 2, lambda position: chances.get(position, []))
+    steps = tokens = 0.0
+    accepted, offered = [0.0, 0.0], [0.0, 0.0]
+    places = [(position, slot) for position in chances for slot in (0, 1)]
+    for outcome in itertools.product((True, False), repeat=len(places)):
+        right = dict(zip(places, outcome, strict=True))
+        weight = math.prod(
+            chances[position][slot] if is_right else 1 - chances[position][slot]
+            for (position, slot), is_right in right.items()
+        )
+        walked = Acceptance(2)
+        walked.walk(
+            TEXT,
+            2,
+            lambda at, right=right: (
+                [  # type: ignore[misc]
+                    TEXT[at + 2 + slot] if right[at, slot] else 0
+                    for slot in (0, 1)
+                    if at + 2 + slot < len(TEXT)
+                ]
+                if at in chances
+                else []
+            ),
+        )
+        steps, tokens = steps + weight * walked.steps, tokens + weight * walked.tokens
+        for slot in (0, 1):
+            accepted[slot] += weight * walked.accepted[slot]
+            offered[slot] += weight * walked.offered[slot]
+    assert expected.steps == pytest.approx(steps)
+    assert expected.tokens == pytest.approx(tokens)
+    assert expected.tokens == pytest.approx(6)
+    assert expected.accepted == pytest.approx(accepted)
+    assert expected.offered == pytest.approx(offered)
 
 
 @pytest.mark.parametrize(

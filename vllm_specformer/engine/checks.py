@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from vllm_specformer.config import SpecFormerConfig, read_head_config
 from vllm_specformer.engine.compat.handed_out import handed_out
 from vllm_specformer.engine.compat.versions import check_chosen, check_complete, vllm_root
+from vllm_specformer.engine.draws.rules import METHOD, default_method
 from vllm_specformer.engine.patches.ledger import LEDGER
 from vllm_specformer.engine.speculative_config import (
     TREE,
@@ -144,7 +145,8 @@ def checked(
     _check_states(head, target_model_config)
     _check_engine(target_model_config, parallel_config)
     _check_files(str(speculative["model"]), speculative.get("revision"), head)
-    return speculative | {"method": "dflash", "num_speculative_tokens": tokens}
+    method = {METHOD: default_method(speculative)}
+    return speculative | method | {"method": "dflash", "num_speculative_tokens": tokens}
 
 
 # Ways of spreading a model over devices that the head cannot follow, and why.

@@ -22,6 +22,7 @@ from vllm_specformer.engine.checks import (
     check_v1_verification,
 )
 from vllm_specformer.engine.confidence import ConfidenceCut, largest_log_probs
+from vllm_specformer.engine.draws.batch_v1 import DrawnBatch
 from vllm_specformer.engine.head_pages import check_cache
 from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
@@ -46,6 +47,7 @@ class SpecFormerProposer(DFlashProposer):
         self._left: DeferredRows | None = None
         self._num_drafted = 0
         self._last_draft_probs: Tensor | None = None
+        self._drawn: DrawnBatch | None = None
 
     def _maybe_share_embeddings(self, target_language_model: nn.Module) -> None:
         self.model.bind_target(target_language_model)
@@ -96,7 +98,11 @@ class SpecFormerProposer(DFlashProposer):
             slots = self.model(
                 context[:requests], queries, first, first, first, None, self.num_speculative_tokens
             )
-            self.model.compute_logits(slots.flatten(0, 1))
+            logits = self.model.compute_logits(slots.flatten(0, 1))
+            # What vLLM's drawing holds at once. A CPU's memory is not profiled.
+            if self._enable_probabilistic_draft_probs and self.device.type != "cpu":
+                probs = logits.float().softmax(-1)
+                (probs.clone() / torch.empty_like(probs).exponential_()).argmax(-1)
 
     def prepare_inputs_padded(
         self, common_attn_metadata: CommonAttentionMetadata, spec_decode_metadata: Any, *args: Any
@@ -208,7 +214,11 @@ class SpecFormerProposer(DFlashProposer):
     def _sample(
         self, slots: Tensor, bonus_tokens: Tensor, sampling_metadata: Any
     ) -> Tensor | list[list[int]]:
-        """Draft tokens [R, n] from slot states [R, n, H]; keeps their distribution if asked to."""
+        """Draft tokens [R, n] from slot states [R, n, H]; keeps what they were drawn from."""
+        self._drawn = None
+        if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
+            drawn = DrawnBatch(self.runner, *slots.shape[:2])
+            self._drawn = drawn if drawn.num_drawn else None
         # argmax over float32 is several times faster than over bfloat16 on a CPU.
         logits = self.model.compute_logits(slots.flatten(0, 1)).float()
         if self.model.config.markov_rank:
@@ -234,9 +244,9 @@ class SpecFormerProposer(DFlashProposer):
             drafts are cut.
         """
         previous, tokens, probs, biased = bonus_tokens, [], [], []
-        for slot in logits.unbind(1):
-            scores = slot + self.model.head.markov_logits(previous)
-            previous, slot_probs = self._choose(scores, sampling_metadata)
+        for slot, own in enumerate(logits.unbind(1)):
+            scores = own + self.model.head.markov_logits(previous)
+            previous, slot_probs = self._choose(scores, sampling_metadata, slot)
             if self.cut is not None:
                 biased.append(scores)
             tokens.append(previous)
@@ -248,15 +258,22 @@ class SpecFormerProposer(DFlashProposer):
             torch.stack(biased, dim=1) if biased else logits,
         )
 
-    def _choose(self, logits: Tensor, sampling_metadata: Any) -> tuple[Tensor, Tensor | None]:
-        """Target ids [rows] and, if asked for, the probabilities [rows, V] they are drawn from.
+    def _choose(
+        self, logits: Tensor, sampling_metadata: Any, slot: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Target ids [rows] and, where a request draws, the probabilities [rows, V] drawn from.
 
-        Of logits [rows, V], or [rows, N] of a draft vocabulary: other tokens have probability 0.
+        Of logits [rows, V] of a slot, or of all; or [rows, N] of a draft vocabulary: other tokens
+        have probability 0. Without probabilities vLLM takes each draft for certain, as the best
+        tokens are.
         """
-        wants_probs = self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy
-        if self.device.type == "cpu" and not wants_probs:
-            # A third of the time that PyTorch's argmax takes there.
-            return self.model.head.to_tokens(torch.ops._C.greedy_argmax(logits)), None
-        chosen, probs = self._sample_from_logits(logits, sampling_metadata)
         head = self.model.head
-        return head.to_tokens(chosen), None if probs is None else head.over_vocabulary(probs, 0.0)
+        if self._drawn is None:
+            # On a CPU a third of the time that PyTorch's argmax takes there.
+            on_cpu = self.device.type == "cpu"
+            best = torch.ops._C.greedy_argmax(logits) if on_cpu else logits.argmax(-1)
+            return head.to_tokens(best), None
+        chosen, probs = self._sample_from_logits(logits, sampling_metadata)
+        assert probs is not None
+        chosen = self._drawn.apply(chosen, probs, slot)
+        return head.to_tokens(chosen), head.over_vocabulary(probs, 0.0)

@@ -31,6 +31,7 @@ from vllm_specformer.engine.checks import (
     check_v2_adapters,
 )
 from vllm_specformer.engine.confidence import check_no_cut
+from vllm_specformer.engine.draws.batch_v2 import BestRows, keep_best
 from vllm_specformer.engine.head_pages import check_cache
 from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
@@ -85,6 +86,9 @@ class SpecFormerSpeculator(DFlashSpeculator):
         )
         self.speculative_config = self.vllm_config.speculative_config = speculative
         self._aux_staging = None  # a buffer of DFlash's own graph (0.33) that we never read
+        # Among sampled requests with drawn drafts, those that want the best ones all the same.
+        self.best_rows = BestRows(self.max_num_reqs, device)
+        self._best: Tensor | None = None
         # One query row per request: its last accepted token.
         self.num_query_per_req = 1
         self.monitor = AcceptanceMonitor(device)
@@ -314,6 +318,11 @@ class SpecFormerSpeculator(DFlashSpeculator):
             self._store_context_and_query(0, tokens)
             return self.draft_tokens[:requests]
         wanted = num_speculative_tokens or self.num_speculative_steps
+        self._best = None
+        if self.draft_logits is not None and not dummy_run:
+            self._best = self.best_rows.of(
+                input_batch.idx_mapping_np[:requests], input_batch.idx_mapping[:requests]
+            )
         if dummy_run and skip_attn_for_dummy_run:
             self._draft(requests, tokens, wanted)
             return self.draft_tokens[:requests]
@@ -332,7 +341,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         """Replay the captured step where one fits the batch, else run it eagerly.
 
         Data parallel ranks agree on the largest batch among them, whose graph may draft fewer
-        tokens than this rank is asked for.
+        tokens than this rank is asked for. A graph draws for every sampled request.
         """
         sync, num_rows = (
             self._build_uniform_batch_dp_sync(dp_sync_state, requests, 1)
@@ -349,7 +358,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
             need_eager=need_eager,
             dp_sync_state=sync,
         )
-        replays = batch_desc.cg_mode == CUDAGraphMode.FULL
+        replays = batch_desc.cg_mode == CUDAGraphMode.FULL and self._best is None
         if not replays or self._num_graph_drafts(batch_desc.num_reqs) < wanted:
             self._draft(requests, tokens, wanted)
             return
@@ -423,6 +432,8 @@ class SpecFormerSpeculator(DFlashSpeculator):
         is_drawn = self.draws_with_target or self.draft_logits is not None
         if is_drawn:
             logits = head.over_vocabulary(logits, float("-inf"))
+        if self._best is not None:
+            logits = keep_best(logits, self._best)
         requests, positions, columns = (
             self._of_slots(buffer, num_reqs, slots)
             for buffer in (self.sample_idx_mapping, self.sample_pos, self.sample_col)

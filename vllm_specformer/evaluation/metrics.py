@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from vllm_specformer.evaluation.agreement import Agreement
 from vllm_specformer.evaluation.replay import (
     BOUND,
+    DRAWN,
     HEAD,
     LOOKUPS,
     DraftedText,
@@ -32,10 +33,11 @@ def of_texts(
     """Acceptance on the texts of one temperature by method and number of drafted tokens.
 
     Beside the head: prompt lookups on the same texts, the same for the less repetitive half of
-    them, and for sampled texts the bound that no deterministic draft can beat, which is to draft
-    the target's own most probable token everywhere.
+    them. Of sampled texts the head's best drafts, its drawn ones, which are what is served, and the
+    bound that no deterministic draft can beat: the target's own most probable token everywhere.
     """
-    methods = [HEAD, *LOOKUPS, *([BOUND] if texts[0].temperature else [])]
+    is_sampled = bool(texts[0].temperature)
+    methods = [HEAD, *LOOKUPS, BOUND, DRAWN] if is_sampled else [HEAD, *LOOKUPS]
     answers = [text.tokens[start:end] for text in texts for start, end in text.answers]
     metrics: Metrics = {
         "temperature": round(texts[0].temperature, 4),  # which is kept in 32 bits
@@ -50,9 +52,9 @@ def of_texts(
             for method in methods
         }
     whole = metrics[ALL]
-    metrics["over_lookup"] = _ratios(whole, LOOKUPS)
+    metrics["over_lookup"] = _ratios(whole, served_method(whole), LOOKUPS)
     if BOUND in whole:
-        metrics["share_of_bound"] = _ratios(whole, (BOUND,))
+        metrics["share_of_bound"] = _ratios(whole, HEAD, (BOUND,))
     return metrics
 
 
@@ -63,10 +65,15 @@ def _summary(acceptance: Acceptance) -> Metrics:
     }
 
 
-def _ratios(metrics: Metrics, others: Iterable[str]) -> dict[str, float]:
-    """The head's tokens per step over those of the best of the others, by K."""
+def served_method(methods: Collection[str]) -> str:
+    """Which of the methods of a temperature is what requests get unless others are asked for."""
+    return DRAWN if DRAWN in methods else HEAD
+
+
+def _ratios(metrics: Metrics, method: str, others: Iterable[str]) -> dict[str, float]:
+    """A method's tokens per step over those of the best of the others, by K."""
     ratios = {}
-    for k, mine in metrics[HEAD].items():
+    for k, mine in metrics[method].items():
         best = max(metrics[other][k]["tokens_per_step"] for other in others)
         ratios[k] = round(mine["tokens_per_step"] / best, 3)
     return ratios

@@ -7,14 +7,18 @@ otherwise emits a token that is NOT x; coupled verification emits a token that d
 the draft and accepts x if they are equal. Under either rule the text has the target's distribution
 and decides what was accepted, so on sampled texts too the replay gives just the steps that serving
 would have taken to write them.
+
+Sampled requests get drafts that are drawn, unless the user asks for others. Of those the text tells
+how probably each was accepted (`PackedHead.chances`), and the replay gives the expected steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +26,12 @@ from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.acceptance import Acceptance, Drafter, Lookup, repeated_fraction
 from vllm_specformer.training.heldout import drafts_at, drafts_by_text, run_target
 from vllm_specformer.training.packed_head import DEFAULT_MEMORY, HookedRows, PackedHead
-from vllm_specformer.training.packing import Budget, collate, plan_all
+from vllm_specformer.training.packing import Batch, Budget, collate, plan_all
 from vllm_specformer.training.texts import Texts
 
 _BATCH_TOKENS = 4096
 HEAD, LOOKUP_3, LOOKUP_2_3, BOUND = "head", "lookup_3", "lookup_2_3", "bound"
+DRAWN = "head_drawn"  # of sampled texts: drafts that are drawn from the head, as served
 LOOKUPS = (LOOKUP_3, LOOKUP_2_3)
 
 # Changes the rows before the head sees them; see `causes.py`.
@@ -42,8 +47,9 @@ class DraftedText:
         tokens: prompt and answers.
         answers: half-open spans of the answers.
         temperature: at which they were drawn.
-        drafts: number of drafted tokens K -> position -> the head's K drafts there.
+        drafts: number of drafted tokens K -> position -> the head's K best drafts there.
         best: the target's most probable token after every position.
+        chances: as `drafts`: how probably the text's tokens came of drawn drafts; sampled texts.
     """
 
     id: int
@@ -52,6 +58,7 @@ class DraftedText:
     temperature: float
     drafts: dict[int, dict[int, list[int]]]
     best: list[int]
+    chances: dict[int, dict[int, list[float]]] = field(default_factory=dict)
 
     @property
     def repeated(self) -> float:
@@ -94,11 +101,18 @@ def draft_texts(
             sharing[-1]: head.drafts(rows, target, max(sharing), memory)[0].cpu().numpy()
             for sharing in by_slots.values()
         }
+        drawn = _drawn(head, target, rows, texts, batch, by_slots, memory)
         for number, row in enumerate(batch):
             found = {
                 budget: dict(drafts_by_text(texts, row, made[sharing[-1]][number, :, :budget]))
                 for sharing in by_slots.values()
                 for budget in sharing
+            }
+            chances = {
+                budget: dict(drafts_by_text(texts, row, drawn[sharing[-1]][number, :, :budget]))
+                for sharing in by_slots.values()
+                for budget in sharing
+                if drawn
             }
             start = 0
             for index in row:
@@ -110,8 +124,35 @@ def draft_texts(
                     temperature=float(texts.temperatures[index]),
                     drafts={budget: found[budget][index] for budget in budgets},
                     best=best[number, start : start + len(tokens)].tolist(),
+                    chances={budget: at[index] for budget, at in chances.items()},
                 )
                 start += len(tokens)
+
+
+def _drawn(
+    head: PackedHead,
+    target: HookedTarget,
+    rows: HookedRows,
+    texts: Texts,
+    batch: Batch,
+    by_slots: dict[int, list[int]],
+    memory: int,
+) -> dict[int, np.ndarray]:
+    """Chances of drawn drafts by the largest of budgets that share a pass; empty if all is greedy.
+
+    Float64 [rows, A, budget].
+    """
+    temperatures = {round(float(texts.temperatures[i]), 4) for row in batch for i in row}
+    if temperatures == {0.0}:
+        return {}
+    (temperature,) = temperatures  # the texts of an evaluation are grouped by it
+    return {
+        sharing[-1]: head.chances(rows, target, max(sharing), temperature, memory)
+        .double()
+        .cpu()
+        .numpy()
+        for sharing in by_slots.values()
+    }
 
 
 def _best_tokens(target: HookedTarget, states: Tensor, memory: int) -> Tensor:
@@ -127,10 +168,18 @@ def replay(texts: Iterable[DraftedText], method: str, count: int) -> Acceptance:
     """Acceptance of one method over all answers, `count` tokens being drafted per step."""
     acceptance = Acceptance(count)
     for text in texts:
+        if method == DRAWN:
+            for start, end in text.answers:
+                acceptance.expect(end, start, partial(_at, text.chances[count]))
+            continue
         drafter = text.drafter(method, count)
         for start, end in text.answers:
             acceptance.walk(text.tokens[:end], start, drafter)
     return acceptance
+
+
+def _at(chances: dict[int, list[float]], position: int) -> list[float]:
+    return chances.get(position, [])
 
 
 def less_repetitive_half(texts: Sequence[DraftedText]) -> list[DraftedText]:

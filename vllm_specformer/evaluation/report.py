@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_specformer.evaluation.agreement import TOLERANCE
-from vllm_specformer.evaluation.metrics import ALL, HALF, Metrics
-from vllm_specformer.evaluation.replay import BOUND, HEAD, LOOKUP_2_3, LOOKUP_3, LOOKUPS
+from vllm_specformer.evaluation.metrics import ALL, HALF, Metrics, served_method
+from vllm_specformer.evaluation.replay import BOUND, DRAWN, HEAD, LOOKUP_2_3, LOOKUP_3, LOOKUPS
 
 _TITLES = {
     HEAD: "head",
+    DRAWN: "drawn drafts",
     LOOKUP_3: "lookup 3",
     LOOKUP_2_3: "lookup 2-3",
     BOUND: "bound",
@@ -27,7 +28,7 @@ def print_report(report: Metrics) -> None:
     console = Console(width=_WIDTH, highlight=False)
     for name, metrics in report["offline"].items():
         console.print(_offline_table(name, metrics))
-        last = list(metrics[ALL][HEAD].values())[-1]
+        last = list(metrics[ALL][served_method(metrics[ALL])].values())[-1]
         shares = " ".join(f"{share:.2f}" for share in last["acceptance_per_position"])
         console.print(f"accepted per position: {shares}\n")
     if report["engine"]:
@@ -44,7 +45,8 @@ def _offline_table(name: str, metrics: Metrics) -> Table:
         title=f"{name.replace('_', ' ')}: tokens per step, {metrics['texts']} texts of "
         f"{metrics['mean_answer_tokens']} tokens on average, {metrics['repeated_4grams']:.0%} "
         "repeated 4-grams",
-        caption="lookup: n-grams of the text itself; half: the texts that repeat themselves least",
+        caption="lookup: n-grams of the text itself; half: the texts that repeat themselves least; "
+        "drawn drafts are what sampled requests get, head the greedy ones",
         title_justify="left",
         caption_justify="left",
     )
@@ -55,14 +57,15 @@ def _offline_table(name: str, metrics: Metrics) -> Table:
     table.add_column("head / lookup", justify="right")
     if BOUND in methods:
         table.add_column("of bound", justify="right")
-    for method in (HEAD, *LOOKUPS):
+    served = served_method(methods)
+    for method in (served, *LOOKUPS):
         table.add_column(f"half: {_TITLES[method]}", justify="right")
     for k in metrics[ALL][HEAD]:
         cells = [f"{metrics[ALL][method][k]['tokens_per_step']:.2f}" for method in methods]
         cells.append(f"{metrics['over_lookup'][k]:.2f}")
         if BOUND in methods:
             cells.append(f"{metrics['share_of_bound'][k]:.0%}")
-        cells += [f"{metrics[HALF][m][k]['tokens_per_step']:.2f}" for m in (HEAD, *LOOKUPS)]
+        cells += [f"{metrics[HALF][m][k]['tokens_per_step']:.2f}" for m in (served, *LOOKUPS)]
         table.add_row(k.removeprefix("K="), *cells)
     return table
 

@@ -74,7 +74,8 @@ def serve(
         "method": "specformer",
         "model": str(head),
         "num_speculative_tokens": num_tokens,
-        "draft_sample_method": "greedy",  # vLLM's default, which the replay relies on
+        # Text alone decides what is accepted of these: the replay knows every step.
+        "draft_sample_method": "greedy",
     }
     engine = {
         "max_num_seqs": _REQUESTS_AT_ONCE,

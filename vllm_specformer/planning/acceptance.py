@@ -9,6 +9,9 @@ from typing import Any
 
 from vllm_specformer.errors import SpecFormerError
 
+# What sampled requests get, in a file that knows of it.
+_DRAWN = "head_drawn"
+
 
 def from_evaluation(
     path: Path, counts: Sequence[int], temperature: float = 0.0
@@ -67,7 +70,9 @@ def _by_count(path: Path, temperature: float) -> dict[int, dict[str, Any]]:
         raise SpecFormerError(f"--eval {path}: not what `specformer eval --json` writes")
     for group in groups.values():
         if group["temperature"] == round(temperature, 4):
-            return {int(k.removeprefix("K=")): row for k, row in group["all"]["head"].items()}
+            methods = group["all"]
+            served = methods.get(_DRAWN, methods["head"])
+            return {int(k.removeprefix("K=")): row for k, row in served.items()}
     known = ", ".join(f"{group['temperature']:g}" for group in groups.values())
     raise SpecFormerError(
         f"--temperature {temperature:g}: --eval {path} has temperature {known} only"

@@ -4,6 +4,7 @@ Under lossless verification the emitted text does not depend on the drafts, so a
 replayed on it: from position `t` the accepted drafts are the longest prefix that equals the text,
 and the step emits them plus one token. This is exact for greedy text, and for sampled text under
 coupled verification, whose acceptance law is that of rejection sampling for deterministic drafts.
+Drafts that are drawn are accepted by chance, given the text: of them the expectation is exact.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from dataclasses import dataclass, field
 
 # Drafts for the tokens that follow text[: position + 2], i.e. after the bonus token.
 Drafter = Callable[[int], Sequence[int]]
+# Their chances of being accepted, one after another.
+Chances = Callable[[int], Sequence[float]]
 
 
 @dataclass
 class Acceptance:
-    """Counts over many texts."""
+    """Counts over many texts; those that are expected of drawn drafts are no whole numbers."""
 
     num_slots: int
-    steps: int = 0
-    tokens: int = 0
-    accepted: list[int] = field(default_factory=list)
-    offered: list[int] = field(default_factory=list)
+    steps: float = 0
+    tokens: float = 0
+    accepted: list[float] = field(default_factory=list)
+    offered: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.accepted = [0] * self.num_slots
@@ -61,6 +64,31 @@ class Acceptance:
             position += matched + 1
             steps.append(matched)
         return steps
+
+    def expect(self, length: int, start: int, chances: Chances) -> None:
+        """Add what is expected of drafts that are accepted by chance, over all that may happen.
+
+        Args:
+            length: tokens of the text, whose first generated token is `text[start]`.
+            chances: the probability of each draft at a position, given that all before it were
+                accepted.
+        """
+        reached = [0.0] * (length + 1)  # probability that a step begins behind this position
+        reached[start - 1] = 1.0
+        for position in range(start - 1, length - 1):
+            here = running = reached[position]
+            room = length - (position + 2)
+            offered = chances(position)[: min(self.num_slots, room)]
+            for slot, chance in enumerate(offered):
+                accepted = running * chance
+                self.offered[slot] += here
+                self.accepted[slot] += accepted
+                self.tokens += accepted
+                reached[position + slot + 1] += running - accepted
+                running = accepted
+            reached[position + len(offered) + 1] += running
+            self.steps += here
+            self.tokens += here
 
 
 class Lookup:

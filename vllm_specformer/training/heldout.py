@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,8 +100,11 @@ def _replay(texts: Texts, row: Sequence[int], drafts: np.ndarray, acceptance: Ac
 
 def drafts_by_text(
     texts: Texts, row: Sequence[int], drafts: np.ndarray
-) -> Iterator[tuple[int, dict[int, list[int]]]]:
-    """Index of each text of a row, and its drafts by position; `drafts` as for `_replay`."""
+) -> Iterator[tuple[int, dict[int, list[Any]]]]:
+    """Index of each text of a row, and its drafts by position; `drafts` as for `_replay`.
+
+    Or anything else that there is of drafts at all anchors.
+    """
     first = 0
     for index in row:
         anchors, _ = texts.anchors(index)

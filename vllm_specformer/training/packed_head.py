@@ -281,6 +281,69 @@ class PackedHead(SpecFormerHead):
             found.append(self.draft(target.logits(slots), rows.bonus_tokens[:, part]))
         return torch.cat(found, dim=1), losses, labels.counts
 
+    @torch.no_grad()
+    def chances(
+        self,
+        rows: HookedRows,
+        target: HookedTarget,
+        wanted: int,
+        temperature: float,
+        memory: int = DEFAULT_MEMORY,
+        keep: Callable[[Tensor], Tensor] = lambda scores: scores,
+    ) -> Tensor:
+        """How probably the text's next tokens came of drafts drawn from the head.
+
+        A step that drafts `x` from q accepts it with probability min(1, p(x) / q(x)). So of the
+        times it emits `y`, which are p(y), it was the draft in min(p(y), q(y)).
+
+        Args:
+            temperature: at which text and drafts were drawn, above 0.
+            keep: what filtered the target's logits [..., V] after the temperature (top-p, top-k).
+
+        Returns:
+            float32 [rows, A, wanted]: min(1, q / p) of the token in each slot, given that all
+            before it were accepted; 0 past an answer's end.
+        """
+        labels = self._labels(rows, wanted)
+        context = self._context(rows)
+        running = self.slots_to_run(wanted)
+        found = []
+        for part in self._parts(rows, running, 5, memory):
+            slots = self.slot_states(context, rows, target, part, running)
+            chances = [
+                self._chance(slots[:, :, slot], slot, rows, target, labels, part, temperature, keep)
+                for slot in range(wanted)
+            ]
+            found.append(torch.stack(chances, dim=-1))
+        return torch.cat(found, dim=1)
+
+    def _chance(
+        self,
+        states: Tensor,
+        slot: int,
+        rows: HookedRows,
+        target: HookedTarget,
+        labels: _Labels,
+        part: slice,
+        temperature: float,
+        keep: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """`chances` of one slot at some anchors, [rows, anchors of the part]."""
+        own = labels.indices[:, part, slot]
+        logits = self.scored(target.logits(states))
+        if self.config.markov_rank:
+            logits = logits + self.markov_logits(labels.previous[:, part, slot])
+        seen = rows.at(rows.last_states, rows.after_anchors(1 + slot)[:, part])
+        tokens = rows.at(rows.input_ids, rows.after_anchors(2 + slot)[:, part])
+        q = _log_prob(logits.float() / temperature, own.clamp(min=0))
+        p = _log_prob(keep(target.lm_head(seen).float() / temperature), tokens)
+        return (q - p).exp().clamp(max=1).masked_fill(own == IGNORED, 0)
+
+
+def _log_prob(scores: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability of one token per row: [..., V] and [...] -> [...]."""
+    return scores.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
 
 class _Gradients:
     """Sums of gradients with respect to fixed inputs, which may be leaves with hooks of others."""

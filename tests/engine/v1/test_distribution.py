@@ -7,6 +7,7 @@ The first token comes from the prompt's own step; the second and third pass the 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,24 +15,22 @@ from typing import Any
 
 import pytest
 import torch
-from vllm import LLM, SamplingParams
+from vllm import LLM, CompletionOutput, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from support.dense import DenseReference
 from support.drafts import truth, watching
 from support.engines import drafting, engine, prompts
-from support.outputs import Tokens, counting
+from support.laws import LEVEL, MIN_EXPECTED, TOP_K, Law, assert_law, joint_law, p_value
+from support.outputs import Tokens, counting, token_ids
 from support.paths import HEAD, TARGET
 from vllm_specformer.config import SpecFormerConfig
+from vllm_specformer.engine.draws import batch_v1
 from vllm_specformer.engine.speculative_config import CONFIDENCE
 from vllm_specformer.head import SpecFormerHead
 
 SAMPLES = 4000
-TOP_K = 8
 DEPTH = 3
-# A correct sampler fails with this probability per test; the engine's seed makes it repeatable.
-LEVEL = 1e-4
-# Fewer expected samples than this in a cell make the chi-square law inexact: cells are pooled.
-MIN_EXPECTED = 8
 PROMPT = prompts()[1]
 # Share of sampled steps' first drafts that the trained head gets accepted; below it the test would
 # see rejections only. The oracle's share comes on top.
@@ -39,52 +38,9 @@ MIN_ACCEPTED = 0.05
 
 # A threshold that the drafts of the lawful head with a Markov term pass sometimes.
 CUT = 0.05
-
-Law = dict[Tokens, float]
-
-
-def next_token_laws(
-    reference: DenseReference, prompt: Tokens, texts: Sequence[Tokens], temperature: float
-) -> list[dict[int, float]]:
-    """The target's top-k distribution after prompt + text for texts of one length."""
-    ids = torch.tensor([prompt + text for text in texts])
-    with torch.no_grad():
-        logits = reference.target.target(ids).logits[:, -1].double() / temperature
-    top = logits.topk(TOP_K)
-    return [
-        dict(zip(tokens.tolist(), p.tolist(), strict=True))
-        for tokens, p in zip(top.indices, top.values.softmax(-1), strict=True)
-    ]
-
-
-def joint_law(reference: DenseReference, prompt: Tokens, depth: int, temperature: float) -> Law:
-    law: Law = {(): 1.0}
-    for _ in range(depth):
-        texts = list(law)
-        laws = next_token_laws(reference, prompt, texts, temperature)
-        law = {
-            (*text, token): law[text] * p
-            for text, after in zip(texts, laws, strict=True)
-            for token, p in after.items()
-        }
-    return law
-
-
-def p_value(law: Mapping[Tokens, float], counts: Counter[Tokens]) -> float:
-    """Probability of a fit as bad as this or worse, by Pearson's test with pooled rare cells."""
-    total = sum(counts.values())
-    pooled_expected, pooled_count, statistic, cells = 0.0, 0, 0.0, 0
-    for text, p in law.items():
-        expected = p * total
-        if expected < MIN_EXPECTED:
-            pooled_expected, pooled_count = pooled_expected + expected, pooled_count + counts[text]
-        else:
-            statistic, cells = statistic + (counts[text] - expected) ** 2 / expected, cells + 1
-    if pooled_expected >= MIN_EXPECTED:
-        statistic += (pooled_count - pooled_expected) ** 2 / pooled_expected
-        cells += 1
-    freedom = torch.tensor((cells - 1) / 2, dtype=torch.double)
-    return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2).double()))
+TOP_P = 0.85
+# Short enough that the head often drafts what it forbids.
+GRAMMAR = r"return [a-z]{2}"
 
 
 @pytest.fixture(scope="module")
@@ -145,20 +101,14 @@ def lawful_head(
     return directory
 
 
-def sample(llm: LLM, prompt: Tokens) -> list[Tokens]:
+def sample(llm: LLM, prompt: Tokens, **changes: Any) -> list[Tokens]:
     params = SamplingParams(
-        n=SAMPLES, temperature=1, top_k=TOP_K, max_tokens=DEPTH, ignore_eos=True
+        n=SAMPLES, temperature=1, top_k=TOP_K, max_tokens=DEPTH, ignore_eos=True, **changes
     )
     (output,) = llm.generate([{"prompt_token_ids": list(prompt)}], params, use_tqdm=False)
-    return [tuple(c.token_ids) for c in output.outputs]
-
-
-def assert_law(laws: Mapping[int, Law], samples: Sequence[Tokens]) -> None:
+    samples = [tuple(c.token_ids) for c in output.outputs]
     assert len(samples) == SAMPLES
-    for depth, law in laws.items():
-        counts = Counter(s[:depth] for s in samples)
-        assert counts.keys() <= law.keys(), "a token outside the target's top k"
-        assert p_value(law, counts) > LEVEL, f"first {depth} tokens"
+    return samples
 
 
 def test_the_law_is_rich_and_the_test_sharp(
@@ -197,7 +147,8 @@ def most_likely(laws: Mapping[int, Law], prompt: Tokens) -> Any:
 def test_greedy_drafts(laws: dict[int, Law], prompt: Tokens) -> None:
     """The head's own, and an oracle's; in one engine, which takes long to start."""
     oracle = most_likely(laws, prompt)
-    with engine(drafting(4), max_num_seqs=128, max_model_len=128) as llm:
+    speculative = drafting(4, draft_sample_method="greedy")
+    with engine(speculative, max_num_seqs=128, max_model_len=128) as llm:
         for advice, least_accepted in ((None, MIN_ACCEPTED), (oracle, 0.1)):
             with watching(advice), counting(llm) as counted:
                 assert_law(laws, sample(llm, prompt))
@@ -217,14 +168,14 @@ def test_greedy_drafts(laws: dict[int, Law], prompt: Tokens) -> None:
 def test_sampled_drafts(
     tmp_path: Path, reference: DenseReference, laws: dict[int, Law], prompt: Tokens, kind: str
 ) -> None:
-    """`draft_sample_method: probabilistic`: drafts are drawn, and verified as such.
+    """The default: drafts are drawn, and verified as such.
 
     "cut" leaves drafts out by confidence: how many there are hangs on those drawn before.
     """
     head = HEAD
     if kind != "trained":
         head = lawful_head(tmp_path / "head", reference, laws, kind in ("markov-vocabulary", "cut"))
-    speculative = drafting(4, head, draft_sample_method="probabilistic")
+    speculative = drafting(4, head)
     if kind == "cut":
         speculative[CONFIDENCE] = CUT
     with (
@@ -242,18 +193,98 @@ def test_sampled_drafts(
     assert accepted >= (MIN_ACCEPTED if kind == "trained" else 0.1)
 
 
-def test_greedy_requests_with_sampled_drafts() -> None:
-    """Greedy and sampled requests share a batch whose drafts are drawn: greedy stays greedy."""
-    texts = prompts()[:12]
-    params = SamplingParams(temperature=0, max_tokens=24)
-    mixed = [
-        params if i % 2 else SamplingParams(temperature=1, max_tokens=24) for i in range(len(texts))
+def test_drafts_of_requests_with_top_p_or_a_seed(
+    reference: DenseReference, laws: dict[int, Law], prompt: Tokens
+) -> None:
+    """Drawn from the whole distribution though the text is not, and from a stream of their own."""
+    nucleus = {
+        depth: joint_law(reference, prompt, depth, 1.0, TOP_P) for depth in range(1, DEPTH + 1)
+    }
+    assert len(nucleus[DEPTH]) < len(laws[DEPTH]) / 2
+    with engine(drafting(4), max_num_seqs=128, max_model_len=128) as llm:
+        for law, changes in ((nucleus, {"top_p": TOP_P}), (laws, {"seed": 5})):
+            with watching() as watch, counting(llm) as counted:
+                assert_law(law, sample(llm, prompt, **changes))
+            at_one_text = Counter(d.text for d in watch.drafted).most_common(1)[0][0]
+            assert len({d.drafts for d in watch.drafted if d.text == at_one_text}) > 20
+            accepted = counted["spec_decode_num_accepted_tokens"]
+            assert accepted > MIN_ACCEPTED * counted["spec_decode_num_drafts"]
+
+
+def spoken(llm: LLM, prompt: Tokens) -> list[CompletionOutput]:
+    """What is written under the grammar."""
+    grammar = StructuredOutputsParams(regex=GRAMMAR)
+    params = SamplingParams(n=SAMPLES, temperature=1, max_tokens=16, structured_outputs=grammar)
+    (output,) = llm.generate([{"prompt_token_ids": list(prompt)}], params, use_tqdm=False)
+    assert all(re.fullmatch(GRAMMAR, completion.text) for completion in output.outputs)
+    return output.outputs
+
+
+def likeness(*sets: Sequence[CompletionOutput]) -> float:
+    """Probability that two sets of SAMPLES come out this different if their law is one."""
+    some, others = (Counter(completion.text for completion in found) for found in sets)
+    both = some + others
+    rare = {text for text, count in both.items() if count < 2 * MIN_EXPECTED}
+    pairs = [(some[text], others[text]) for text in both.keys() - rare]
+    pairs.append((sum(some[text] for text in rare), sum(others[text] for text in rare)))
+    assert len(pairs) > 10
+    statistic = sum((a - b) ** 2 / max(1, a + b) for a, b in pairs)
+    freedom = torch.tensor((len(pairs) - 1) / 2, dtype=torch.double)
+    return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2).double()))
+
+
+def test_a_grammar_keeps_the_law(
+    tmp_path: Path, reference: DenseReference, prompt: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cuts drafts off by their values. Drawn drafts, the control, do not bear that.
+
+    The head drafts something that is often said and something forbidden.
+    """
+    changes: dict[str, Any] = {"max_num_seqs": 128, "max_model_len": 128}
+    with engine(None, **changes) as llm:
+        plain = spoken(llm, prompt)
+    after_return = Counter(completion.token_ids[1] for completion in plain)
+    (token, said), *_ = after_return.most_common(1)
+    assert 0.1 < said / SAMPLES < 0.5
+    drafted = {depth: {(token,): 0.55, (prompt[-1],): 0.45} for depth in range(1, DEPTH + 1)}
+    head = lawful_head(tmp_path / "head", reference, drafted, restricted=False)
+    with engine(drafting(4, head), **changes) as llm:
+        with counting(llm) as counted:
+            alike = likeness(plain, spoken(llm, prompt))
+        monkeypatch.setattr(batch_v1, "wants_best", lambda params: False)
+        wrong = likeness(plain, spoken(llm, prompt))
+    print(f"p-values: {alike:.3g}, with drawn drafts {wrong:.3g}")
+    assert alike > LEVEL
+    assert wrong < LEVEL / 100
+    assert counted["spec_decode_num_accepted_tokens"] > 0
+
+
+def mixed_batch(texts: Sequence[str]) -> list[SamplingParams]:
+    """Every second request is greedy, the others have seeds and filters of several kinds."""
+    filters: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_p": 0.3}, {"top_k": 1}, {"top_k": 9}]
+    return [
+        SamplingParams(temperature=0, max_tokens=24)
+        if number % 2
+        else SamplingParams(
+            temperature=1, max_tokens=24, seed=number, **filters[number // 2 % len(filters)]
+        )
+        for number in range(len(texts))
     ]
+
+
+def test_greedy_and_seeded_requests_in_one_batch() -> None:
+    """Greedy stays greedy beside drawn drafts; a seeded request repeats itself in other company."""
+    texts = prompts()[:20]
+    greedy = SamplingParams(temperature=0, max_tokens=24)
     with engine(None) as llm:
-        plain = llm.generate(list(texts), params, use_tqdm=False)
+        plain = llm.generate(list(texts), greedy, use_tqdm=False)
     expected = {tuple(o.prompt_token_ids or ()): tuple(o.outputs[0].token_ids) for o in plain}
-    speculative = drafting(4, draft_sample_method="probabilistic")
-    with engine(speculative) as llm, watching(truth(expected)):
-        outputs = llm.generate(list(texts), mixed, use_tqdm=False)
+    params = mixed_batch(texts)
+    with engine(drafting(4)) as llm, watching(truth(expected)):
+        outputs = llm.generate(list(texts), params, use_tqdm=False)
     for found, alone in list(zip(outputs, plain, strict=True))[1::2]:
         assert found.outputs[0].token_ids == alone.outputs[0].token_ids
+    with engine(drafting(4)) as llm:
+        together = llm.generate(list(texts), params, use_tqdm=False)
+        seeded = llm.generate(list(texts[::2]), params[::2], use_tqdm=False)
+    assert token_ids(seeded) == token_ids(together[::2])

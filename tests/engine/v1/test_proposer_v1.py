@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from vllm import SamplingParams
+
+from support.engines import drafting, engine, greedy, prompts
+from vllm_specformer.engine.proposer_v1 import SpecFormerProposer
 
 
 def test_class_is_judged_before_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +27,27 @@ def test_class_is_judged_before_weights_load(monkeypatch: pytest.MonkeyPatch) ->
         proposer_v1.SpecFormerProposer.__init__(
             object.__new__(proposer_v1.SpecFormerProposer), config, torch.device("cpu")
         )
+
+
+def test_greedy_batches_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default drafts are drawn, but no probability is computed where nobody wants them."""
+    draws: list[int] = []
+    sample = SpecFormerProposer._sample_from_logits
+
+    def counted(self: SpecFormerProposer, logits: Any, *args: Any) -> Any:
+        draws.append(len(logits))
+        return sample(self, logits, *args)
+
+    monkeypatch.setattr(SpecFormerProposer, "_sample_from_logits", counted)
+    best = SamplingParams(temperature=1, top_k=1, max_tokens=8)
+    with engine(drafting(4)) as llm:
+        for params in ([greedy(8)] * 3, [greedy(8), best, best]):
+            llm.generate(list(prompts()[:3]), params, use_tqdm=False)
+            assert draws == []
+        sampled = SamplingParams(temperature=1, max_tokens=8)
+        llm.generate(list(prompts()[:3]), [greedy(8), best, sampled], use_tqdm=False)
+        assert draws
+    draws.clear()
+    with engine(drafting(4, draft_sample_method="greedy")) as llm:
+        llm.generate(list(prompts()[:3]), sampled, use_tqdm=False)
+    assert draws == []

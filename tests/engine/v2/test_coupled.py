@@ -16,7 +16,7 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from support.engines import Job, drafting, prompts, run_plain
 from support.outputs import Tokens, counting, token_ids
 from support.paths import HEAD
-from support.v2.engines import SMALL, K, engine, runner
+from support.v2.engines import SMALL, K, engine, runner, speculator
 from vllm_specformer.config import read_head_config
 from vllm_specformer.engine.coupled import CoupledSampler
 
@@ -64,7 +64,7 @@ def test_prompts_are_many_and_texts_random(plain: list[list[Tokens]]) -> None:
 @pytest.mark.parametrize(
     ("num_tokens", "draft_sample_method", "num_prompts"),
     [
-        (K, "probabilistic", len(TEXTS)),
+        (K, None, len(TEXTS)),  # the default: drawn with the target's noise
         (1, "greedy", len(TEXTS)),
         (K, "greedy", 24),
         (None, "probabilistic", 20),
@@ -72,16 +72,16 @@ def test_prompts_are_many_and_texts_random(plain: list[list[Tokens]]) -> None:
 )
 def test_text_does_not_depend_on_speculation(
     num_tokens: int | None,
-    draft_sample_method: str,
+    draft_sample_method: str | None,
     num_prompts: int,
     plain: list[list[Tokens]],
 ) -> None:
-    speculative = drafting(
-        num_tokens, verification="coupled", draft_sample_method=draft_sample_method
-    )
+    method = {"draft_sample_method": draft_sample_method} if draft_sample_method else {}
+    speculative = drafting(num_tokens, verification="coupled", **method)
     texts = TEXTS[:num_prompts]
     with engine(speculative, **WIDE) as llm, counting(llm) as counted:
         assert type(runner(llm).rejection_sampler) is CoupledSampler
+        assert speculator(llm).draws_with_target is (draft_sample_method != "greedy")
         found = token_ids(sampled(texts).run(llm))
     wrong = [index for index, text in enumerate(found) if text != plain[index]]
     print(f"{num_tokens} {draft_sample_method}: tokens per step {counted.tokens_per_step:.2f}")

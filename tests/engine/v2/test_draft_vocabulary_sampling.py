@@ -45,6 +45,7 @@ def speculator(head: SpecFormerHead, kind: str) -> SpecFormerSpeculator:
     ours.model = SimpleNamespace(head=head)
     ours.num_speculative_steps = STEPS
     ours.draws_with_target = kind == "coupled"
+    ours._best = None
     ours.draft_logits = None
     if kind == "probabilistic":
         ours.draft_logits = torch.zeros(STATES, STEPS, head.config.vocab_size)

@@ -136,8 +136,7 @@ def test_schedule_by_batch_size(reference: DenseReference, answers: dict[Tokens,
 def test_probabilistic_drafts(answers: dict[Tokens, Tokens]) -> None:
     """Drafts sampled from the head at temperature 0.8: they vary, and their logits are cached."""
     params = SamplingParams(temperature=0.8, max_tokens=8, seed=7)
-    speculative = drafting(K, draft_sample_method="probabilistic")
-    with engine(speculative) as llm:
+    with engine(drafting(K)) as llm:
         ours = speculator(llm)
         assert ours.draft_logits is not None
         ours.draft_logits.fill_(float("nan"))

@@ -38,8 +38,9 @@ from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
-    """Probabilistic, so that draft logits are cached; at temperature 0 the drafts are the same."""
-    with engine(drafting(K, draft_sample_method="probabilistic")) as llm:
+    """By default draft logits are cached; at temperature 0 the drafts are the same."""
+    with engine(drafting(K)) as llm:
+        assert speculator(llm).draft_logits is not None
         yield llm
 
 
@@ -287,6 +288,18 @@ def test_coupled_drafts_never_have_their_logits_allocated(
     # What was told the base class is nobody else's business.
     assert ours.speculative_config is ours.vllm_config.speculative_config is speculative
     assert speculative.draft_sample_method == "probabilistic"
+
+
+def test_a_graph_draws_for_everybody(
+    llm: LLM, answers: dict[Tokens, Tokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a batch with a sampled request that wants the best tokens is drafted without one."""
+    graphs = FakeGraphs(speculator(llm), monkeypatch)
+    best = SamplingParams(temperature=1, top_k=1, max_tokens=6)
+    assert_parity(continuations(llm.generate(TEXTS[10:12], best, use_tqdm=False)), answers)
+    assert not graphs.replays
+    assert_parity(continuations(llm.generate(TEXTS[12:14], greedy(6), use_tqdm=False)), answers)
+    assert graphs.replays
 
 
 def test_capture_leaves_no_trace(

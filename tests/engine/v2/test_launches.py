@@ -27,7 +27,7 @@ NO_LAUNCH |= {"promote_types"}
 # The target's final norm in plain operators on a CPU: one kernel on a GPU, counted as `mul`.
 TARGET_NORM = {"pow", "mean", "rsqrt"}
 # Of all that a draft step does, the monitor of accepted drafts included.
-MOST_LAUNCHES = 40
+MOST_LAUNCHES = 42
 # Attention splits its context over programs on a GPU and joins the parts, in two launches.
 JOINED = "_block_attention_kernel"
 

@@ -119,6 +119,20 @@ RUNNER_V1: tuple[Reliance, ...] = (
         "takes the probabilities of as many drafts as a request has",
         "spec_decode_metadata",
     ),
+    *members(_RUNNER_V1, V1, "how each row of a batch is drawn", "requests"),
+    *members("vllm.v1.worker.gpu_input_batch:InputBatch", V1, "whose rows they are", "req_ids"),
+    *members(
+        "vllm.v1.worker.gpu_input_batch:CachedRequestState",
+        V1,
+        "how each row of a batch is drawn",
+        "sampling_params generator",
+    ),
+    *members(
+        "vllm.sampling_params:SamplingParams",
+        V1,
+        "whose drafts are drawn",
+        "temperature top_k top_p seed structured_outputs",
+    ),
     *members(
         "vllm.config.scheduler:SchedulerConfig",
         CONFIDENCE,
@@ -274,9 +288,12 @@ RUNNER_V2: tuple[Reliance, ...] = (
         f"{_BATCH_V2}:InputBatch",
         V2,
         "the target's batch",
-        "num_reqs num_tokens num_draft_tokens idx_mapping positions query_start_loc "
+        "num_reqs num_tokens num_draft_tokens idx_mapping idx_mapping_np positions query_start_loc "
         "seq_lens_cpu_upper_bound",
     ),
+    *members("vllm.v1.worker.gpu.states:RequestState", V2, "whose row", "req_id_to_index"),
+    *members("vllm.v1.core.sched.output:SchedulerOutput", V2, "who is new", "scheduled_new_reqs"),
+    *members("vllm.v1.core.sched.output:NewRequestData", V2, "new", "req_id sampling_params"),
     *members(f"{_BATCH_V2}:InputBuffers", V2, "draft inputs", "positions query_start_loc"),
     *members(f"{_BATCH_V2}:InputBuffers", V2, "draft inputs", "seq_lens is_padding"),
     call(

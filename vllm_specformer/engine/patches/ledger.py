@@ -42,6 +42,7 @@ SUBJECTS = (
     "draftless_steps",
     "late_store",
     "requests",
+    "drawn_drafts",
     "kv_groups",
     "candidates",
     "worker",
