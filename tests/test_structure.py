@@ -16,6 +16,12 @@ FORBIDDEN = {
     "specformer_kernels": ("vllm", "transformers", "vllm_specformer"),
     "vllm_specformer.config": ("vllm", "vllm_specformer.engine"),
     "vllm_specformer.head": ("vllm", "vllm_specformer.engine"),
+    "vllm_specformer.candidates": (
+        "vllm",
+        "vllm_specformer.engine",
+        "vllm_specformer.target",
+        "vllm_specformer.training",
+    ),
     "vllm_specformer.target": ("vllm", "vllm_specformer.engine", "vllm_specformer.training"),
     "vllm_specformer.data": ("vllm", "vllm_specformer.engine", "vllm_specformer.target"),
     "vllm_specformer.distill": ("vllm_specformer.engine", "vllm_specformer.training"),

@@ -16,7 +16,9 @@ from specformer_kernels.draft_inputs.triton_kernel import draft_inputs
 from specformer_kernels.grouped_rms_norm.triton_kernel import grouped_rms_norm
 from specformer_kernels.kv_store.triton_kernel import kv_store
 from specformer_kernels.rotate_slots.triton_kernel import rotate_slots
+from specformer_kernels.select_tree.triton_kernel import extend_beam, select_tree
 from specformer_kernels.swiglu.triton_kernel import swiglu
+from specformer_kernels.tree_candidates.triton_kernel import tree_candidates
 from torch import Tensor
 
 from support.variants import variant
@@ -126,6 +128,34 @@ def test_slots() -> None:
     for slots in (1, 2, 4, 7, 16):
         launches = aot.launches_of(functools.partial(all_batches, slots))
         assert len(variants(launches)) == 2  # of two kernels
+
+
+def test_trees() -> None:
+    """As `vllm_specformer.candidates` calls them: the first slot has one row and no paths."""
+    floats, words = torch.zeros(MOST), torch.zeros(MOST, dtype=torch.int64)
+
+    def all_batches(slots: int) -> None:
+        for requests in BATCHES:
+            logits = torch.zeros(requests, slots, 96)
+            positions, paths = torch.zeros(slots, requests, dtype=torch.int64), None
+            for slot in range(slots):
+                found = tree_candidates(
+                    logits[:, slot],
+                    torch.zeros(requests, 4 if slot else 1, 96),
+                    8,
+                    temperature=floats[:requests],
+                    seeds=words[:requests],
+                    positions=positions[slot],
+                    chains=torch.zeros(MOST, dtype=torch.bool)[:requests],
+                )
+                lists = [tensor.expand(-1, 4, -1) for tensor in reversed(found)]
+                paths = extend_beam(*lists, paths, 4).paths
+            all_lists = [torch.stack([tensor] * slots, 1) for tensor in lists]
+            select_tree(*all_lists, words.new_zeros(requests, slots, 4), 16)
+
+    for slots in (2, 4, 7):
+        launches = aot.launches_of(functools.partial(all_batches, slots))
+        assert len(variants(launches)) == 2 + 2 + 2 + 1
 
 
 def test_inputs() -> None:

@@ -29,7 +29,8 @@ MAX_SCORED = 2**19
 _TARGET = tl.constexpr(int(Stream.TARGET))
 
 
-@triton.jit
+# Rows of larger tensors, wherever the number of requests puts them.
+@triton.jit(do_not_specialize_on_alignment=["sum_ptr", "positions_ptr"])
 def _score_chunks_kernel(
     keys_ptr,  # [R, w, num_chunks, NUM_CANDIDATES] int64
     max_ptr,  # [R, w, num_chunks] float32
@@ -102,7 +103,7 @@ def _score_chunks_kernel(
         b_packed = tl.where(b_packed == b_best[:, None], NO_KEY, b_packed)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sum_ptr"])
 def _join_chunks_kernel(
     tokens_ptr,  # [R * w, NUM_CANDIDATES] int64
     log_probs_ptr,  # [R * w, NUM_CANDIDATES] float32
