@@ -79,8 +79,8 @@ def test_bad_arguments_are_named(name: str) -> None:
     rejected = torch.zeros(4, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"^num_rejected: expected torch\.int32"):
         follow(name, table, batch, rejected.long(), "cpu")
+    wrong = batch._replace(slot_mapping=batch.slot_mapping.repeat(2)[::2])
     with pytest.raises(ValueError, match=r"^slot_mapping: expected a contiguous"):
-        wrong = batch._replace(slot_mapping=batch.slot_mapping.repeat(2)[::2])
         follow(name, table, wrong, rejected, "cpu")
     with pytest.raises(ValueError, match=r"^table\.paths: expected"):
         follow(name, table._replace(paths=table.paths[:STATES]), batch, rejected, "cpu")

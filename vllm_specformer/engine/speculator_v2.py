@@ -94,6 +94,8 @@ class SpecFormerSpeculator(DFlashSpeculator):
         self.monitor = AcceptanceMonitor(device)
         self.clock = DraftClock(device, vllm_config.parallel_config)
         self.inputs = self._input_buffers()
+        # What `_kept_rows` gives for the rows is a kernel's variant: a dummy step runs the same.
+        self._dummy_rows: Tensor | None = None
         self._block_table: Tensor | None = None
 
     def _input_buffers(self) -> DraftBuffers:
@@ -237,7 +239,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         requests, tokens = batch.num_reqs, batch.num_tokens
         hooks = [state[:tokens] for state in aux_hidden_states]
         self.hidden_states[:tokens].copy_(self.model.combine_hidden_states(hooks))
-        last_rows = None
+        last_rows = self._dummy_rows
         if dummy_run:
             # Its rows name state rows and pages of others, so none of them may act.
             slots, requests, tokens = batch.positions, 0, 0

@@ -1,4 +1,4 @@
-"""The rows of drafted trees in a batch to be verified: positions, masks, and which trees are there."""
+"""The rows of drafted trees in a batch to be verified: positions, masks, and what is there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Following accepted paths through rows and slots, in Triton. Imports triton: load only to launch."""
+"""Following accepted paths through rows and slots, in Triton. Load only to launch."""
 
 # A kernel's arguments are untyped but for its constexprs, which are upper case by Triton's custom.
 # mypy: disable-error-code="no-untyped-def"

@@ -114,4 +114,6 @@ def dense_tree(reference: DenseReference, drafted: DraftedTree, nodes: int) -> t
 
 def differing(reference: DenseReference, drafted: Sequence[DraftedTree], nodes: int) -> int:
     """How many of the trees are not the dense head's."""
-    return sum(dense_tree(reference, tree, nodes) != (tree.tokens, tree.parents) for tree in drafted)
+    return sum(
+        dense_tree(reference, tree, nodes) != (tree.tokens, tree.parents) for tree in drafted
+    )

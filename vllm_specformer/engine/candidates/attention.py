@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from specformer_kernels.block_attention import block_attention
-from specformer_kernels.place_trees import MAX_BLOCK_ROWS
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class TreeAttention:
         inputs = (layer, query, key, value, kv_cache, attn_metadata, output, *args)
         if self.trees is None or attn_metadata is None:
             return super().forward(*inputs, **kwargs)  # type: ignore[misc, no-any-return]
-        requests, rows = self.trees.block(attn_metadata)
+        requests, rows, width = self.trees.block(attn_metadata)
         if rows < attn_metadata.num_actual_tokens:
             super().forward(*inputs, **kwargs)  # type: ignore[misc]
         if requests:
@@ -70,7 +70,39 @@ class TreeAttention:
                 attn_metadata.query_start_loc[: requests + 1],
                 self.trees.row_mask[:rows],
                 self.scale,  # type: ignore[attr-defined]
-                min(attn_metadata.max_query_len, MAX_BLOCK_ROWS),
+                width,
             )
             output[:rows] = attended.view_as(output[:rows])
         return output
+
+    def warm_up(
+        self, kv_cache: Tensor, block_table: Tensor, starts: Tensor, dtype: torch.dtype
+    ) -> None:
+        """Compile what `forward` may launch: one row of one request, for each width.
+
+        Args:
+            block_table: the runner's own, int32 [most requests, blocks].
+            starts: int32 [2], 0 and 1.
+            dtype: of queries.
+        """
+        assert self.trees is not None
+        device = kv_cache.device
+        heads, kv_heads = self.num_heads, self.num_kv_heads  # type: ignore[attr-defined]
+        rows = torch.zeros(
+            (1, heads, self.head_size),  # type: ignore[attr-defined]
+            dtype=dtype,
+            device=device,
+        )
+        for width in self.trees.widths:
+            block_attention(
+                rows,
+                rows[:, :kv_heads],
+                rows[:, :kv_heads],
+                kv_cache,
+                block_table[:1],
+                self.trees.context_lens[:1],
+                starts,
+                self.trees.row_mask[:1],
+                self.scale,  # type: ignore[attr-defined]
+                width,
+            )

@@ -19,6 +19,8 @@ class AlikeLayers:
     names: tuple[str, ...]
     caches: tuple[Tensor, ...]
     addresses: Tensor
+    impl: Any  # of the first one's attention
+    group: int  # their KV-cache group
 
     def move(self, source_slots: Tensor, target_slots: Tensor) -> None:
         kv_compact(self.caches, source_slots, target_slots, self.addresses)
@@ -54,7 +56,9 @@ class TargetLayers:
         alike = []
         for names in found.values():
             caches = tuple(self._layers[name].kv_cache for name in names)
-            alike.append(AlikeLayers(tuple(names), caches, cache_addresses(caches)))
+            impl = self._layers[names[0]].impl
+            group = self._group_of[names[0]]
+            alike.append(AlikeLayers(tuple(names), caches, cache_addresses(caches), impl, group))
         return alike
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from specformer_kernels.place_trees import place_trees
 from specformer_kernels.tree_paths import tree_paths
+from specformer_kernels.verify import follow
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from vllm_specformer.candidates import draft_tree
 from vllm_specformer.engine.candidates.attention import TreeAttention
@@ -34,6 +37,7 @@ class CandidateSpeculator(SpecFormerSpeculator):
             self.max_num_reqs, self.max_num_tokens, self.num_speculative_steps, device
         )
         self._layers: TargetLayers | None = None
+        self._dummy_rows = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
 
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
@@ -48,6 +52,24 @@ class CandidateSpeculator(SpecFormerSpeculator):
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn(*args, **kwargs)
         self._layers = TargetLayers(self.vllm_config, self.kv_cache_config.kv_cache_groups)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        super().warm_up()
+        assert self._layers is not None
+        table, device = self.trees.table, self.device
+        # One row of one request, in the state row that is nobody's.
+        starts = torch.arange(2, dtype=torch.int32, device=device)
+        state = torch.full((1,), self.max_num_reqs, dtype=torch.int64, device=device)
+        one, nothing = torch.ones_like(starts[:1]), torch.full_like(state, PAD_SLOT_ID)
+        mask, lens = self.trees.row_mask, self.trees.context_lens
+        place_trees(table, starts, starts, state, one, torch.zeros_like(state), mask, lens)
+        paths = tree_paths(table, starts, state, torch.zeros_like(one), nothing)
+        follow(nothing, nothing, starts, self.num_speculative_steps + 1, starts[:1])
+        for layers in self._layers.alike():
+            layers.move(paths.source_slots, paths.target_slots)
+            pages = self.block_tables.input_block_tables[layers.group]
+            layers.impl.warm_up(layers.caches[0], pages, starts, self.dtype)
 
     def _kept_rows(
         self, batch: Any, slot_mappings: dict[str, Tensor], num_rejected: Tensor

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from specformer_kernels.place_trees import MAX_BLOCK_ROWS, TreeTable, place_trees
 from specformer_kernels.select_tree import Tree
 from torch import Tensor
+
+
+class Block(NamedTuple):
+    """Rows of a batch that attend by mask."""
+
+    requests: int
+    rows: int
+    width: int  # most rows of one request
 
 
 class CandidateTrees:
@@ -45,11 +53,13 @@ class CandidateTrees:
         self.row_mask = filled(0, max_num_tokens)
         self.context_lens = filled(0, max_num_reqs, dtype=torch.int32)
         self._block = (0, 0)
+        # Most rows of a request in a block: no more than two, since each is a kernel of its own.
+        self.widths = (nodes, MAX_BLOCK_ROWS)
 
     def admit(self, state: int, needs_chain: bool) -> None:
         """Give a state row to a new request, which has drafted nothing yet."""
-        self.table.roots[state] = -1
-        self.needs_chain[state] = needs_chain
+        self.table.roots[state].fill_(-1)
+        self.needs_chain[state].fill_(needs_chain)
 
     def place(self, batch: Any) -> None:
         """Lay the trees over the rows of a batch that is about to be run; its positions change."""
@@ -68,14 +78,16 @@ class CandidateTrees:
         requests = int(long[0]) if len(long) else batch.num_reqs
         self._block = (requests, int(batch.query_start_loc_np[requests]))
 
-    def block(self, metadata: Any) -> tuple[int, int]:
-        """Requests and rows, from the first on, that attend by mask; all trees are among them.
+    def block(self, metadata: Any) -> Block:
+        """The first requests of a batch, which attend by mask; all trees are among them.
 
         vLLM puts requests with drafts first in a batch. A prompt's long chunk ends the block.
         """
+        requests, rows = self._block
         if metadata.max_query_len <= MAX_BLOCK_ROWS:  # so it is while graphs are captured
-            return len(metadata.query_start_loc) - 1, metadata.num_actual_tokens
-        return self._block
+            requests, rows = len(metadata.query_start_loc) - 1, metadata.num_actual_tokens
+        is_narrow = metadata.max_query_len <= self.widths[0]
+        return Block(requests, rows, self.widths[0 if is_narrow else -1])
 
     def candidates(self, states: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and parents of the nodes [N] of state rows [N]; token -1 where no tree is."""
@@ -83,9 +95,9 @@ class CandidateTrees:
         return tokens, self.table.parents[states, nodes]
 
     def accept(self, states: Tensor, nodes: Tensor) -> None:
-        """Keep the accepted nodes [R, n + 1] of state rows [R]; -1 beyond a path's end."""
+        """Keep the accepted nodes [R, n + 1], which change, of state rows [R]; -1 beyond a path."""
+        nodes[:, 0].fill_(0)  # also where nothing was sampled, from logits that hold NaN
         self.table.paths[states] = nodes.int()
-        self.table.paths[states, 0] = 0  # nothing was sampled from logits that hold NaN
 
     def keep(self, states: Tensor, roots: Tensor, tree: Tree) -> None:
         """Keep drafted trees [R] whose roots will stand at `roots` [R]; state -1 is nobody's."""

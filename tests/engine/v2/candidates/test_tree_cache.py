@@ -1,7 +1,7 @@
 """After moving accepted paths, the target's K and V are those of a run without speculation.
 
-They are compared up to the rounding that verifying several rows at once brings: a run with chains of
-drafts, which move nothing, shows how much that is.
+They are compared up to the rounding that verifying several rows at once brings: a run with chains
+of drafts, which move nothing, shows how much that is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor
 from vllm import LLM
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner

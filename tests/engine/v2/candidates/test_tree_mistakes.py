@@ -79,9 +79,7 @@ def test_noise_by_row_changes_sampled_texts(monkeypatch: pytest.MonkeyPatch) -> 
     def by_row(self: Any, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
         states, index, index_np, positions, ids, local, *rest = args
         by_rows = positions + local  # as if each row came after the one before it
-        return sample(
-            self, logits, states, index, index_np, by_rows, ids, local, *rest, **kwargs
-        )
+        return sample(self, logits, states, index, index_np, by_rows, ids, local, *rest, **kwargs)
 
     monkeypatch.setattr(Sampler, "sample", by_row)
     with engine(drafting(8, tree_nodes=16)) as llm:
@@ -142,7 +140,9 @@ def test_a_wrong_context_changes_trees(
     """The text stays, the head drafts from elsewhere: the dense head's trees tell."""
     follow = speculator.tree_paths
 
-    def wrong(table: Any, query_start_loc: Tensor, idx: Tensor, rejected: Tensor, slots: Tensor) -> TreePaths:
+    def wrong(
+        table: Any, query_start_loc: Tensor, idx: Tensor, rejected: Tensor, slots: Tensor
+    ) -> TreePaths:
         paths = follow(table, query_start_loc, idx, rejected, slots)
         last = query_start_loc[1 : len(idx) + 1].long() - 1 - rejected
         return paths._replace(**{field: {"row_slots": slots, "last_rows": last}[field]})

@@ -118,7 +118,7 @@ def test_requests_of_all_kinds_in_one_batch() -> None:
 
 
 def test_requests_that_come_and_go(answers: dict[Tokens, Tokens]) -> None:
-    """State rows change tenants in the middle of a batch; an aborted request's tree goes with it."""
+    """State rows change tenants in the middle of a batch; an aborted request's tree goes."""
     with engine(trees(16), max_num_seqs=4) as llm, watching_trees(llm) as watch:
         core = llm.llm_engine
         for number, text in enumerate(TEXTS[:10]):
