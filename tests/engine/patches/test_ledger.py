@@ -39,6 +39,10 @@ class CPURunner(Runner):
     def start(cls):
         return "started"
 
+    @property
+    def pace(self):
+        return "slow"
+
 
 class Drafter:
     def __init__(self, config, device=None):
@@ -273,6 +277,11 @@ def test_a_static_method_stays_one(name: str) -> None:
     install(polite(name, "CPURunner.stop"))
     runner = importlib.import_module(name).CPURunner
     assert runner().stop() == runner.stop() == "stopped, please"
+
+
+def test_a_property_stays_one(name: str) -> None:
+    install(polite(name, "CPURunner.pace"))
+    assert importlib.import_module(name).CPURunner().pace == "slow, please"
 
 
 def test_a_class_method_is_refused_rather_than_broken(name: str) -> None:

@@ -55,7 +55,7 @@ class TreeAttention:
         """As vLLM's; key and value have been written to the cache already."""
         inputs = (layer, query, key, value, kv_cache, attn_metadata, output, *args)
         if self.trees is None or attn_metadata is None:
-            return super().forward(*inputs, **kwargs)  # type: ignore[misc, no-any-return]
+            return super().forward(*inputs, **kwargs)  # type: ignore[misc]
         requests, rows, width = self.trees.block(attn_metadata)
         if rows < attn_metadata.num_actual_tokens:
             super().forward(*inputs, **kwargs)  # type: ignore[misc]

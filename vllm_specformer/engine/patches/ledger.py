@@ -323,6 +323,7 @@ def _make(entry: Patch, module: ModuleType) -> None:
         return
     if isinstance(found, classmethod):
         raise TypeError("it is a classmethod, which `patch` does not wrap")
+    changed: Any
     if isinstance(found, property):
         changed = property(entry.change(found.fget), found.fset, found.fdel, found.__doc__)
     else:
