@@ -45,7 +45,8 @@ def test_all_slots_where_no_number_is_given() -> None:
 def test_a_schedule_of_nodes() -> None:
     ranges = [[1, 4, 16], [5, 16, 6], [17, 64, 0]]
     engine = configured(asking(HEAD, 3, tree_nodes=16, tree_nodes_per_batch_size=ranges))
-    assert engine.speculative_config.num_speculative_tokens_per_batch_size == ranges
+    found = engine.speculative_config.num_speculative_tokens_per_batch_size
+    assert [list(entry) for entry in found] == ranges
 
 
 @pytest.mark.parametrize("nodes", [0, -1, MAX_TREE_NODES + 1, 2.5, "8", True])

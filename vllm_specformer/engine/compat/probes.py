@@ -22,6 +22,7 @@ from vllm_specformer.engine.compat.symbols import (
     REGISTRATION,
     Reliance,
 )
+from vllm_specformer.engine.compat.symbols_candidates import TREES
 from vllm_specformer.engine.compat.symbols_cpu import CPU_RUNNER
 from vllm_specformer.engine.compat.symbols_runners import RUNNER_V1, RUNNER_V2, VERIFICATION
 from vllm_specformer.engine.patches.ledger import Patch, declared
@@ -51,6 +52,7 @@ RELIED_ON: tuple[Reliance, ...] = (
     *RUNNER_V1,
     *RUNNER_V2,
     *VERIFICATION,
+    *TREES,
     *CPU_RUNNER,
     *LAYERS,
     *CPU_KERNELS,

@@ -99,6 +99,7 @@ def depends_on_rows_before(params: Any) -> bool:
     why="vLLM keeps a row of every step's budget free per node, for drafters that write K and V at "
     "drafted positions; the head writes none there",
     guard=_GUARD,
+    attribute=True,
 )
 def max_num_new_slots_for_drafting(original: Callable[..., int], self: Any) -> int:
     return original(self) if tree_settings(self) is None else 0
@@ -108,6 +109,7 @@ def max_num_new_slots_for_drafting(original: Callable[..., int], self: Any) -> i
     "vllm.config.vllm:VllmConfig.num_lookahead_tokens",
     why="vLLM keeps pages for a token per node past those it verifies, which the head does not use",
     guard=_GUARD,
+    attribute=True,
 )
 def num_lookahead_tokens(original: Callable[..., int], self: Any) -> int:
     return original(self) if tree_settings(self.speculative_config) is None else 0

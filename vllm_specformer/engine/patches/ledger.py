@@ -54,7 +54,7 @@ ON_ANY_VERSION = ("registration", "command_line")
 # Our names in the order in which they were applied, on the module or class that was changed.
 _MARK = "__specformer_patches__"
 
-Kind = Literal["function", "class", "value", "import"]
+Kind = Literal["function", "class", "value", "import", "attribute"]
 State = Literal["applied", "pending", "missing", "off"]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -124,6 +124,7 @@ class Ledger(importlib.abc.MetaPathFinder):
         guard: str,
         parameters: str | None = None,
         imported: bool = False,
+        attribute: bool = False,
         later: str = "",
     ) -> Callable[[_F], _F]:
         """Let the decorated function take the target's place: `ours(original, *arguments)`.
@@ -136,6 +137,7 @@ class Ledger(importlib.abc.MetaPathFinder):
                 function takes after `original` (and `self`).
             imported: the target's module has it from another one; there, parameters are not looked
                 at.
+            attribute: the target is a property.
             later: the target's place in a later vLLM that we support.
         """
 
@@ -149,8 +151,8 @@ class Ledger(importlib.abc.MetaPathFinder):
 
             own, passes_on = _signature(ours, 2 if "." in target.partition(":")[2] else 1)
             names = own if parameters is None else tuple(parameters.split())
-            kind: Kind = "import" if imported else "function"
-            names = () if imported else names
+            kind: Kind = "import" if imported else "attribute" if attribute else "function"
+            names = () if kind != "function" else names
             self._declare(ours, target, why, guard, kind, change, names, (), passes_on, later)
             return ours
 
