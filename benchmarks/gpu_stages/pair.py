@@ -21,7 +21,8 @@ def run(options: Options) -> Options:
     """Answers of one engine as token ids, what drafts in it, and what became of its drafts.
 
     Args:
-        options: `speculative` (None: no speculation), `prompts`, `max_tokens`, `group`, `engine`;
+        options: `speculative`, fields of the speculative config beside the head and K=4, or None;
+            `prompts`, `max_tokens`, `group`, `engine`;
             `dense`: how many of the prompts have their drafts compared, in this process.
 
     Raises:
@@ -33,7 +34,7 @@ def run(options: Options) -> Options:
     llm = start(options)
     seconds = time.perf_counter() - started
     found = llm.collective_rpc("describe_drafter")[0]
-    if found["drafter"] != (DRAFTER if options["speculative"] else None):
+    if found["drafter"] != (None if options["speculative"] is None else DRAFTER):
         raise RuntimeError(
             f"vLLM drafts with {found['drafter']} instead of {DRAFTER}: the plugin is not in "
             "place; `specformer doctor` says why"
@@ -75,13 +76,10 @@ def start(options: Options) -> Any:
         "worker_extension_cls": QUALIFIED_NAME,
         **options["engine"],
     }
-    return LLM(model=str(TARGET), speculative_config=options["speculative"], **engine)
-
-
-def speculative(num_tokens: int = 4, **changes: Any) -> Options:
-    """The bundled head's speculative config."""
-    config = {"method": "specformer", "model": str(HEAD), "num_speculative_tokens": num_tokens}
-    return config | changes
+    config = options["speculative"]
+    if config is not None:
+        config = {"method": "specformer", "model": str(HEAD), "num_speculative_tokens": 4} | config
+    return LLM(model=str(TARGET), speculative_config=config, **engine)
 
 
 def _seeded(max_tokens: int, number: int) -> Any:

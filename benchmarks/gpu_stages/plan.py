@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_stages import pair
 from gpu_stages.arms import ARMS, BATCHES, CONTEXT, PUBLISHED, SHAPES, Arm, find
 
 STAGES = {
@@ -93,10 +92,10 @@ def _pair(dry: bool) -> tuple[list[Unit], list[Unit]]:
     size = {"prompts": 6, "max_tokens": 8, "group": 2}
     full = {"prompts": 48, "max_tokens": 96, "group": 5}
     first, others = list[Unit](), list[Unit]()
-    arms = {
+    arms: dict[str, dict[str, str] | None] = {
         "none": None,
-        "specformer": pair.speculative(),
-        "coupled": pair.speculative(verification="coupled", draft_sample_method="probabilistic"),
+        "specformer": {},
+        "coupled": {"verification": "coupled", "draft_sample_method": "probabilistic"},
     }
     for graphs in (False,) if dry else (True, False):
         for name, speculative in arms.items():

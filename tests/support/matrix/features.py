@@ -341,7 +341,8 @@ NOT_TRIED = {
     "[one-step.md](one-step.md)",
     "`torch.compile` on a CPU": "`make test-slow` (`tests/engine/v1/test_modes.py`)",
     "tensor parallelism": "`tests/engine/v1/test_sharding.py`, two ranks on a CPU",
-    "sleep mode": "vLLM refuses it on a CPU, with or without speculation",
+    "sleep mode, weights loaded again": "vLLM refuses sleep on a CPU; the worker's methods, with "
+    "its allocator replaced: `tests/engine/v2/test_sleep.py`",
     "fp8 KV cache of the target": "same output on both runners "
     "(`tests/engine/v1/test_other_caches.py`, `v2`)",
     "quantised targets (compressed-tensors W8A8 and W4A16, GPTQ, AWQ)": "same output on V1 in a "

@@ -1,7 +1,7 @@
-"""What vLLM's GPU worker does between loading and serving, and with weights while it serves.
+"""vLLM's GPU worker: the end of its warm-up, and weights that are replaced while it serves.
 
-Its end of warm-up is no drafter's business in vLLM, which tells a drafter to capture graphs and
-nothing where there are none. And it lets a drafter's weights be replaced, which a head's cannot.
+vLLM tells a drafter to capture its graphs, and tells it nothing where there are none. And it lets a
+drafter's weights be replaced, which a head's, cut for serving, cannot be.
 """
 
 from __future__ import annotations
