@@ -99,10 +99,9 @@ class SpecFormerProposer(DFlashProposer):
                 context[:requests], queries, first, first, first, None, self.num_speculative_tokens
             )
             logits = self.model.compute_logits(slots.flatten(0, 1))
-            # What vLLM's drawing holds at once. A CPU's memory is not profiled.
+            # What drawing holds at once. A CPU's memory is not profiled.
             if self._enable_probabilistic_draft_probs and self.device.type != "cpu":
-                probs = logits.float().softmax(-1)
-                (probs.clone() / torch.empty_like(probs).exponential_()).argmax(-1)
+                logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)
 
     def prepare_inputs_padded(
         self, common_attn_metadata: CommonAttentionMetadata, spec_decode_metadata: Any, *args: Any
@@ -217,16 +216,16 @@ class SpecFormerProposer(DFlashProposer):
         """Draft tokens [R, n] from slot states [R, n, H]; keeps what they were drawn from."""
         self._drawn = None
         if self._enable_probabilistic_draft_probs and not sampling_metadata.all_greedy:
-            drawn = DrawnBatch(self.runner, *slots.shape[:2])
+            drawn = DrawnBatch(self.runner, sampling_metadata.temperature, slots.shape[1])
             self._drawn = drawn if drawn.num_drawn else None
         # argmax over float32 is several times faster than over bfloat16 on a CPU.
         logits = self.model.compute_logits(slots.flatten(0, 1)).float()
         if self.model.config.markov_rank:
             tokens, probs, logits = self._sample_in_order(
-                logits.unflatten(0, slots.shape[:2]), bonus_tokens, sampling_metadata
+                logits.unflatten(0, slots.shape[:2]), bonus_tokens
             )
         else:
-            tokens, probs = self._choose(logits, sampling_metadata)
+            tokens, probs = self._choose(logits)
             tokens = tokens.view(slots.shape[:2])
         if probs is not None:
             self._last_draft_probs = probs.view(*slots.shape[:2], -1).contiguous()
@@ -235,7 +234,7 @@ class SpecFormerProposer(DFlashProposer):
         return self.cut.shorten(tokens, largest_log_probs(logits).view(tokens.shape))
 
     def _sample_in_order(
-        self, logits: Tensor, bonus_tokens: Tensor, sampling_metadata: Any
+        self, logits: Tensor, bonus_tokens: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Slot by slot, each biased by the token chosen before it; logits [R, n, V or N].
 
@@ -246,7 +245,7 @@ class SpecFormerProposer(DFlashProposer):
         previous, tokens, probs, biased = bonus_tokens, [], [], []
         for slot, own in enumerate(logits.unbind(1)):
             scores = own + self.model.head.markov_logits(previous)
-            previous, slot_probs = self._choose(scores, sampling_metadata, slot)
+            previous, slot_probs = self._choose(scores, slot)
             if self.cut is not None:
                 biased.append(scores)
             tokens.append(previous)
@@ -258,9 +257,7 @@ class SpecFormerProposer(DFlashProposer):
             torch.stack(biased, dim=1) if biased else logits,
         )
 
-    def _choose(
-        self, logits: Tensor, sampling_metadata: Any, slot: int = 0
-    ) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, logits: Tensor, slot: int = 0) -> tuple[Tensor, Tensor | None]:
         """Target ids [rows] and, where a request draws, the probabilities [rows, V] drawn from.
 
         Of logits [rows, V] of a slot, or of all; or [rows, N] of a draft vocabulary: other tokens
@@ -273,7 +270,5 @@ class SpecFormerProposer(DFlashProposer):
             on_cpu = self.device.type == "cpu"
             best = torch.ops._C.greedy_argmax(logits) if on_cpu else logits.argmax(-1)
             return head.to_tokens(best), None
-        chosen, probs = self._sample_from_logits(logits, sampling_metadata)
-        assert probs is not None
-        chosen = self._drawn.apply(chosen, probs, slot)
+        chosen, probs = self._drawn.draw(logits, slot)
         return head.to_tokens(chosen), head.over_vocabulary(probs, 0.0)

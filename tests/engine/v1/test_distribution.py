@@ -244,8 +244,8 @@ def test_a_grammar_keeps_the_law(
     with engine(None, **changes) as llm:
         plain = spoken(llm, prompt)
     after_return = Counter(completion.token_ids[1] for completion in plain)
-    (token, said), *_ = after_return.most_common(1)
-    assert 0.1 < said / SAMPLES < 0.5
+    token, said = next(pair for pair in after_return.most_common() if pair[1] < SAMPLES / 2)
+    assert said > SAMPLES / 20
     drafted = {depth: {(token,): 0.55, (prompt[-1],): 0.45} for depth in range(1, DEPTH + 1)}
     head = lawful_head(tmp_path / "head", reference, drafted, restricted=False)
     with engine(drafting(4, head), **changes) as llm:

@@ -10,7 +10,7 @@ import torch
 from vllm import SamplingParams
 
 from support.engines import drafting, engine, greedy, prompts
-from vllm_specformer.engine.proposer_v1 import SpecFormerProposer
+from vllm_specformer.engine.draws.batch_v1 import DrawnBatch
 
 
 def test_class_is_judged_before_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,13 +32,13 @@ def test_class_is_judged_before_weights_load(monkeypatch: pytest.MonkeyPatch) ->
 def test_greedy_batches_draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default drafts are drawn, but no probability is computed where nobody wants them."""
     draws: list[int] = []
-    sample = SpecFormerProposer._sample_from_logits
+    draw = DrawnBatch.draw
 
-    def counted(self: SpecFormerProposer, logits: Any, *args: Any) -> Any:
+    def counted(self: DrawnBatch, logits: Any, *args: Any) -> Any:
         draws.append(len(logits))
-        return sample(self, logits, *args)
+        return draw(self, logits, *args)
 
-    monkeypatch.setattr(SpecFormerProposer, "_sample_from_logits", counted)
+    monkeypatch.setattr(DrawnBatch, "draw", counted)
     best = SamplingParams(temperature=1, top_k=1, max_tokens=8)
     with engine(drafting(4)) as llm:
         for params in ([greedy(8)] * 3, [greedy(8), best, best]):

@@ -41,12 +41,6 @@ RUNNER_V1: tuple[Reliance, ...] = (
     call(f"{_BASE_V1}._get_model", V1, "builds the head"),
     override(f"{_BASE_V1}._maybe_share_embeddings", V1, "shares", "target_language_model"),
     override(f"{_BASE_V1}._maybe_share_lm_head", V1, "shares", "target_language_model"),
-    call(
-        f"{_BASE_V1}._sample_from_logits",
-        V1,
-        "draws the drafts and keeps q",
-        "logits sampling_metadata",
-    ),
     override(
         f"{_BASE_V1}.initialize_attn_backend",
         V1,

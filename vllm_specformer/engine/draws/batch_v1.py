@@ -1,9 +1,11 @@
 """Drawn drafts on the V1 runner, beside requests that get the head's best tokens.
 
-vLLM draws all rows of a batch from one stream, which has no seed. Here a request with a seed has a
-stream of its own for its drafts, beside the one that the target's tokens are drawn from: it repeats
-itself, whatever else is in the batch. Rows that take the best token are verified as such, by a
-distribution that knows nothing else.
+One number per draft decides: the token at that share of the head's distribution. vLLM draws an
+exponential number for every token of the vocabulary, which takes a CPU longer than the rest of a
+draft step, and from one stream for the whole batch, which has no seed. Here a request with a seed
+has a stream of its own for its drafts, beside the one that the target's tokens are drawn from: it
+repeats itself, whatever else is in the batch. Rows that take the best token are verified as such,
+by a distribution that knows nothing else.
 """
 
 from __future__ import annotations
@@ -29,64 +31,71 @@ class DrawnBatch:
         streams: row -> stream of a request with a seed whose drafts are drawn.
     """
 
-    def __init__(self, runner: Any, num_reqs: int, num_slots: int) -> None:
-        """The first `num_reqs` requests of the V1 runner's batch."""
+    def __init__(self, runner: Any, temperature: Tensor, num_slots: int) -> None:
+        """The first R requests of the V1 runner's batch; temperature float [R], 0 for greedy."""
+        num_reqs = len(temperature)
         self.num_drawn = 0
         self.best: list[int] = []
         self.streams: dict[int, Generator] = {}
         self._shape = num_reqs, num_slots
-        self._noise: Tensor | None = None
+        self._temperature = torch.where(temperature > 0, temperature, 1.0)
+        self._greedy: list[int] = []
+        self._shares: Tensor | None = None
         discarded = runner.discard_request_mask.np
         for row, name in enumerate(runner.input_batch.req_ids[:num_reqs]):
             state = runner.requests[name]
             if wants_best(state.sampling_params):
                 self.best.append(row)
-            elif state.sampling_params.temperature > 0:
+            elif state.sampling_params.temperature == 0:
+                self._greedy.append(row)
+            else:
                 self.num_drawn += 1
                 # Drafts of a prompt that is not yet computed to its end are never verified. They
                 # take nothing from the stream: the parts of a prompt make no difference.
                 if state.generator is not None and not discarded[row]:
                     self.streams[row] = _stream(state)
 
-    def apply(self, tokens: Tensor, probs: Tensor, slot: int = 0) -> Tensor:
-        """Draw again for rows with a stream of their own, and give the best token to others.
+    def draw(self, logits: Tensor, slot: int = 0) -> tuple[Tensor, Tensor]:
+        """Choose a token in every row.
 
         Args:
-            tokens: drawn for every row, int64 [R * m], the m slots of a request after one another;
-                changed in place.
-            probs: what they were drawn from, float32 [R * m, N]. Rows that get the best token are
-                changed in place: it has probability 1.
-            slot: the first of these slots. Those of a step are asked for once and in order.
+            logits: float32 [R * m, N], the m slots of a request after one another.
+            slot: the first of these slots.
 
         Returns:
-            `tokens`.
+            Indices int64 [R * m], and what they were drawn from, float32 [R * m, N]: certain ones
+            in the rows of `best`. In those of greedy requests vLLM does not read it.
         """
-        slots = len(tokens) // self._shape[0]
-        chosen, of_request = tokens.view(-1, slots), probs.view(self._shape[0], slots, -1)
-        if self.streams:
-            rows = torch.tensor(list(self.streams), device=probs.device)
-            noise = self._own_noise(probs)[:, slot : slot + slots]
-            chosen[rows] = (of_request[rows] / noise).argmax(-1)
-        if self.best:
-            rows = torch.tensor(self.best, device=probs.device)
-            best = of_request[rows].argmax(-1)
-            of_request[rows] = torch.zeros_like(of_request[rows]).scatter_(-1, best[..., None], 1.0)
-            chosen[rows] = best
-        return tokens
+        requests = self._shape[0]
+        of_request = logits.view(requests, -1, logits.shape[-1])
+        slots = of_request.shape[1]
+        probs = (of_request / self._temperature[:, None, None]).softmax(-1)
+        reached = probs.cumsum(-1, dtype=torch.float64)
+        total = reached[..., -1:]
+        # The largest share is below 1, but its product with the total may round to the total.
+        at = (self._own_shares(logits)[:, slot : slot + slots, None] * total).minimum(
+            torch.nextafter(total, torch.zeros_like(total))
+        )
+        chosen = torch.searchsorted(reached, at, right=True).squeeze(-1)
+        for rows, is_certain in ((self._greedy, False), (self.best, True)):
+            if rows:
+                index = torch.tensor(rows, device=logits.device)
+                best = of_request[index].argmax(-1)
+                chosen[index] = best
+                if is_certain:
+                    certain = torch.zeros_like(of_request[index]).scatter_(-1, best[..., None], 1.0)
+                    probs[index] = certain
+        return chosen.flatten(), probs.flatten(0, 1)
 
-    def _own_noise(self, probs: Tensor) -> Tensor:
-        """Of every row with a stream, for all slots of the step, [rows, n, N]."""
-        if self._noise is None:
-            shape = len(self.streams), self._shape[1], probs.shape[-1]
-            self._noise = torch.empty(shape, dtype=probs.dtype, device=probs.device)
-            for noise, stream in zip(self._noise, self.streams.values(), strict=True):
-                noise.exponential_(generator=stream)
-            self._noise.clamp_min_(_TINY)
-        return self._noise
-
-
-# What a token of probability 0 must not be divided by: 0/0 would be the largest of all.
-_TINY = torch.finfo(torch.float32).tiny
+    def _own_shares(self, logits: Tensor) -> Tensor:
+        """A number from 0 to below 1 for every slot of the step, float64 [R, n]."""
+        if self._shares is None:
+            device, kind = logits.device, torch.float64
+            self._shares = torch.rand(self._shape, dtype=kind, device=device)
+            for row, stream in self.streams.items():
+                own = torch.rand(self._shape[1], generator=stream, dtype=kind, device=device)
+                self._shares[row] = own
+        return self._shares
 
 
 def _stream(state: Any) -> Generator:
