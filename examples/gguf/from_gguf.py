@@ -78,10 +78,9 @@ def plain_config(config: dict[str, Any]) -> dict[str, Any]:
 
 def rounded(value: Any) -> Any:
     """A number that went through float32, as it was written before; anything else as it is."""
-    if not isinstance(value, float):
+    if not isinstance(value, float) or value != float(np.float32(value)):
         return value
-    shortest = float(str(np.float32(value)))
-    return shortest if np.float32(shortest) == np.float32(value) else value
+    return float(str(np.float32(value)))
 
 
 def stamp(out: Path, version: str) -> None:
