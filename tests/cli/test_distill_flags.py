@@ -17,7 +17,7 @@ def test_defaults(typed: Callable[..., Any]) -> None:
         "revision": None,
         "max_prompts": None,
         "max_bad_lines": None,
-        "shard_size": 1000,
+        "shard_size": None,
         "temperature": 0.0,
         "sampled_share": 0.25,
         "sampled_temperature": 1.0,

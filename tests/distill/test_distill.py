@@ -10,11 +10,13 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from support.distill.fakes import (
     CONTEXT,
@@ -41,6 +43,7 @@ from vllm_specformer.distill.backend import Progress
 from vllm_specformer.distill.dialogue import TOO_LONG, Dialogue
 from vllm_specformer.distill.distill import OtherSettingsError, distill, safe
 from vllm_specformer.distill.encode import Encoder
+from vllm_specformer.distill.progress import ProgressBar
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.target.files import TargetError
 
@@ -117,6 +120,47 @@ def test_shards_hold_what_the_input_says_whatever_else_was_distilled(
     drawn = rows_of(tmp_path / "c")
     assert len(drawn) == 7
     assert all(rows[row.id] == row for row in drawn)
+
+
+@pytest.mark.parametrize(("gpu", "size"), [(False, 128), (True, 1000)])
+def test_shards_are_small_where_answers_are_slow(
+    target: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: bool,
+    size: int,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    made = distill(options(target, prompts, tmp_path / "out", shard_size=None), open_fake, silent)
+    assert made.shard_size == size
+
+
+def test_a_run_keeps_the_shard_size_it_was_begun_with(
+    target: Path, prompts: Path, tmp_path: Path
+) -> None:
+    given = options(target, prompts, tmp_path / "out", shard_size=7)
+    stopping = StoppingEngine(10, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        distill(given, lambda *_: stopping, silent)
+    whole = distill(options(target, prompts, tmp_path / "out", shard_size=None), open_fake, silent)
+    assert whole.shard_size == 7
+    assert whole.complete
+
+
+def test_speed_and_time_left_are_those_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of the last answers, which come in waves."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    bar = ProgressBar(total=1000, done=100)
+    bar._bar._time = lambda: clock[0]
+    bar._bar.start_t = bar._bar.last_print_t = 0.0
+    for answers, seconds in ((10, 100.0), (90, 100.0)):
+        clock[0] += seconds
+        bar.answered(answers, 0)
+    shown = bar._bar.format_dict | {"elapsed": 200.0}
+    assert "200/1000 [03:20<26:40,  2.00s/ answers" in bar._bar.format_meter(**shown)
+    bar.close()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("engine died")])

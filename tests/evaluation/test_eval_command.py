@@ -31,8 +31,11 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prompts") / "chats.jsonl"
     prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text().splitlines()[:6]]
     records = [
-        {"messages": [{"role": "user", "content": text}, {"role": "user", "content": "and?"}]}
-        for text in prompts
+        {
+            "messages": [{"role": "user", "content": text}, {"role": "user", "content": "and?"}],
+            "kind": "code" if number < 4 else "chat",
+        }
+        for number, text in enumerate(prompts)
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
@@ -59,6 +62,11 @@ def test_prompts_to_metrics(
             assert list(group[part]["head"]) == ["K=1", "K=4"]
             assert len(group[part]["head"]["K=4"]["acceptance_per_position"]) == 4
             assert {"lookup_3", "lookup_2_3"} < group[part].keys()
+        kinds = group["by_kind"]
+        assert {kind: found["texts"] for kind, found in kinds.items()} == {"chat": 2, "code": 4}
+        steps = [found["all"]["head"]["K=4"]["tokens_per_step"] for found in kinds.values()]
+        assert group["mean_over_kinds"]["K=4"]["head"] == pytest.approx(sum(steps) / 2, abs=1e-3)
+        assert min(steps) <= group["all"]["head"]["K=4"]["tokens_per_step"] <= max(steps)
         assert ("share_of_bound" in group) == (name != "greedy")
         head, bound = (group["all"].get(method) for method in ("head", "bound"))
         served = group["all"]["head_drawn" if bound else "head"]["K=4"]["tokens_per_step"]
@@ -70,6 +78,8 @@ def test_prompts_to_metrics(
     assert plot.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "greedy: tokens per step, 6 texts" in printed
+    assert "greedy, by kind: tokens per step" in printed
+    assert "mean of kinds" in printed
     assert "of bound" in printed
     assert "drawn" in printed
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]

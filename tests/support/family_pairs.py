@@ -44,7 +44,7 @@ def make_pair(folder: Path, family: str) -> Pair:
     arguments = ["--target", pair.target, "--data", data, "--out", pair.head]
     arguments += ["--slots", 4, "--max-steps", STEPS, "--batch-tokens", 512, "--eval-every", STEPS]
     # Its term is added to the logits, so their scale and cap decide about drafts.
-    arguments += ["--markov-rank", 8]
+    arguments += ["--markov-rank", 8, "--dtype", "float32", "--anchors-per-text", 32]
     assert main(["train", *map(str, arguments)]) == 0
     return pair
 

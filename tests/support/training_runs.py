@@ -16,6 +16,7 @@ ARGUMENTS = {
     "slots": 3,
     "markov-rank": 4,
     "max-steps": 12,
+    "dtype": "float32",
     "batch-tokens": 128,
     "log-every": 2,
     "eval-every": 4,
@@ -31,6 +32,8 @@ def command(pair: Path, out: Path, **changes: Any) -> list[str]:
     for name, value in arguments.items():
         if isinstance(value, bool):
             line.append(f"--{'' if value else 'no-'}{name}")
+        elif isinstance(value, tuple):
+            line += [f"--{name}", *map(str, value)]
         elif value is not None:
             line += [f"--{name}", str(value)]
     return line

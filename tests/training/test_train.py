@@ -14,10 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from support.training_runs import ENVIRONMENT, command, train
+from support.training_texts import make_texts, write_distilled
 from vllm_specformer.config import read_head_config
 from vllm_specformer.data.files import sha256_of
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.pairing import check_weights
+from vllm_specformer.training import draft_vocabulary, pace, report
+from vllm_specformer.training.trainer import HeadTrainer
 
 # Weights are stored in bfloat16, and sums over two processes are rounded in another order.
 CLOSE = {"rtol": 0.02, "atol": 2e-3}
@@ -73,7 +76,7 @@ def test_paths_are_written_so_that_they_hold_anywhere(
     provenance = train(Path("."), tmp_path / "out", **{"max-steps": 1})
     assert read_head_config(tmp_path / "out").target_name_or_path == str(pair / "target")
     assert provenance["target"]["name_or_path"] == str(pair / "target")
-    assert provenance["settings"]["data"] == str(pair / "data")
+    assert provenance["settings"]["data"] == [str(pair / "data")]
 
 
 def test_log_table_and_card_agree(finished: Path) -> None:
@@ -135,6 +138,127 @@ def test_settings(pair: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
         assert provenance["result"]["evaluation"] is None
     if "target_name" in changes:
         assert config.target_name_or_path == "somewhere/else"
+
+
+def test_several_directories_are_one_set_of_texts(
+    pair: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_distilled(tmp_path / "more", make_texts(30, 40, seed=1), pair / "target")
+    provenance = train(pair, tmp_path / "out", data=(pair / "data", tmp_path / "more"))
+    assert "90 conversations: " in capsys.readouterr().out
+    one = json.loads((finished / "provenance.json").read_text())
+    assert provenance["data"]["conversations"] == 90
+    assert provenance["data"]["answer_tokens"] > one["data"]["answer_tokens"]
+    assert provenance["data"]["manifests"][0] == one["data"]["manifest_sha256"]
+    assert len(provenance["data"]["manifests"]) == 2
+    assert provenance["settings"]["data"] == [str(pair / "data"), str(tmp_path / "more")]
+    assert provenance["result"]["weights"] != one["result"]["weights"]
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_arithmetic_of_a_cpu(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool
+) -> None:
+    """bfloat16 where the processor has it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+    options = {"dtype": "auto", "device": "cpu", "max_steps": 2, "eval_share": 0}
+    provenance = train(pair, tmp_path / "out", **options)
+    assert provenance["dtype"] == ("bfloat16" if able else "float32")
+    assert provenance["settings"]["anchors_per_text"] == 128
+
+
+def test_evaluations_take_a_tenth_at_most(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer texts are evaluated where more would take longer; a number that is given counts."""
+    options = {"eval_share": 0.5, "batch_size": 1, "max_steps": 20, "eval_every": None}
+    fewer = train(pair, tmp_path / "fewer", **options)
+    assert fewer["texts"]["evaluated"] == 1
+    given = train(pair, tmp_path / "given", eval_texts=7, **options)
+    assert given["texts"]["evaluated"] == 7
+
+
+def test_an_evaluation_announces_itself(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(pair, tmp_path / "out", eval_texts=2)
+    shown = capsys.readouterr()
+    assert "evaluating 2 held-out texts: " in shown.err
+    assert "step 4: tokens per step" in shown.out
+
+
+def test_a_forecast_after_a_minute(
+    pair: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(report, "FORECAST_AFTER", 0.0)
+    train(pair, tmp_path / "out")
+    told = [line for line in capsys.readouterr().out.splitlines() if "forecast: " in line]
+    assert len(told) == 1
+    assert "forecast: 10 steps to go at " in told[0]
+    monkeypatch.setattr(report, "FORECAST_AFTER", 60.0)
+    train(pair, tmp_path / "short")
+    assert "forecast: " not in capsys.readouterr().out
+
+
+def test_a_draft_vocabulary_is_proposed_where_scoring_dominates(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(pair, tmp_path / "none", max_steps=1)
+    assert "--draft-vocab" not in capsys.readouterr().out  # a vocabulary of 40
+    monkeypatch.setattr(draft_vocabulary, "DOMINANT", 0.0)
+    monkeypatch.setattr(draft_vocabulary, "ENOUGH", 0.3)
+    train(pair, tmp_path / "some", max_steps=1)
+    printed = capsys.readouterr().out
+    assert "note: scoring all 40 tokens is 23% of a slot's work; --draft-vocab 16 would" in printed
+    train(pair, tmp_path / "given", max_steps=1, draft_vocab=20)
+    assert "note: scoring" not in capsys.readouterr().out
+
+
+def test_a_limit_on_the_hours_ends_the_run_in_time(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which every step takes a minute."""
+    clock = [0.0]
+    real = HeadTrainer.training_step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        clock[0] += 60
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(HeadTrainer, "training_step", step)
+    monkeypatch.setattr(pace.time, "monotonic", lambda: clock[0])
+    options = {"max_steps": 40, "eval_every": None, "save_every": None, "log_every": 1}
+    provenance = train(pair, tmp_path / "out", max_hours=0.25, **options)
+    result = provenance["result"]
+    assert (result["steps"], result["planned_steps"]) == (15, 40)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    rates = [row["learning_rate"] for row in rows if "loss" in row]
+    assert rates[6] == 0.02  # the first half of the time
+    # A step's rate is that of the time before it.
+    for step in (11, 14):
+        expected = 0.02 * pace.factor("trapezoid", step / 15, 0.05)
+        assert rates[step] == pytest.approx(expected, abs=1e-4)
+    assert rates[14] < 0.001
+    assert [row["hours"] for row in rows if "loss" in row][-1] == pytest.approx(0.25)
+    # On this clock an evaluation takes no time, so each tenth has one.
+    assert [r["step"] for r in rows if "eval_tokens_per_step" in r] == [
+        2,
+        3,
+        5,
+        6,
+        8,
+        9,
+        11,
+        12,
+        14,
+        15,
+    ]
+    assert "15 of 40 planned, which fitted into 0.25 hours" in " ".join(
+        (tmp_path / "out" / "README.md").read_text().split()
+    )
 
 
 def test_targets_that_cannot_pack_are_padded(

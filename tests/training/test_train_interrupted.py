@@ -17,18 +17,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from support.file_limits import file_limit
 from support.training_runs import ENVIRONMENT, command, refusal, train
 from support.training_texts import make_texts, write_distilled
 from vllm_specformer.cli.main import main
+from vllm_specformer.config import read_head_config
 from vllm_specformer.data.files import directory_lock
+from vllm_specformer.pairing import check_weights
 from vllm_specformer.training import report, run_directory
 from vllm_specformer.training.settings import TrainSettings
 from vllm_specformer.training.trainer import HeadTrainer
 
 # Long enough to be killed in the middle of.
 LONG = {"max_steps": 60, "save_every": 5, "eval_every": 6, "log_every": 2, "draft_vocab": 20}
+CLOCK = ("tokens_per_second", "hours", "eval_hours")
 SAME = ("README.md", "config.json", "model.safetensors", "run.json")
 
 
@@ -39,7 +43,7 @@ def weights(out: Path) -> dict[str, str]:
 def log(out: Path) -> list[dict[str, Any]]:
     """The log without what depends on the clock."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
 
 
 def assert_same(out: Path, whole: Path) -> None:
@@ -198,13 +202,20 @@ def test_other_settings_are_refused(
     train(pair, out)  # what it was begun with still continues it
 
 
-def test_settings_may_change_before_the_first_checkpoint(pair: Path, tmp_path: Path) -> None:
+def test_settings_may_change_before_the_first_checkpoint(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, HeadTrainer, "_save_checkpoint", 1)
         with pytest.raises(Killed):
             main(command(pair, out, learning_rate=0.3))
+    capsys.readouterr()
     assert train(pair, out, learning_rate=0.01)["settings"]["learning_rate"] == 0.01
+    assert (
+        f"note: {out} was begun with learning_rate 0.3, now 0.01; it had no checkpoint yet, so "
+        "the run begins anew"
+    ) in capsys.readouterr().out
 
 
 def test_a_moved_run_continues(pair: Path, begun: Path, whole: Path, tmp_path: Path) -> None:
@@ -406,7 +417,101 @@ def test_ctrl_c_is_no_traceback(
 ) -> None:
     monkeypatch.setattr(HeadTrainer, "training_step", fail_with(KeyboardInterrupt()))
     assert main(command(pair, tmp_path / "out")) == 130
-    assert "give the same command again, and it continues" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "There is no checkpoint yet. Give the same command again, and it begins anew" in error
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_with_a_checkpoint(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    """And says what is safe; what is continued gives the same head as an undisturbed run."""
+    out = tmp_path / "out"
+    real, steps = HeadTrainer.training_step, [0]
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        steps[0] += 1
+        if steps[0] == 5:
+            os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeadTrainer, "training_step", step)
+        assert main(command(pair, out)) == 130
+    error = capsys.readouterr().err
+    assert "ending with a checkpoint after the step under way" in error
+    assert "interrupted. The last checkpoint, checkpoint-5, is whole. Give the same" in error
+    assert f"specformer train --finish {out}" in error
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    train(pair, out)
+    undisturbed = train(pair, tmp_path / "whole")
+    assert weights(out) == undisturbed["result"]["weights"]
+
+
+# --- finished early ---
+
+
+def test_a_head_of_an_interrupted_run(pair: Path, begun: Path, whole: Path, tmp_path: Path) -> None:
+    """In another directory, so that the run can be continued all the same."""
+    run, out = tmp_path / "run", tmp_path / "head"
+    shutil.copytree(begun, run)
+    assert main(["train", "--finish", str(run), "--out", str(out)]) == 0
+    config = read_head_config(out)
+    check_weights(out, config)
+    assert config.target_name_or_path == str(pair / "target")
+    provenance = json.loads((out / "provenance.json").read_text())
+    reference = json.loads((whole / "provenance.json").read_text())
+    result = provenance.pop("result")
+    assert result["steps"] == 3
+    assert result["planned_steps"] == 12
+    assert reference.pop("result")["steps"] == 12
+    assert provenance == reference
+    card = " ".join((out / "README.md").read_text().split())
+    assert "3 of 12 planned, as the run was ended early" in card
+    saved = load_file(run / "checkpoints" / "checkpoint-3" / "model.safetensors")
+    served = load_file(out / "model.safetensors")
+    if result["evaluation"] is None:
+        for name, value in saved.items():
+            assert torch.equal(served[name], value.bfloat16()), name
+    train(pair, run)
+    assert weights(run) == weights(whole)
+
+
+def test_a_run_finished_in_its_own_directory_is_complete(
+    pair: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(begun, run)
+    assert main(["train", "--finish", str(run)]) == 0
+    assert "holds the head" in capsys.readouterr().out
+    assert not (run / "checkpoints").exists()
+    assert not (run / "about.json").exists()
+    check_weights(run, read_head_config(run))
+    assert main(command(pair, run)) == 0
+    assert "is complete: nothing to do" in capsys.readouterr().out
+    assert "it is complete; take it as it is" in refusal(capsys, ["train", "--finish", str(run)])
+
+
+def test_what_cannot_be_finished(
+    pair: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no run.json in it" in refusal(capsys, ["train", "--finish", str(tmp_path)])
+    run = tmp_path / "run"
+    shutil.copytree(begun, run)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("")
+    line = ["train", "--finish", str(run), "--out", str(tmp_path / "taken")]
+    assert "is not empty; choose a new directory" in refusal(capsys, line)
+    shutil.rmtree(run / "checkpoints")
+    message = refusal(capsys, ["train", "--finish", str(run)])
+    assert "it has no checkpoint of this version yet; give the command it was begun" in message
+
+
+def test_without_finish_target_data_and_out_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--target: needed" in refusal(capsys, ["train", "--data", "d", "--out", "o"])
+    assert "--data: needed" in refusal(capsys, ["train", "--target", "t", "--out", "o"])
+    assert "--out: needed" in refusal(capsys, ["train", "--target", "t", "--data", "d"])
 
 
 def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,15 @@ COLUMNS = (
     *("ratio_to_none", "ratio_min", "ratio_max", "predicted_ratio"),
     *("tokens_per_step", "acceptance_length", "acceptance_per_position", "accepted_share"),
     *("drafted_per_step", "draft_ms", "tpot_ms", "ttft_ms"),
-    *("p", "r1", "theta", "same_output"),
+    *("p", "r1", "theta", "same_output", "load", "doubt"),
 )
+# What makes a line doubtful, and why.
+THETA, LOAD = "theta", "load"
+DOUBTS = {
+    THETA: "below 1, though a step with drafts does all that one without does: the machine was "
+    "busier while the other was measured",
+    LOAD: "when a measurement began, more was running than the machine has cores",
+}
 
 
 def summarise(result: Result) -> list[Metrics]:
@@ -44,6 +51,8 @@ def _line(result: Result, cells: Sequence[Cell], plain: dict[tuple[int, int], Ce
     )
     per_step = statistics.median(cell.tokens_per_step for cell in cells)
     ratio = statistics.median(ratios) if ratios else None
+    theta = _rounded(per_step / ratio) if ratio else None
+    load = max(cell.load for cell in cells)
     line: Metrics = {
         "arm": first.arm,
         "concurrency": first.concurrency,
@@ -64,8 +73,13 @@ def _line(result: Result, cells: Sequence[Cell], plain: dict[tuple[int, int], Ce
         "draft_ms": _draft_ms(cells),
         "tpot_ms": round(statistics.median(cell.tpot_ms for cell in cells), 2),
         "ttft_ms": round(statistics.median(cell.ttft_ms for cell in cells), 1),
-        "theta": _rounded(per_step / ratio) if ratio else None,
+        "theta": theta,
         "same_output": round(statistics.mean(same), 3) if same else None,
+        "load": load,
+        "doubt": [
+            *([THETA] if theta is not None and theta < 1 and first.arm != NONE else []),
+            *([LOAD] if load > result.about["hardware"]["cores"] else []),
+        ],
     }
     return line | _paper_terms(result, first, per_step, drafted / drafts if drafts else 0.0)
 

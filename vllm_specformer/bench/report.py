@@ -14,13 +14,19 @@ from rich.table import Table
 
 from vllm_specformer.bench.arms import NONE
 from vllm_specformer.bench.compare import Result
-from vllm_specformer.bench.metrics import COLUMNS, Metrics, prediction_error, summarise
+from vllm_specformer.bench.metrics import (
+    COLUMNS,
+    DOUBTS,
+    Metrics,
+    prediction_error,
+    summarise,
+)
 from vllm_specformer.data.files import write_atomic
 
-_WIDTH = 130
+_WIDTH = 142
 _NAMES = (
     *("at once", "arm", "tokens/s", "over none", "min-max", "tokens/step", "accepted", "drafted"),
-    *("draft ms", "ms/token", "theta", "same", "predicted"),
+    *("draft ms", "ms/token", "theta", "same", "predicted", "doubt"),
 )
 _LEGEND = (
     "Tokens/s over all requests; over none: of the same round, median and range; tokens/step: of "
@@ -77,7 +83,17 @@ def _cells(line: Metrics) -> list[str]:
         _text(line["theta"], "{:.2f}") if compared else "",
         _text(line["same_output"], "{:.0%}") if compared else "",
         _text(line["predicted_ratio"], "{:.2f}"),
+        " ".join(line["doubt"]),
     ]
+
+
+def _doubts(lines: Sequence[Metrics]) -> str:
+    """What the marks mean, if there are any."""
+    marks = [mark for mark in DOUBTS if any(mark in line["doubt"] for line in lines)]
+    if not marks:
+        return ""
+    said = "; ".join(f"{mark}: {DOUBTS[mark]}" for mark in marks)
+    return f"Lines with a mark under doubt should be measured again. {said[0].upper()}{said[1:]}."
 
 
 def _text(value: float | None, form: str) -> str:
@@ -87,7 +103,7 @@ def _text(value: float | None, form: str) -> str:
 def _table(lines: Sequence[Metrics], about: dict[str, Any]) -> Table:
     table = Table(
         title=_title(about),
-        caption=f"{_caption(about)}\n{_LEGEND}",
+        caption="\n".join(filter(None, (_caption(about), _LEGEND, _doubts(lines)))),
         title_justify="left",
         caption_justify="left",
         padding=(0, 0, 0, 1),
@@ -124,7 +140,8 @@ def _markdown(lines: Sequence[Metrics], about: dict[str, Any]) -> str:
     )
     return (
         f"Target: {_title(about)}. {_caption(about)}; {known}.\n\n"
-        f"```bash\n{about['command']}\n```\n\n" + "\n".join(rows) + f"\n\n{_LEGEND}\n" + predicted
+        f"```bash\n{about['command']}\n```\n\n" + "\n".join(rows) + f"\n\n{_LEGEND}\n"
+        f"{_doubts(lines)}\n" + predicted
     )
 
 

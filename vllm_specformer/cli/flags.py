@@ -73,7 +73,10 @@ def _arguments(name: str, field: FieldInfo) -> dict[str, Any]:
     # What a validator reads from one text is one text, whatever it becomes.
     elif get_origin(kind) is tuple and not any(markers(field, BeforeValidator)):
         parts = get_args(kind)
-        arguments["nargs"] = "+" if parts[-1] is Ellipsis else len(parts)
+        several = parts[-1] is Ellipsis
+        arguments |= {"nargs": "+" if several else len(parts)}
+        if several:  # `--data a b` and `--data a --data b` are the same
+            arguments["action"] = "extend"
     return arguments
 
 
@@ -90,7 +93,7 @@ def _help(field: FieldInfo) -> str:
     """The description, with the default if there is one to tell."""
     shown = field.description or ""
     default = None if field.is_required() else field.get_default(call_default_factory=True)
-    if default is None or default is False or default in ((), {}):
+    if default is None or default is False or default in ((), {}, ""):
         return shown
     return f"{shown.rstrip('.')} (default: {default_text(default)})."
 

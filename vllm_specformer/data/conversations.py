@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 FORMS = ("messages", "conversations", "prompt", "text")  # the first that a record has counts
-FIELDS = (*FORMS, "system", "tools")
+FIELDS = (*FORMS, "system", "tools", "kind")
 # Role, lower-case, under each of the names it has in data sets.
 _NAMES = {
     "system": ("developer",),
@@ -43,12 +43,14 @@ class Prompt:
     Attributes:
         messages: of system, user and tools, in order.
         tools: descriptions of tools, as chat templates take them.
+        kind: what its author calls it, such as "code"; evaluations are reported by it.
     """
 
     id: int
     messages: tuple[Message, ...] = ()
     text: str | None = None
     tools: tuple[Tool, ...] = ()
+    kind: str = ""
 
     @property
     def turns(self) -> list[list[Message]]:
@@ -85,15 +87,16 @@ def parse(number: int, raw: Any) -> Prompt:
         fields = ", ".join(map(str, raw)) or "nothing"
         raise BadRecordError(f"has {fields}, none of {', '.join(FORMS)}")
     value, tools = raw[form], _tools(raw.get("tools"))
+    kind = raw["kind"].strip() if isinstance(raw.get("kind"), str) else ""
     if form in ("prompt", "text") and not isinstance(value, list):
         if tools:
             raise BadRecordError(f"{form}: a text has no place for tools, which messages have")
-        return Prompt(number, text=_checked(value, form))
+        return Prompt(number, text=_checked(value, form), kind=kind)
     messages = _questions(value, form)
     system = raw.get("system")
     if system and messages[0]["role"] != "system":
         messages = ({"role": "system", "content": _checked(system, "system")}, *messages)
-    return Prompt(number, messages=messages, tools=tools)
+    return Prompt(number, messages=messages, tools=tools, kind=kind)
 
 
 def _questions(turns: Any, form: str) -> tuple[Message, ...]:

@@ -15,6 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vllm_specformer.data.files import DiskFullError, directory_lock, remove_partials, write_errors
 from vllm_specformer.data.manifest import (
     MANIFEST_FILE,
@@ -42,6 +44,7 @@ from vllm_specformer.distill.settings import DistillSettings
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.target.files import find_target, read_json, target_record
 
+_SHARD, _CPU_SHARD = 1000, 128  # prompts
 _TRIED_TEMPLATES = 50  # conversations that are rendered before the engine starts
 # Settings that another value of is refused, by the option that sets them.
 _OPTIONS = {
@@ -147,7 +150,7 @@ class _Run:
             prompts=self.prompts.files,
             max_prompts=options.max_prompts,
             prompt_count=len(self.ids),
-            shard_size=options.shard_size,
+            shard_size=options.shard_size or _usual_shard_size(options, self.begun),
             engine="offline" if options.offline else "server",
             dtype=options.dtype if options.offline else "server",
             max_model_len=options.max_model_len,
@@ -286,6 +289,14 @@ class _Run:
         manifest = Manifest.of(self.settings, self.finished.values(), versions)
         manifest.write(self.directory)
         return manifest
+
+
+def _usual_shard_size(options: DistillSettings, begun: Settings | None) -> int:
+    """What the run was begun with; else as many prompts as take a minute or two."""
+    if begun is not None:
+        return begun.shard_size
+    on_cpu = options.offline and not torch.cuda.is_available()
+    return _CPU_SHARD if on_cpu else _SHARD
 
 
 def safe(directory: Path) -> str:

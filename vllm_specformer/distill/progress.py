@@ -28,7 +28,7 @@ class ProgressBar:
             desc="distilling",
             unit=" answers",
             dynamic_ncols=True,
-            smoothing=0.1,
+            smoothing=0,  # speed and time left by the whole run: answers come in waves
             mininterval=0.2 if terminal else _SECONDS_BETWEEN_LOG_LINES,
         )
 

@@ -47,7 +47,11 @@ class DistillSettings(CommandSettings):
         None,
         description="Malformed records that may be left out; default: 1%, 10 in small files.",
     )
-    shard_size: Positive = Field(1000, description="Prompts per file.")
+    shard_size: Positive | None = Field(
+        None,
+        description="Prompts per file, which an interruption costs at most; default: 1000, 128 "
+        "where vLLM runs on a CPU, and what a run was begun with.",
+    )
 
     temperature: Temperature = Field(0.0, description="Temperature of the answers; 0: greedy.")
     sampled_share: Share = Field(

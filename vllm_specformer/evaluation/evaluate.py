@@ -18,7 +18,13 @@ from vllm_specformer.evaluation import questions as asking
 from vllm_specformer.evaluation.agreement import compare
 from vllm_specformer.evaluation.answers import answer
 from vllm_specformer.evaluation.causes import explain, hypotheses
-from vllm_specformer.evaluation.metrics import Metrics, group_name, of_agreement, of_texts
+from vllm_specformer.evaluation.metrics import (
+    Metrics,
+    group_name,
+    of_agreement,
+    of_kinds,
+    of_texts,
+)
 from vllm_specformer.evaluation.provenance import read_provenance
 from vllm_specformer.evaluation.questions import Questions
 from vllm_specformer.evaluation.replay import DraftedText, draft_texts
@@ -104,6 +110,7 @@ class _Evaluation:
         }
         offline = {
             group_name(temperature): of_texts(texts, self.budgets, self.end_ids)
+            | of_kinds(texts, self.questions.kinds, self.budgets, self.end_ids)
             for temperature, texts in drafted.items()
         }
         compared = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from vllm_specformer.evaluation.agreement import Agreement
@@ -56,6 +56,39 @@ def of_texts(
     if BOUND in whole:
         metrics["share_of_bound"] = _ratios(whole, HEAD, (BOUND,))
     return metrics
+
+
+def of_kinds(
+    texts: Sequence[DraftedText],
+    kinds: Mapping[int, str],
+    budgets: Sequence[int],
+    end_ids: frozenset[int],
+) -> Metrics:
+    """The same for each kind of prompt, as `by_kind`, where there are several.
+
+    With the mean over the kinds of the head's tokens per step, in which each weighs as much as
+    another, and of those of the better lookup in each.
+    """
+    groups: dict[str, list[DraftedText]] = {}
+    for text in texts:
+        groups.setdefault(kinds.get(text.id, "other"), []).append(text)
+    if len(groups) < 2:
+        return {}
+    found = {kind: of_texts(groups[kind], budgets, end_ids) for kind in sorted(groups)}
+    mean = {}
+    for k in (f"K={count}" for count in budgets):
+        heads = [group[ALL][HEAD][k]["tokens_per_step"] for group in found.values()]
+        lookups = [better_lookup(group[ALL], k) for group in found.values()]
+        mean[k] = {
+            "head": round(sum(heads) / len(heads), 3),
+            "better_lookup": round(sum(lookups) / len(lookups), 3),
+        }
+    return {"by_kind": found, "mean_over_kinds": mean}
+
+
+def better_lookup(metrics: Metrics, k: str) -> float:
+    """Tokens per step of the better of the prompt lookups."""
+    return max(metrics[method][k]["tokens_per_step"] for method in LOOKUPS)
 
 
 def _summary(acceptance: Acceptance) -> Metrics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,16 @@ from vllm_specformer.training.texts import Texts, held_out_texts, read_texts
 
 @dataclass(frozen=True)
 class Questions:
-    """Prompts as token ids, by their number; `context` is the most tokens a text may have."""
+    """Prompts as token ids, by their number; `context` is the most tokens a text may have.
+
+    `kinds`: what the prompts' authors call them, where they do.
+    """
 
     prompts: dict[int, list[int]]
     context: int
     max_tokens: int
     seed: int
+    kinds: dict[int, str] = field(default_factory=dict)
 
     def requests(self, temperature: float) -> dict[int, Request]:
         """How each prompt is to be continued; equal arguments give equal requests."""
@@ -76,13 +80,15 @@ def from_files(
         max_tokens=max_tokens,
         seed=seed,
     )
-    prompts, skipped = {}, Counter[str]()
+    prompts, kinds, skipped = {}, {}, Counter[str]()
     for prompt in found.read(found.select(max_prompts, seed)):
         dialogue = Dialogue(_first_turn(prompt), encode, sampling, context)
         if dialogue.skipped:
             skipped[dialogue.skipped] += 1
         else:
             prompts[prompt.id] = dialogue.request().prompt_ids
+            if prompt.kind:
+                kinds[prompt.id] = prompt.kind
     for reason, count in skipped.items():
         say(f"{count} prompts left out: {reason}")
     if not prompts:
@@ -91,7 +97,7 @@ def from_files(
             f"({', '.join(skipped)})",
             f"the context is {context:,} tokens",
         )
-    return Questions(prompts, context, max_tokens, seed)
+    return Questions(prompts, context, max_tokens, seed, kinds)
 
 
 def _first_turn(prompt: Prompt) -> Prompt:
@@ -127,7 +133,7 @@ def unseen(
             "note: the head has no provenance.json, which would tell what it was trained on; if it "
             "was trained on --data, the figures flatter it"
         )
-    elif provenance["data"]["manifest_sha256"] == data_digest(manifest):
+    elif data_digest(manifest) in _digests(provenance["data"]):
         settings = provenance["settings"]
         chosen = held_out_texts(texts, settings["eval_share"], settings["seed"])
         say(f"the head was trained on this data; {len(chosen)} texts of it were held out")
@@ -138,6 +144,11 @@ def unseen(
         )
     kept = set(chosen[:max_prompts].tolist())
     return Texts.collect((text for i, text in enumerate(texts.each()) if i in kept), context)
+
+
+def _digests(data: dict[str, Any]) -> list[str]:
+    """Of the directories that a head was trained on; one digest alone in heads of version 0.1.0."""
+    return data.get("manifests") or [data["manifest_sha256"]]
 
 
 def asked_again(texts: Texts, *, context: int, max_tokens: int, seed: int) -> Questions:

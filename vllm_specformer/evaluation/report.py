@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_specformer.evaluation.agreement import TOLERANCE
-from vllm_specformer.evaluation.metrics import ALL, HALF, Metrics, served_method
+from vllm_specformer.evaluation.metrics import ALL, HALF, Metrics, better_lookup, served_method
 from vllm_specformer.evaluation.replay import BOUND, DRAWN, HEAD, LOOKUP_2_3, LOOKUP_3, LOOKUPS
 
 _TITLES = {
@@ -31,6 +31,8 @@ def print_report(report: Metrics) -> None:
         last = list(metrics[ALL][served_method(metrics[ALL])].values())[-1]
         shares = " ".join(f"{share:.2f}" for share in last["acceptance_per_position"])
         console.print(f"accepted per position: {shares}\n")
+        if "by_kind" in metrics:
+            console.print(_kinds_table(name, metrics))
     if report["engine"]:
         console.print(_engine_table(report["engine"]))
     for comparison in report["engine"]:
@@ -67,6 +69,32 @@ def _offline_table(name: str, metrics: Metrics) -> Table:
             cells.append(f"{metrics['share_of_bound'][k]:.0%}")
         cells += [f"{metrics[HALF][m][k]['tokens_per_step']:.2f}" for m in (served, *LOOKUPS)]
         table.add_row(k.removeprefix("K="), *cells)
+    return table
+
+
+def _kinds_table(name: str, metrics: Metrics) -> Table:
+    """Head and the better lookup on each kind of prompt, at K=4 and at the largest K."""
+    budgets = list(metrics[ALL][HEAD])
+    shown = [k for k in dict.fromkeys(("K=4", budgets[-1])) if k in budgets]
+    table = Table(
+        title=f"{name.replace('_', ' ')}, by kind: tokens per step, and of the better lookup",
+        title_justify="left",
+    )
+    table.add_column("kind")
+    table.add_column("texts", justify="right")
+    for k in shown:
+        for title in (k, "lookup", f"half: {k}", "lookup"):
+            table.add_column(title, justify="right")
+    for kind, group in metrics["by_kind"].items():
+        cells = []
+        for k in shown:
+            for part in (group[ALL], group[HALF]):
+                cells.append(f"{part[HEAD][k]['tokens_per_step']:.2f}")
+                cells.append(f"{better_lookup(part, k):.2f}")
+        table.add_row(kind, str(group["texts"]), *cells)
+    means = [metrics["mean_over_kinds"][k] for k in shown]
+    cells = [c for m in means for c in (f"{m['head']:.2f}", f"{m['better_lookup']:.2f}", "", "")]
+    table.add_row("mean of kinds", str(metrics["texts"]), *cells)
     return table
 
 

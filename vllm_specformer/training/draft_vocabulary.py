@@ -6,8 +6,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.training.texts import Texts
+
+# Of a slot's work; and of the answers' tokens that a draft vocabulary ought to make up.
+DOMINANT, ENOUGH = 0.5, 0.97
 
 
 def choose_tokens(
@@ -43,6 +47,28 @@ def coverage(texts: Texts, indices: np.ndarray, token_ids: np.ndarray, vocab_siz
     """Share of the answers' tokens that are among `token_ids`: no draft hits any other."""
     counts = _counts(texts, indices, vocab_size)
     return float(counts[token_ids].sum() / max(1, counts.sum()))
+
+
+def suggestion(texts: Texts, indices: np.ndarray, config: SpecFormerConfig) -> list[str]:
+    """A line that proposes a draft vocabulary, where scoring all tokens dominates a slot's work.
+
+    The smallest power of two that covers `ENOUGH` of the answers; none where it would save little.
+    """
+    size = config.hidden_size
+    layer = 4 * size * size + 3 * size * config.intermediate_size
+    scoring = size * config.vocab_size
+    share = scoring / (scoring + config.num_slot_layers * layer)
+    counts = np.sort(_counts(texts, indices, config.vocab_size))[::-1]
+    covered = np.cumsum(counts) / max(1, counts.sum())
+    needed = int(np.searchsorted(covered, ENOUGH)) + 1
+    proposed = 1 << (needed - 1).bit_length()
+    if share < DOMINANT or proposed > config.vocab_size // 2:
+        return []
+    return [
+        f"note: scoring all {config.vocab_size:,} tokens is {share:.0%} of a slot's work; "
+        f"--draft-vocab {proposed} would score a part that makes up "
+        f"{covered[proposed - 1]:.1%} of these answers"
+    ]
 
 
 def _counts(texts: Texts, indices: np.ndarray, vocab_size: int) -> np.ndarray:

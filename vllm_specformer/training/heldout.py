@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -70,7 +70,7 @@ def evaluate(
     head: PackedHead,
     target: HookedTarget,
     texts: Texts,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     make_rows: MakeRows,
     memory: int = DEFAULT_MEMORY,
 ) -> Evaluation:

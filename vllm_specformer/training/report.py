@@ -6,8 +6,10 @@ import csv
 import io
 import json
 import math
+import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +18,123 @@ from transformers import TrainerCallback
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.data.files import write_atomic
+from vllm_specformer.training.pace import (
+    BETWEEN_CHECKPOINTS,
+    EVALUATIONS,
+    FORECAST_AFTER,
+    Clock,
+    forecast,
+)
 from vllm_specformer.training.run_directory import RunDirectory
+from vllm_specformer.training.settings import TrainSettings
 
 History = list[dict[str, Any]]
 _WIDTH = 98
 _SECONDS_BETWEEN_PLOTS = 30.0
+_SECONDS_BETWEEN_BARS = 0.1, 30.0  # on a terminal, and in a file
 
 
 class Reporter(TrainerCallback):
-    """Writes log and curves while the head trains, and shows a progress bar.
+    """Writes log and curves while the head trains, shows a progress bar, and ends a run in time.
 
     The log is made from the Trainer's history, which its checkpoints carry, so after a kill it
     shows every step once.
+
+    Args:
+        clock: with a limit on the hours it decides when to evaluate, to save and to end.
+        steps_per_evaluation: training steps that take as long as an evaluation; 0: none is made.
+        stop: whether to write a checkpoint and end after this step.
     """
 
-    def __init__(self, directory: RunDirectory, quiet: bool = False) -> None:
-        self.directory, self.quiet = directory, quiet
+    def __init__(
+        self,
+        directory: RunDirectory,
+        clock: Clock,
+        settings: TrainSettings,
+        steps_per_evaluation: float,
+        quiet: bool = False,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.directory, self.clock, self.quiet, self.stop = directory, clock, quiet, stop
+        self.own_evaluations = settings.max_hours is not None and settings.eval_every is None
+        self.own_checkpoints = settings.max_hours is not None and settings.save_every is None
+        self.steps_per_evaluation = steps_per_evaluation
         self.bar: tqdm | None = None
-        self._drawn = time.monotonic()
+        self.stopped = False
+        self._drawn = self._saved = time.monotonic()
+        self._timed: tuple[int, float] | None = None  # step, and seconds that were training's
+        self._foretold = False
+        self._tenths = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        last = state.log_history[-1] if state.log_history else {}
+        before, evaluated = last.get("hours", 0.0) * 3600, last.get("eval_hours", 0.0) * 3600
+        self.clock.start(before, evaluated)
+        self._tenths = int(EVALUATIONS * self.clock.advance())
         if state.is_world_process_zero:
             self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="step", disable=self.quiet
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                disable=self.quiet,
+                mininterval=_SECONDS_BETWEEN_BARS[not sys.stderr.isatty()],
             )
             write_log(self.directory.log, state.log_history)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        last = state.global_step == state.max_steps
+        last = state.global_step == state.max_steps or self.clock.over
+        if self.clock.limit is not None:
+            self._follow_clock(state, control, last)
+        if not last and args.world_size == 1 and self.stop():
+            self.stopped = control.should_training_stop = control.should_save = True
+            control.should_evaluate = False
         # Metrics of a window that a checkpoint cuts in two would be lost with a kill.
         control.should_log = control.should_log or control.should_save or last
         control.should_evaluate = control.should_evaluate or last
         if self.bar is not None:
             self.bar.update()
+        self._foretell(state)
+
+    def _follow_clock(self, state: Any, control: Any, last: bool) -> None:
+        if last:
+            control.should_training_stop = control.should_save = True
+            return
+        tenths = int(EVALUATIONS * self.clock.reached)
+        if self.own_evaluations and self.steps_per_evaluation and tenths > self._tenths:
+            self._tenths = tenths
+            expected = self._seconds_per_step(state) * self.steps_per_evaluation
+            control.should_evaluate = self.clock.may_evaluate(expected)
+        # All processes save in the same step.
+        since = self.clock.agree(time.monotonic() - self._saved)
+        if self.own_checkpoints and since > BETWEEN_CHECKPOINTS:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved = time.monotonic()
+
+    def _seconds_per_step(self, state: Any) -> float:
+        """Of this part of the run, without its first step, evaluations left out; 0: unknown."""
+        if self._timed is None:
+            return 0.0
+        step, began = self._timed
+        spent = self.clock.seconds - self.clock.evaluated - began
+        return spent / max(1, state.global_step - step)
+
+    def _foretell(self, state: Any) -> None:
+        """Say once, when it can be told, how long the run will take."""
+        if self._timed is None:  # behind the first step, which is slower than the others
+            self._timed = state.global_step, self.clock.seconds - self.clock.evaluated
+            return
+        spent = self.clock.seconds - self.clock.evaluated - self._timed[1]
+        left = state.max_steps - state.global_step
+        if self._foretold or self.bar is None or spent < FORECAST_AFTER or not left:
+            return
+        self._foretold = True
+        per_step = self._seconds_per_step(state)
+        evaluates = self.steps_per_evaluation > 0
+        line = forecast(state.global_step, state.max_steps, per_step, self.clock, evaluates)
+        if not self.quiet:
+            tqdm.write(line)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is None:
@@ -216,13 +302,20 @@ def _training(provenance: dict[str, Any]) -> str:
     if settings["batch_size"]:
         size = f"{settings['batch_size']} texts"
     texts, result = provenance["texts"], provenance["result"]
+    planned = result.get("planned_steps", result["steps"])
+    early = ""
+    if planned > result["steps"]:
+        limit = settings.get("max_hours")
+        why = f"which fitted into {limit:g} hours" if limit else "as the run was ended early"
+        early = f" of {planned:,} planned, {why}"
     items = {
         "Data": f"{data['conversations']:,} conversations whose answers ({data['answer_tokens']:,} "
         f"tokens) the target itself wrote (self-distillation), {sampled:.0%} of them sampled, the "
         f"rest greedy; {texts['trained_on']:,} were trained on, cut at "
         f"{settings['max_length']:,} tokens.",
-        "Steps": f"{result['steps']:,}, each of {batches} x {size}, {_anchors(settings)} anchors "
-        f"per text; {settings['optimizer']}, {provenance['dtype']}, seed {settings['seed']}.",
+        "Steps": f"{result['steps']:,}{early}, each of {batches} x {size}, "
+        f"{settings['anchors_per_text']} anchors per text; {settings['optimizer']}, "
+        f"{provenance['dtype']}, seed {settings['seed']}.",
         "Package": f"vllm-specformer {provenance['versions']['vllm-specformer']}. "
         "`provenance.json` has all settings, versions and hashes, `log.csv` and `training.png` "
         "the curves.",
@@ -236,10 +329,6 @@ def _training(provenance: dict[str, Any]) -> str:
     return "\n".join(
         _filled(f"- **{name}**: {text}", subsequent_indent="  ") for name, text in items.items()
     )
-
-
-def _anchors(settings: dict[str, Any]) -> str:
-    return str(settings["anchors_per_text"] or "all")
 
 
 def _metrics(provenance: dict[str, Any]) -> str:

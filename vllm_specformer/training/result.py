@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from vllm_specformer.data.files import sha256_of, write_atomic
-from vllm_specformer.data.manifest import Manifest, TargetRecord
+from vllm_specformer.data.files import directory_lock, sha256_of, write_atomic
+from vllm_specformer.data.manifest import Counts, Manifest, TargetRecord
 from vllm_specformer.environment import versions
+from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.places import lasting
 from vllm_specformer.training import report
+from vllm_specformer.training.run_directory import RunDirectory
 from vllm_specformer.training.settings import PLACES, TrainSettings
-from vllm_specformer.training.trainer import HeadTrainer
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Inputs:
     dtype: str
     directory: Path
     target: TargetRecord
-    manifest: Manifest
+    manifests: tuple[Manifest, ...]
     processes: int
 
     @property
@@ -39,76 +42,157 @@ class Inputs:
         return {
             "settings": self.settings.model_dump(exclude=set(PLACES)),
             "target": self.target.fingerprint,
-            "data": data_digest(self.manifest),
+            "data": data_digest(*self.manifests),
             "processes": self.processes,
             "device": self.device,
             "dtype": self.dtype,
         }
 
+    @property
+    def counts(self) -> Counts:
+        """Of all directories of answers."""
+        return Counts.of(shard for manifest in self.manifests for shard in manifest.shards)
+
+
+def save_head(head: SpecFormerHead, dtype: torch.dtype, path: Path) -> None:
+    """Write a head as it is served: configuration, and weights in `dtype`."""
+
+    def served(value: Tensor) -> Tensor:
+        value = value.detach().cpu()
+        return value.to(dtype) if value.is_floating_point() else value
+
+    with torch.device("meta"):
+        plain = SpecFormerHead(head.config)
+    plain.load_state_dict({n: served(v) for n, v in head.state_dict().items()}, assign=True)
+    plain.save_pretrained(path)
+
 
 def write_result(
-    inputs: Inputs, trainer: HeadTrainer, counts: dict[str, Any], seconds: float
+    directory: RunDirectory,
+    out: Path,
+    head: SpecFormerHead,
+    about: dict[str, Any],
+    history: report.History,
+    result: dict[str, Any],
 ) -> None:
-    """Write the result beside the log; the provenance, written last, says that it is complete."""
-    directory, history = trainer.directory, trainer.state.log_history
+    """Write a head and all that is told of it to `out`; the provenance, written last, says that it
+    is complete.
+
+    Args:
+        directory: of the run; its best head is taken, else `head`, which is that of the last step.
+        about: see `about`.
+        result: what the provenance is to say of the result beside weights and evaluation.
+    """
     best = directory.best_record()
-    last = directory.path / ".last.partial"
+    last = out / ".last.partial"
     shutil.rmtree(last, ignore_errors=True)
     try:
-        trainer.save_head(last)
+        save_head(head, getattr(torch, about["saved_as"]), last)
         source = directory.best if best else last
         weights = {
             "sha256": sha256_of(source / "model.safetensors"),
             "sha256_of_last_step": sha256_of(last / "model.safetensors"),
         }
         for name in ("config.json", "model.safetensors"):
-            write_atomic(directory.path / name, (source / name).read_bytes())
+            write_atomic(out / name, (source / name).read_bytes())
     finally:
         shutil.rmtree(last, ignore_errors=True)
-    report.write_log(directory.log, history)
-    report.write_table(directory.path, history)
-    report.write_plot(directory.path, history)
-    result = {
-        "steps": trainer.state.global_step,
-        "seconds_of_last_run": round(seconds, 1),
-        "evaluation": best,
-        "weights": weights,
-    }
-    provenance = _provenance(inputs, trainer, counts) | {"result": result}
-    card = report.model_card(trainer.model.config, provenance)
-    write_atomic(directory.path / "README.md", card.encode())
-    write_atomic(directory.provenance, (json.dumps(provenance, indent=2) + "\n").encode())
-    directory.clean_up()
+    report.write_log(out / directory.log.name, history)
+    report.write_table(out, history)
+    report.write_plot(out, history)
+    provenance = about | {"result": result | {"evaluation": best, "weights": weights}}
+    card = report.model_card(head.config, provenance)
+    write_atomic(out / "README.md", card.encode())
+    write_json(out / directory.provenance.name, provenance)
 
 
-def _provenance(inputs: Inputs, trainer: HeadTrainer, counts: dict[str, Any]) -> dict[str, Any]:
-    counted = inputs.manifest.counts
+def finish(run: Path, out: Path) -> Path:
+    """Make a head of an interrupted run: the best that was evaluated, else the last checkpoint.
+
+    Args:
+        run: directory of the run. If it is `out`, too, it is complete then and cannot be continued.
+        out: where the head goes.
+
+    Raises:
+        SpecFormerError: the directory holds no run, the run is going on or has no checkpoint yet.
+    """
+    directory = RunDirectory(run)
+    if not (run / "run.json").is_file():
+        raise SpecFormerError(
+            f"--finish {run}: no run.json in it", "name the --out of a training that was begun"
+        )
+    with directory_lock(run), directory_lock(out):
+        if directory.complete:
+            raise SpecFormerError(f"--finish {run}: it is complete", "take it as it is")
+        checkpoint = directory.last_checkpoint()
+        if checkpoint is None or not directory.about.is_file():
+            raise SpecFormerError(
+                f"--finish {run}: it has no checkpoint of this version yet",
+                "give the command it was begun with again, and it continues",
+            )
+        if out != run and any(not path.name.startswith(".") for path in out.iterdir()):
+            raise SpecFormerError(f"--out {out}: is not empty", "choose a new directory")
+        about = json.loads(directory.about.read_text())
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        result = {
+            "steps": state["global_step"],
+            "planned_steps": state["max_steps"],
+            "seconds_of_last_run": None,
+        }
+        head = SpecFormerHead.from_pretrained(checkpoint, dtype=torch.float32)
+        write_result(directory, out, head, about, state["log_history"], result)
+        if out == run:
+            directory.clean_up()
+    return out
+
+
+def about(
+    inputs: Inputs, head: SpecFormerHead, counts: dict[str, Any], packed: bool, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What is known of a result before the training: all of its provenance but the result itself.
+
+    Args:
+        counts: of texts.
+        dtype: of the weights that are served.
+    """
+    counted, settings = inputs.counts, inputs.settings
+    places = {"target": lasting(settings.target), "data": [lasting(d) for d in settings.data]}
     return {
         "target": inputs.target.model_dump(),
         "data": {
-            "manifest_sha256": data_digest(inputs.manifest),
-            "complete": inputs.manifest.complete,
+            "manifest_sha256": data_digest(*inputs.manifests),
+            "manifests": [data_digest(manifest) for manifest in inputs.manifests],
+            "complete": all(manifest.complete for manifest in inputs.manifests),
             "conversations": counted.conversations,
             "answer_tokens": counted.answer_tokens,
             "sampled": counted.sampled,
         },
-        "settings": inputs.settings.model_dump()
-        | {name: lasting(getattr(inputs.settings, name)) for name in PLACES},
-        "head": trainer.model.config.to_dict(),
+        "settings": settings.model_dump(exclude={"out", "finish"})
+        | places
+        | {"anchors_per_text": settings.anchors(inputs.device) or "all"},
+        "head": head.config.to_dict(),
         "texts": counts,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": sum(p.numel() for p in head.parameters()),
         "processes": inputs.processes,
         "device": _device_name(inputs.device),
         "dtype": inputs.dtype,
-        "packed": trainer.packed,
+        "saved_as": str(dtype).removeprefix("torch."),
+        "packed": packed,
         "versions": versions(),
     }
 
 
-def data_digest(manifest: Manifest) -> str:
-    """Digest of what the data is: its settings and the hash of every shard."""
-    content = manifest.model_dump(exclude={"versions"})
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def data_digest(*manifests: Manifest) -> str:
+    """Digest of what the data is: settings and the hash of every shard, directory by directory."""
+    contents = [
+        json.dumps(manifest.model_dump(exclude={"versions"}), sort_keys=True)
+        for manifest in manifests
+    ]
+    return hashlib.sha256("\n".join(contents).encode()).hexdigest()
 
 
 def _device_name(device: str) -> str:

@@ -4,6 +4,7 @@
     log.jsonl, log.csv  what was measured while it trained
     checkpoints/        the last checkpoint; removed when the run is complete
     best/               the head with the best acceptance so far; likewise
+    about.json          what the result's provenance says of the run itself; likewise
     config.json, model.safetensors, README.md, provenance.json, training.png: the result
 
 Everything appears whole or not at all, so a run may be killed at any moment.
@@ -54,6 +55,7 @@ class RunDirectory:
         self.best_staging = path / ".best.partial"
         self.staging = self.checkpoints / ".partial"
         self.log = path / "log.jsonl"
+        self.about = path / "about.json"
         self.provenance = path / "provenance.json"
 
     def begin(self, record: dict[str, Any], versions: dict[str, str]) -> list[str]:
@@ -62,22 +64,26 @@ class RunDirectory:
         Nothing is lost by beginning anew where no checkpoint was reached.
 
         Returns:
-            What has another version now, so that results may differ in their last bits.
+            Notes for the user: what has another version now, so that results may differ in their
+            last bits; or what differs, so that it begins anew.
 
         Raises:
             DirectoryMismatchError: begun with something else, or the directory holds other things.
         """
         path = self.path / "run.json"
-        if path.exists() and (self.complete or self.last_checkpoint()):
+        differences: list[str] = []
+        if path.exists():
             begun = json.loads(path.read_text())
             old = begun.pop("versions", {})
             differences = _differences(begun, json.loads(json.dumps(record)))
+        if path.exists() and (self.complete or self.last_checkpoint()):
             if differences:
                 raise DirectoryMismatchError(
                     f"--out {self.path} was begun with {'; '.join(differences)}",
                     "repeat what it was begun with, or choose another directory",
                 )
-            return [f"{n} {old[n]} -> {v}" for n, v in versions.items() if old.get(n, v) != v]
+            other = [f"{n} {old[n]} -> {v}" for n, v in versions.items() if old.get(n, v) != v]
+            return [f"versions changed since the run began: {', '.join(other)}"] if other else []
         others = [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
         if others and not path.exists():
             raise DirectoryMismatchError(
@@ -87,7 +93,12 @@ class RunDirectory:
         self.clean_up()
         content = json.dumps(record | {"versions": versions}, indent=2) + "\n"
         write_atomic(path, content.encode())
-        return []
+        if not differences:
+            return []
+        return [
+            f"{self.path} was begun with {'; '.join(differences)}; it had no checkpoint yet, so "
+            "the run begins anew"
+        ]
 
     @property
     def complete(self) -> bool:
@@ -134,6 +145,14 @@ class RunDirectory:
         """Remove what only a run in progress needs."""
         for path in (self.checkpoints, self.best, self.best_staging):
             shutil.rmtree(path, ignore_errors=True)
+        self.about.unlink(missing_ok=True)
+
+    def what_is_safe(self) -> str:
+        """For messages: what continuing would start from."""
+        checkpoint = self.last_checkpoint()
+        if checkpoint is None:
+            return "There is no checkpoint yet."
+        return f"The last checkpoint, {checkpoint.name}, is whole."
 
 
 def publish(source: Path, destination: Path) -> None:

@@ -12,24 +12,23 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from vllm_specformer.config import MAX_SLOT_LAYERS, MAX_SLOTS
-from vllm_specformer.settings import CommandSettings, Flag, Revision
+from vllm_specformer.settings import CommandSettings, Directory, Flag, Revision
 
 # They may move between the beginning of a run and its continuation.
-PLACES = ("target", "data", "out")
+PLACES = ("target", "data", "out", "finish")
 SLOT_DECAY = 0.85
 COSINE_FLOOR = 0.02  # of the highest rate: 5e-4 falls to 1e-5, as in the paper
 DECAY_SHARE = 0.5  # of the steps of a trapezoid
 # Of the default head; docs/ablation.md has the measurements.
 MARKOV_RANK, KL_WEIGHT = 64, 0.5
 LEARNING_RATES = {"adamw": 5e-4, "muon": 0.02}
+# Per text. A CPU spends most of a step on the target's pass, so it makes more of each.
+GPU_ANCHORS, CPU_ANCHORS = 32, 128
+EVAL_TEXTS = 64
 
 
 def _list(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
-
-
-def _all(value: Any) -> Any:
-    return None if value == "all" else value
 
 
 IntList = Annotated[tuple[int, ...], BeforeValidator(_list)]
@@ -48,9 +47,16 @@ class TrainSettings(CommandSettings):
         "seed": "machine",
     }
 
-    target: str = Field(description="Model the head is for: a directory or a name on the hub.")
-    data: str = Field(description="Directory that `specformer distill` wrote for this target.")
-    out: str = Field(description="Directory of the run; in the end it is the head.")
+    target: str = Field("", description="Model the head is for: a directory or a name on the hub.")
+    data: tuple[str, ...] = Field(
+        (), description="Directories that `specformer distill` wrote for this target."
+    )
+    out: str = Field("", description="Directory of the run; in the end it is the head.")
+    finish: Directory | None = Field(
+        None,
+        description="Make a head of this interrupted run as it stands, instead of a training; "
+        "with --out in another directory, so that the run can still be continued.",
+    )
     revision: Revision = None
     target_name: str | None = Field(
         None,
@@ -93,6 +99,12 @@ class TrainSettings(CommandSettings):
 
     epochs: int = Field(3, ge=1, description="Times through the data.")
     max_steps: int | None = Field(None, ge=1, description="Steps; takes the place of --epochs.")
+    max_hours: float | None = Field(
+        None,
+        gt=0,
+        description="Hours on the clock, evaluations included, over all continuations; the "
+        "learning rate falls with them. --epochs or --max-steps may end it earlier.",
+    )
     batch_tokens: int = Field(
         4096, ge=1, description="Tokens in one batch of one process, several texts to a row."
     )
@@ -101,8 +113,10 @@ class TrainSettings(CommandSettings):
     )
     max_length: int = Field(2048, ge=4, description="Longer texts are cut.")
     accumulate: int = Field(1, ge=1, description="Batches per process and step.")
-    anchors_per_text: Annotated[int | None, BeforeValidator(_all)] = Field(
-        32, ge=1, description="Positions drawn from a text at which the head drafts; or 'all'."
+    anchors_per_text: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="Positions drawn from a text at which the head drafts; or 'all'; default: 32 "
+        "on a GPU, 128 on a CPU.",
     )
 
     optimizer: Literal["muon", "adamw"] = Field(
@@ -136,7 +150,12 @@ class TrainSettings(CommandSettings):
     )
 
     eval_share: float = Field(0.05, ge=0, lt=1, description="Share of the texts held out.")
-    eval_texts: int = Field(64, ge=1, description="Most held-out texts evaluated.")
+    eval_texts: int | None = Field(
+        None,
+        ge=1,
+        description="Most held-out texts evaluated; default: 64, fewer where evaluating would "
+        "take more than a tenth of the run.",
+    )
     eval_every: int | None = Field(
         None, ge=1, description="Steps between evaluations; default: 10 in a run."
     )
@@ -147,7 +166,9 @@ class TrainSettings(CommandSettings):
 
     seed: int = Field(0, ge=0, description="Decides all draws.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="Arithmetic; auto: bfloat16 on a GPU, float32 on a CPU."
+        "auto",
+        description="Arithmetic; auto: bfloat16 on a GPU and on a CPU with instructions for it, "
+        "else float32.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
     memory: int | None = Field(
@@ -156,6 +177,10 @@ class TrainSettings(CommandSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
+        if self.finish is None:
+            for name in ("target", "data", "out"):
+                if not getattr(self, name):
+                    raise ValueError(f"{self.written(name)}: needed")
         self.weights()
         if self.slot_counts is not None:
             _within("--slot-counts", self.slot_counts, self.slots)
@@ -189,6 +214,12 @@ class TrainSettings(CommandSettings):
             return (self.slots,)
         half, quarter = max(1, self.slots // 2), max(1, self.slots // 4)
         return self.slot_counts or (quarter, half, half, self.slots)
+
+    def anchors(self, device: str) -> int | None:
+        """Anchors drawn from a text on this kind of device; None: all."""
+        if self.anchors_per_text == "all":
+            return None
+        return self.anchors_per_text or (CPU_ANCHORS if device == "cpu" else GPU_ANCHORS)
 
     @property
     def rate(self) -> float:

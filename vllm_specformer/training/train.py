@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,27 +32,42 @@ from vllm_specformer.target.model import (
     read_target_config,
 )
 from vllm_specformer.training import report
-from vllm_specformer.training.draft_vocabulary import choose_tokens, coverage
+from vllm_specformer.training.draft_vocabulary import choose_tokens, coverage, suggestion
+from vllm_specformer.training.heldout import evaluation_budgets
+from vllm_specformer.training.pace import Clock, Work
 from vllm_specformer.training.packed_head import PackedHead
 from vllm_specformer.training.packing import Batch, Batches, Budget, plan_all
-from vllm_specformer.training.result import Inputs, write_result
+from vllm_specformer.training.result import Inputs, about, write_json, write_result
 from vllm_specformer.training.run_directory import RunDirectory, disk_errors
-from vllm_specformer.training.settings import TrainSettings
+from vllm_specformer.training.settings import EVAL_TEXTS, TrainSettings
+from vllm_specformer.training.start import start_flat
 from vllm_specformer.training.texts import Texts, read_texts, split
-from vllm_specformer.training.trainer import HeadTrainer, trainer_arguments
+from vllm_specformer.training.trainer import (
+    HeadTrainer,
+    default_eval_every,
+    trainer_arguments,
+)
 
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _GPU_MEMORY, _CPU_MEMORY = 2048, 256
+_COUNTED = 500  # texts whose anchors tell how many a text has
 
 
-def train(settings: TrainSettings, quiet: bool = False) -> Path:
+def train(
+    settings: TrainSettings, quiet: bool = False, stop: Callable[[], bool] = lambda: False
+) -> Path:
     """Train a head, or continue where a killed run stopped; returns the directory of the head.
 
     Under torchrun every process calls it.
 
+    Args:
+        stop: asked after every step whether to write a checkpoint and end; a run of several
+            processes cannot.
+
     Raises:
         SpecFormerError: anything the user can put right, before long work where possible.
+        KeyboardInterrupt: `stop` said so.
     """
     device = settings.device
     if device == "auto":
@@ -72,18 +88,20 @@ def train(settings: TrainSettings, quiet: bool = False) -> Path:
     processes = PartialState(cpu=device == "cpu")
     place, commit = find_target(settings.target, settings.revision)
     target = target_record(settings.target, place, commit)
-    manifest = read_manifest(Path(settings.data), target.fingerprint, settings.partial_data)
+    manifests = tuple(
+        read_manifest(Path(data), target.fingerprint, settings.partial_data)
+        for data in settings.data
+    )
     dtype = settings.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if device == "cuda" else "float32"
-    inputs = Inputs(settings, device, dtype, place, target, manifest, processes.num_processes)
+        dtype = "bfloat16" if device == "cuda" or cpu_has_bfloat16() else "float32"
+    inputs = Inputs(settings, device, dtype, place, target, manifests, processes.num_processes)
     out = Path(settings.out)
     with directory_lock(out) if processes.is_main_process else nullcontext():
         directory = RunDirectory(out)
         if processes.is_main_process:
-            changed = directory.begin(inputs.record, versions())
-            if changed:
-                _say(f"note: versions changed since the run began: {', '.join(changed)}")
+            for note in directory.begin(inputs.record, versions()):
+                _say(f"note: {note}")
         processes.wait_for_everyone()
         if directory.complete:
             if processes.is_main_process:
@@ -94,7 +112,7 @@ def train(settings: TrainSettings, quiet: bool = False) -> Path:
         if not processes.is_main_process:
             transformers.utils.logging.disable_progress_bar()
         try:
-            _run(inputs, directory, processes.is_main_process, quiet)
+            _run(inputs, directory, processes, quiet, stop)
         except torch.OutOfMemoryError as error:
             raise SpecFormerError(
                 f"out of GPU memory ({str(error).splitlines()[0]})",
@@ -113,8 +131,20 @@ def _leave(processes: PartialState) -> None:
         processes.destroy_process_group()
 
 
-def _run(inputs: Inputs, directory: RunDirectory, main: bool, quiet: bool) -> None:
-    settings, device = inputs.settings, PartialState().device
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 by itself; without, float32 is faster."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _run(
+    inputs: Inputs,
+    directory: RunDirectory,
+    processes: PartialState,
+    quiet: bool,
+    stop: Callable[[], bool],
+) -> None:
+    settings, device, main = inputs.settings, processes.device, processes.is_main_process
     target_config = read_target_config(inputs.directory)
     name = settings.target_name or lasting(settings.target)
     config = head_config(settings.preset, target_config, name, **settings.head_fields())
@@ -129,9 +159,14 @@ def _run(inputs: Inputs, directory: RunDirectory, main: bool, quiet: bool) -> No
         target.score_only(vocabulary)
     packed = settings.batch_size is None and can_pack(target)
     batches = _batches(inputs, config, texts, trained, packed)
+    parameters = sum(p.numel() for p in model.parameters())
+    work = _work(inputs, config, texts, trained, batches.steps, parameters)
+    if settings.eval_texts is None and settings.max_hours is None:
+        between = settings.eval_every or default_eval_every(batches.steps)
+        held_out = held_out[: work.most_texts(between)]
     evaluated = _evaluation_batches(settings, texts, held_out, packed)
     counts: dict[str, Any] = {
-        "read": inputs.manifest.counts.conversations,
+        "read": inputs.counts.conversations,
         **texts.skipped,
         "trained_on": len(trained),
         "evaluated": len(held_out),
@@ -142,11 +177,23 @@ def _run(inputs: Inputs, directory: RunDirectory, main: bool, quiet: bool) -> No
         counts["covered"] = coverage(texts, judged, vocabulary.numpy(), config.vocab_size)
     if main:
         _introduce(settings, config, batches.steps, counts, packed, device)
+        if config.draft_vocab_size == 0 and settings.draft_vocab is None:
+            for note in suggestion(texts, trained, config):
+                _say(note)
     torch.manual_seed(settings.seed)
-    reporter = report.Reporter(directory, quiet)
+    limit = settings.max_hours and settings.max_hours * 3600
+    clock = Clock(limit, lambda number: _of_first(number, processes))
+    steps_per_evaluation = len(held_out) * work.evaluated_text / work.step
+    reporter = report.Reporter(
+        directory, clock, settings, steps_per_evaluation if evaluated else 0.0, quiet, stop
+    )
     default = _GPU_MEMORY if device.type == "cuda" else _CPU_MEMORY
+    checkpoint = directory.last_checkpoint()
+    head = _new_head(config, vocabulary)
+    if checkpoint is None:
+        start_flat(head, target)
     trainer = HeadTrainer(
-        _new_head(config, vocabulary),
+        head,
         target,
         batches,
         evaluated,
@@ -163,26 +210,80 @@ def _run(inputs: Inputs, directory: RunDirectory, main: bool, quiet: bool) -> No
         packed=packed,
         memory=(settings.memory or default) << 20,
         save_dtype=_save_dtype(target_config),
+        clock=clock,
         callbacks=[reporter],
+        quiet=quiet,
     )
+    facts = about(inputs, trainer.model, counts, packed, trainer.save_dtype)
     trainer.remove_callback(PrinterCallback)
     started = time.time()
-    checkpoint = directory.last_checkpoint()
-    with disk_errors(directory.path, "log or result", trainer.what_is_safe, directory.staging):
+    with disk_errors(directory.path, "log or result", directory.what_is_safe, directory.staging):
+        if main:
+            write_json(directory.about, facts)
+        if stop():
+            raise KeyboardInterrupt
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             reporter.close()
+        if reporter.stopped:
+            raise KeyboardInterrupt
         if main:
-            write_result(inputs, trainer, counts, time.time() - started)
+            state = trainer.state
+            result = {
+                "steps": state.global_step,
+                "planned_steps": state.max_steps,
+                "seconds_of_last_run": round(time.time() - started, 1),
+            }
+            write_result(directory, directory.path, trainer.model, facts, state.log_history, result)
+            directory.clean_up()
+
+
+def _of_first(number: float, processes: PartialState) -> float:
+    """The first process's number, in all of them."""
+    if processes.num_processes == 1:
+        return number
+    shared = torch.tensor([number], dtype=torch.float64, device=processes.device)
+    torch.distributed.broadcast(shared, 0)
+    return float(shared)
+
+
+def _work(
+    inputs: Inputs,
+    config: SpecFormerConfig,
+    texts: Texts,
+    trained: np.ndarray,
+    steps: int,
+    target_parameters: int,
+) -> Work:
+    """What a step costs, and a text that is evaluated."""
+    settings, lengths = inputs.settings, texts.lengths[trained]
+    in_batch = settings.batch_size or max(1.0, settings.batch_tokens / lengths.mean())
+    anchors = float(np.mean([len(texts.anchors(i)[0]) for i in trained[:_COUNTED].tolist()]))
+    counts = settings.counts(config.nested_slots)
+    return Work.of(
+        config,
+        target_parameters,
+        tokens=float(lengths.mean()),
+        texts=min(float(in_batch), len(trained)) * settings.accumulate * inputs.processes,
+        anchors=anchors,
+        trained_anchors=settings.anchors(inputs.device) or anchors,
+        slots=sum(counts) / len(counts),
+        budgets=evaluation_budgets(config.num_draft_slots),
+    )
 
 
 def _read_texts(inputs: Inputs, positions: int) -> tuple[Texts, np.ndarray, np.ndarray]:
     """All texts, and the indices of those to train on and to evaluate."""
     settings = inputs.settings
-    tables = read_shards(Path(settings.data), inputs.manifest)
+    tables = (
+        table
+        for data, manifest in zip(settings.data, inputs.manifests, strict=True)
+        for table in read_shards(Path(data), manifest)
+    )
     texts = Texts.collect(read_texts(tables), min(settings.max_length, positions))
-    return texts, *split(texts, settings.eval_share, settings.eval_texts, settings.seed)
+    most = settings.eval_texts or EVAL_TEXTS
+    return texts, *split(texts, settings.eval_share, most, settings.seed)
 
 
 def _batches(
@@ -193,7 +294,7 @@ def _batches(
         texts,
         trained,
         Budget(settings.batch_tokens, settings.batch_size, packed),
-        per_text=settings.anchors_per_text,
+        per_text=settings.anchors(inputs.device),
         slot_counts=settings.counts(config.nested_slots),
         seed=settings.seed,
         per_step=inputs.processes * settings.accumulate,

@@ -14,16 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
+from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.heldout import Evaluation, evaluate, run_target
 from vllm_specformer.training.optimizers import build_optimizer
+from vllm_specformer.training.pace import EVALUATIONS, Clock, factor
 from vllm_specformer.training.packed_head import HookedRows, Objective, PackedHead
 from vllm_specformer.training.packing import Batch, Batches
+from vllm_specformer.training.result import save_head
 from vllm_specformer.training.run_directory import RunDirectory, disk_errors
 from vllm_specformer.training.settings import COSINE_FLOOR, DECAY_SHARE, TrainSettings
 
@@ -49,7 +52,10 @@ def trainer_arguments(
         "constant": ("constant_with_warmup", {}),
     }
     shape, shape_arguments = shapes[settings.shape]
-    eval_every = settings.eval_every or max(1, math.ceil(steps / 10))
+    eval_every = settings.eval_every or default_eval_every(steps)
+    # By the clock, the reporter decides when.
+    eval_steps = settings.max_hours is None or settings.eval_every is not None
+    save_steps = settings.max_hours is None or settings.save_every is not None
     return TrainingArguments(
         output_dir=str(directory.checkpoints),
         max_steps=steps,
@@ -61,9 +67,9 @@ def trainer_arguments(
         warmup_steps=int(steps * settings.warmup),
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
-        eval_strategy="steps" if evaluate else "no",
+        eval_strategy="steps" if evaluate and eval_steps else "no",
         eval_steps=eval_every,
-        save_strategy="steps",
+        save_strategy="steps" if save_steps else "no",
         save_steps=settings.save_every or eval_every,
         seed=settings.seed,
         bf16=bf16,
@@ -77,6 +83,11 @@ def trainer_arguments(
     )
 
 
+def default_eval_every(steps: int) -> int:
+    """Steps between evaluations, where nobody says otherwise."""
+    return max(1, math.ceil(steps / EVALUATIONS))
+
+
 def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
     return items[0]
 
@@ -88,6 +99,8 @@ class HeadTrainer(Trainer):
         packed: whether the target keeps texts of one row apart by their positions.
         held_out: batches of the texts that are evaluated.
         save_dtype: of the weights that are served.
+        clock: counts the run's time; with a limit it decides the learning rate, too.
+        quiet: show no progress.
     """
 
     def __init__(
@@ -103,11 +116,14 @@ class HeadTrainer(Trainer):
         packed: bool,
         memory: int,
         save_dtype: torch.dtype,
+        clock: Clock,
         callbacks: list[TrainerCallback],
+        quiet: bool = False,
     ) -> None:
         self.target, self.settings, self.directory = target, settings, directory
         self.packed, self.memory, self.save_dtype = packed, memory, save_dtype
         self.texts, self.held_out = batches.texts, held_out
+        self.clock, self.quiet = clock, quiet
         self.objective = Objective(settings.weights(), settings.divergence, memory)
         self.loss_is_scaled_for_ga = False
         super().__init__(
@@ -138,6 +154,21 @@ class HeadTrainer(Trainer):
         )
         self.optimizer = optimizer
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's own; with a limit on the hours, one that follows steps and clock."""
+        if self.clock.limit is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        reached = {-1: 0.0}  # step -> progress, asked for once per group of parameters
+
+        def rate(step: int) -> float:
+            if step not in reached:
+                reached.clear()
+                reached[step] = max(step / num_training_steps, self.clock.advance())
+            return factor(self.settings.shape, reached[step], self.settings.warmup)
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
+        return self.lr_scheduler
 
     def rows(self, fields: dict[str, Tensor]) -> HookedRows:
         """Run the target over a batch."""
@@ -180,6 +211,7 @@ class HeadTrainer(Trainer):
                     f"lower --learning-rate (it is {self.settings.rate}) and use another --out",
                 )
             logs |= self._window()
+        logs |= {"hours": self.clock.seconds / 3600, "eval_hours": self.clock.evaluated / 3600}
         row = {"step": step} | {name: _rounded(value) for name, value in logs.items()}
         self.state.log_history.append(row)
         self.control: Any = self.callback_handler.on_log(self.args, self.state, self.control, logs)
@@ -201,18 +233,28 @@ class HeadTrainer(Trainer):
         if not self.held_out:
             return {}
         started = time.perf_counter()
+        own = self.held_out[self.args.process_index :: self.args.world_size]
+        count = sum(len(row) for batch in own for row in batch)
+        shown = tqdm(
+            own,
+            desc=f"evaluating {count} held-out texts",
+            unit="batch",
+            leave=False,
+            disable=self.quiet or not self.is_world_process_zero(),
+        )
         self.model.eval()
         with self.accelerator.autocast():
             result = evaluate(
                 self.model,
                 self.target,
                 self.texts,
-                self.held_out[self.args.process_index :: self.args.world_size],
+                shown,
                 self.rows,
                 self.memory,
             )
         result.set_from(self.accelerator.reduce(result.to_tensor().to(self.args.device)).cpu())
         self.model.train()
+        self.clock.evaluation_took(time.perf_counter() - started)
         metrics = summary(result)
         self.log({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         if self.is_world_process_zero():
@@ -227,31 +269,15 @@ class HeadTrainer(Trainer):
         best = self.directory.best_record()
         if best is None or metrics["tokens_per_step"] > best["tokens_per_step"]:
             place, half = self.directory.path, self.directory.best_staging
-            with disk_errors(place, "the best head so far", self.what_is_safe, half):
+            safe = self.directory.what_is_safe
+            with disk_errors(place, "the best head so far", safe, half):
                 self.directory.keep_best(self.save_head, metrics)
 
     # --- what is written ---
 
     def save_head(self, path: Path) -> None:
         """Write the head as it is served: configuration and weights in `save_dtype`."""
-        weights = self.model.state_dict()
-        with torch.device("meta"):
-            served = SpecFormerHead(self.model.config)
-        served.load_state_dict(
-            {name: self._served(value.detach().cpu()) for name, value in weights.items()},
-            assign=True,
-        )
-        served.save_pretrained(path)
-
-    def _served(self, value: Tensor) -> Tensor:
-        return value.to(self.save_dtype) if value.is_floating_point() else value
-
-    def what_is_safe(self) -> str:
-        """For messages: what continuing would start from."""
-        checkpoint = self.directory.last_checkpoint()
-        if checkpoint is None:
-            return "There is no checkpoint yet."
-        return f"The last checkpoint, {checkpoint.name}, is whole."
+        save_head(self.model, self.save_dtype, path)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.directory.staging)
@@ -261,7 +287,7 @@ class HeadTrainer(Trainer):
         what = f"the checkpoint of step {self.state.global_step}"
         main = self.is_world_process_zero()
         place, half = self.directory.path, self.directory.staging
-        with disk_errors(place, what, self.what_is_safe, half):
+        with disk_errors(place, what, self.directory.what_is_safe, half):
             if main:
                 self.directory.clear_staging()
             self.accelerator.wait_for_everyone()
