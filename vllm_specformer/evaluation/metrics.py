@@ -13,12 +13,15 @@ from vllm_specformer.evaluation.replay import (
     DraftedText,
     less_repetitive_half,
     replay,
+    replay_tree,
 )
 from vllm_specformer.evaluation.served import Served
+from vllm_specformer.evaluation.trees import share_error
 from vllm_specformer.training.acceptance import Acceptance
 
 Metrics = dict[str, Any]
 ALL, HALF = "all", "less_repetitive_half"
+CHAIN, NODES = "chain K=", "n="
 
 
 def group_name(temperature: float) -> str:
@@ -27,9 +30,11 @@ def group_name(temperature: float) -> str:
 
 
 def of_texts(
-    texts: Sequence[DraftedText], budgets: Sequence[int], end_ids: frozenset[int]
+    texts: Sequence[DraftedText], budgets: Sequence[int], end_ids: frozenset[int], slots: int
 ) -> Metrics:
     """Acceptance on the texts of one temperature by method and number of drafted tokens.
+
+    `slots` are the head's, which trees are drafted from.
 
     Beside the head: prompt lookups on the same texts, the same for the less repetitive half of
     them, and for sampled texts the bound that no deterministic draft can beat, which is to draft
@@ -53,7 +58,28 @@ def of_texts(
     metrics["over_lookup"] = _ratios(whole, LOOKUPS)
     if BOUND in whole:
         metrics["share_of_bound"] = _ratios(whole, (BOUND,))
+    if texts[0].accepted:
+        metrics["trees"] = of_trees(texts, max(budgets), slots)
     return metrics
+
+
+def of_trees(texts: Sequence[DraftedText], chain: int, slots: int) -> Metrics:
+    """Trees of each number of nodes, and beside them the chain of so many tokens."""
+    rows = {f"{CHAIN}{chain}": [replay([text], HEAD, chain) for text in texts]}
+    for nodes in texts[0].accepted:
+        rows[f"{NODES}{nodes}"] = [replay_tree(text, nodes, slots) for text in texts]
+    return {name: _summary_with_error(found) for name, found in rows.items()}
+
+
+def _summary_with_error(found: Sequence[Acceptance]) -> Metrics:
+    """Of the texts together; the standard error is over texts."""
+    whole = Acceptance(found[0].num_slots)
+    for one in found:
+        whole.steps, whole.tokens = whole.steps + one.steps, whole.tokens + one.tokens
+        for mine, others in ((whole.accepted, one.accepted), (whole.offered, one.offered)):
+            mine[:] = [a + b for a, b in zip(mine, others, strict=True)]
+    error = share_error([one.tokens for one in found], [one.steps for one in found])
+    return _summary(whole) | {"stderr": round(error, 4), "steps": whole.steps}
 
 
 def _summary(acceptance: Acceptance) -> Metrics:

@@ -12,12 +12,14 @@ would have taken to write them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from vllm_specformer.evaluation.trees import BATCH_TOKENS as _BATCH_TOKENS
+from vllm_specformer.evaluation.trees import TreeReplay
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.acceptance import Acceptance, Drafter, Lookup, repeated_fraction
 from vllm_specformer.training.heldout import drafts_at, drafts_by_text, run_target
@@ -25,7 +27,6 @@ from vllm_specformer.training.packed_head import DEFAULT_MEMORY, HookedRows, Pac
 from vllm_specformer.training.packing import Budget, collate, plan_all
 from vllm_specformer.training.texts import Texts
 
-_BATCH_TOKENS = 4096
 HEAD, LOOKUP_3, LOOKUP_2_3, BOUND = "head", "lookup_3", "lookup_2_3", "bound"
 LOOKUPS = (LOOKUP_3, LOOKUP_2_3)
 
@@ -44,6 +45,7 @@ class DraftedText:
         temperature: at which they were drawn.
         drafts: number of drafted tokens K -> position -> the head's K drafts there.
         best: the target's most probable token after every position.
+        accepted: nodes of a tree -> position -> drafts accepted of the tree drafted there.
     """
 
     id: int
@@ -52,6 +54,7 @@ class DraftedText:
     temperature: float
     drafts: dict[int, dict[int, list[int]]]
     best: list[int]
+    accepted: dict[int, dict[int, int]] = field(default_factory=dict)
 
     @property
     def repeated(self) -> float:
@@ -78,10 +81,12 @@ def draft_texts(
     packed: bool,
     memory: int = DEFAULT_MEMORY,
     alter: Alter | None = None,
+    trees: TreeReplay | None = None,
 ) -> Iterator[DraftedText]:
     """Let the head draft at every anchor of every text, for several numbers of drafted tokens.
 
-    A head whose passes differ with that number runs once for each, the others once.
+    A head whose passes differ with that number runs once for each, the others once. With `trees`
+    all texts are of one temperature.
     """
     by_slots: dict[int, list[int]] = {}
     for budget in budgets:
@@ -94,7 +99,12 @@ def draft_texts(
             sharing[-1]: head.drafts(rows, target, max(sharing), memory)[0].cpu().numpy()
             for sharing in by_slots.values()
         }
+        of_trees = None
+        if trees is not None:
+            temperature = float(texts.temperatures[batch[0][0]])
+            of_trees = trees.accepted(head, target, rows, temperature, memory).cpu().numpy()
         for number, row in enumerate(batch):
+            reached = {} if of_trees is None else dict(drafts_by_text(texts, row, of_trees[number]))
             found = {
                 budget: dict(drafts_by_text(texts, row, made[sharing[-1]][number, :, :budget]))
                 for sharing in by_slots.values()
@@ -110,6 +120,10 @@ def draft_texts(
                     temperature=float(texts.temperatures[index]),
                     drafts={budget: found[budget][index] for budget in budgets},
                     best=best[number, start : start + len(tokens)].tolist(),
+                    accepted={
+                        nodes: {at: counts[place] for at, counts in reached[index].items()}
+                        for place, nodes in enumerate(trees.nodes if trees else ())
+                    },
                 )
                 start += len(tokens)
 
@@ -130,6 +144,24 @@ def replay(texts: Iterable[DraftedText], method: str, count: int) -> Acceptance:
         drafter = text.drafter(method, count)
         for start, end in text.answers:
             acceptance.walk(text.tokens[:end], start, drafter)
+    return acceptance
+
+
+def replay_tree(text: DraftedText, nodes: int, slots: int) -> Acceptance:
+    """Acceptance of trees of so many nodes over a text's answers, by depth."""
+    acceptance = Acceptance(slots)
+    for start, end in text.answers:
+        position = start - 1
+        while position + 1 < end:
+            # At an answer's last token there is nothing left to draft, hence no anchor.
+            reached = text.accepted[nodes].get(position, 0)
+            room = min(slots, end - position - 2)
+            for depth in range(room):
+                acceptance.offered[depth] += 1
+                acceptance.accepted[depth] += depth < reached
+            acceptance.steps += 1
+            acceptance.tokens += reached + 1
+            position += reached + 1
     return acceptance
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_specformer.evaluation.agreement import TOLERANCE
-from vllm_specformer.evaluation.metrics import ALL, HALF, Metrics
+from vllm_specformer.evaluation.metrics import ALL, CHAIN, HALF, NODES, Metrics
 from vllm_specformer.evaluation.replay import BOUND, HEAD, LOOKUP_2_3, LOOKUP_3, LOOKUPS
 
 _TITLES = {
@@ -30,6 +30,8 @@ def print_report(report: Metrics) -> None:
         last = list(metrics[ALL][HEAD].values())[-1]
         shares = " ".join(f"{share:.2f}" for share in last["acceptance_per_position"])
         console.print(f"accepted per position: {shares}\n")
+        if "trees" in metrics:
+            console.print(_tree_table(name, metrics["trees"]))
     if report["engine"]:
         console.print(_engine_table(report["engine"]))
     for comparison in report["engine"]:
@@ -64,6 +66,25 @@ def _offline_table(name: str, metrics: Metrics) -> Table:
             cells.append(f"{metrics['share_of_bound'][k]:.0%}")
         cells += [f"{metrics[HALF][m][k]['tokens_per_step']:.2f}" for m in (HEAD, *LOOKUPS)]
         table.add_row(k.removeprefix("K="), *cells)
+    return table
+
+
+def _tree_table(name: str, rows: Metrics) -> Table:
+    """Trees beside the longest chain."""
+    table = Table(
+        title=f"{name.replace('_', ' ')}: tokens per step of trees, standard error over texts",
+        title_justify="left",
+    )
+    for column in ("drafted nodes", "tokens per step", "", "over the chain"):
+        table.add_column(column, justify="right")
+    (chain,) = [row["tokens_per_step"] for name, row in rows.items() if name.startswith(CHAIN)]
+    for name, row in rows.items():
+        table.add_row(
+            name.removeprefix(NODES),
+            f"{row['tokens_per_step']:.2f}",
+            f"± {row['stderr']:.2f}",
+            f"{row['tokens_per_step'] / chain:.2f}",
+        )
     return table
 
 
