@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     if args.fit:
         evaluate(EvalSettings(prompts=(held / "fitted.jsonl",), fit_tree_ranking=True, **common))
-    settings = EvalSettings(prompts=(held / "held.jsonl",), tree_nodes=(4, 8, 16, 32, 63), **common)
+    settings = EvalSettings(prompts=(held / "held.jsonl",), tree_nodes=(8, 16, 32, 63), **common)
     report = evaluate(settings)
     print_report(report)
     write_atomic(args.out, (json.dumps(merged(args.out, rows(report)), indent=1) + "\n").encode())

@@ -48,7 +48,7 @@ def test_followed() -> None:
     tokens = torch.rand(shape, generator=generator).argsort(-1)  # different among siblings
     origins = torch.rand(200, 4, 6, generator=generator).argsort(-1)[..., :2].contiguous()
     tree = select_tree(log_probs, tokens, origins, 20)
-    continuation = torch.randint(3, (200, 4), generator=generator)
+    continuation = torch.randint(4, (200, 4), generator=generator)
     continuation[::3, 2:] = IGNORED
     found = followed(tree, continuation).tolist()
     assert found == [walk(tree, r, continuation[r].tolist()) for r in range(200)]
