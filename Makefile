@@ -6,7 +6,7 @@ WORKERS ?= 2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup target demo serve test test-slow test-statistics test-families test-matrix test-next-vllm kv-groups soak lint bench bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
+.PHONY: help setup target demo serve test test-slow test-statistics test-families test-matrix test-next-vllm kv-groups soak lint bench trees candidates bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -113,6 +113,12 @@ bench-load: setup  ## plan K and compare arms under load, bundled and heavy targ
 		$(BIN)/specformer bench $$head $(LOAD) $(ORDER) --schedule build/bench/$$name-plan.json \
 			--arms none again k2 k4 k8 schedule confident ngram --out build/bench/$$name || exit 1; \
 	done
+
+trees: setup  ## replay trees on held-out prompts (benchmarks/results/trees.json): 3 minutes
+	$(BIN)/python benchmarks/trees.py
+
+candidates: setup  ## several candidates by every rule (docs/candidates.md, benchmarks/results/candidates.*): 20 minutes
+	$(BIN)/python benchmarks/candidates.py
 
 bench-kernels: setup  ## check every kernel and time it (benchmarks/results/gpu); smoke run without a GPU
 	$(BIN)/python benchmarks/kernels.py

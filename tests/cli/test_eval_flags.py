@@ -20,6 +20,8 @@ DEFAULTS = {
     "chat_template_args": {},
     "num_speculative_tokens": None,
     "temperature": None,
+    "tree_nodes": None,
+    "fit_tree_ranking": False,
     "max_tokens": 128,
     "seed": 0,
     "dtype": "auto",
@@ -41,6 +43,7 @@ def test_every_flag(typed: Callable[..., Any]) -> None:
         *("--max-prompts", "5", "--max-bad-lines", "1", "--chat-template", "c"),
         *("--chat-template-args", '{"a": 1}', "--num-speculative-tokens", "4", "8"),
         *("--temperature", "0", "0.7", "--max-tokens", "9", "--seed", "3", "--dtype", "float16"),
+        *("--tree-nodes", "8", "63", "--fit-tree-ranking"),
         *("--device", "cpu", "--serve", "--engine-args", '{"b": 2}'),
         *("--json", "j", "--plot", "x.png"),
     )
@@ -56,6 +59,8 @@ def test_every_flag(typed: Callable[..., Any]) -> None:
         "chat_template_args": {"a": 1},
         "num_speculative_tokens": (4, 8),
         "temperature": (0.0, 0.7),
+        "tree_nodes": (8, 63),
+        "fit_tree_ranking": True,
         "max_tokens": 9,
         "seed": 3,
         "dtype": "float16",
@@ -93,6 +98,10 @@ def test_the_former_name_of_serve(
         (
             ("--data", "d", "--num-speculative-tokens", "0"),
             "--num-speculative-tokens: expected a whole number above 0, found '0'",
+        ),
+        (
+            ("--data", "d", "--tree-nodes", "64"),
+            "--tree-nodes: expected a whole number from 1 to 63, found '64'",
         ),
         (
             ("--data", "d", "--dtype", "int8"),

@@ -13,6 +13,7 @@ from support.file_limits import file_limit
 from support.paths import HEAD, PROMPTS, TARGET
 from support.training_texts import make_texts, write_distilled
 from vllm_specformer.cli.main import main
+from vllm_specformer.config import read_head_config
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -83,6 +84,42 @@ def test_prompts_to_metrics(
     assert "of bound" in printed
     assert "drawn" in printed
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
+
+
+def test_trees_and_their_ranking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fitting changes one field of the head's config.json and nothing else of the head."""
+    head, out = tmp_path / "head", tmp_path / "eval.json"
+    shutil.copytree(HEAD, head)
+    before = {path.name: path.read_bytes() for path in head.iterdir()}
+    arguments = (head, "--target", TARGET, "--prompts", PROMPTS, "--max-prompts", 12)
+    limits = ("--max-tokens", 24, "--temperature", 0, 1, "--tree-nodes", 4, 16)
+    assert main(["eval", *map(str, (*arguments, *limits, "--json", out))]) == 0
+    assert "tokens per step of trees" in capsys.readouterr().out
+    groups = json.loads(out.read_text())["offline"]
+    for group in groups.values():
+        trees = group["trees"]
+        assert list(trees) == ["chain K=8", "n=4", "n=16"]
+        assert (
+            trees["chain K=8"]["tokens_per_step"] == group["all"]["head"]["K=8"]["tokens_per_step"]
+        )
+        four, sixteen = trees["n=4"], trees["n=16"]
+        assert 1 < four["tokens_per_step"] < sixteen["tokens_per_step"]
+        assert len(sixteen["acceptance_per_position"]) == 8
+        assert 0 < sixteen["stderr"] < 1
+    assert {path.name: path.read_bytes() for path in head.iterdir()} == before
+
+    assert (
+        main(["eval", *map(str, (*arguments, *limits, "--fit-tree-ranking", "--json", out))]) == 0
+    )
+    found = json.loads(out.read_text())["tree_ranking"]
+    assert len(found) == 8
+    assert all(0.5 < tau < 1.5 for tau in found)
+    after = {path.name: path.read_bytes() for path in head.iterdir()}
+    assert json.loads(after["config.json"]) == json.loads(before["config.json"]) | {
+        "tree_ranking": found
+    }
+    assert {**after, "config.json": b""} == {**before, "config.json": b""}
+    assert read_head_config(head).tree_ranking == found
 
 
 def test_metrics_that_cannot_be_written_are_printed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from vllm_specformer.evaluation.questions import Questions
 from vllm_specformer.evaluation.replay import DraftedText, draft_texts
 from vllm_specformer.evaluation.served import Served, serve
 from vllm_specformer.evaluation.settings import EvalSettings
+from vllm_specformer.evaluation.trees import TreeReplay, fit_ranking, write_ranking
 from vllm_specformer.head_files import find_head
 from vllm_specformer.pairing import check_pair, check_weights
 from vllm_specformer.places import lasting, named_target
@@ -61,9 +63,16 @@ class _Loaded:
     head: PackedHead
     packed: bool
 
-    def draft(self, texts: Texts, budgets: Sequence[int]) -> list[DraftedText]:
-        memory = _MEMORY[self.target.target.device.type]
-        made = draft_texts(self.head, self.target, texts, budgets, self.packed, memory)
+    @property
+    def memory(self) -> int:
+        return _MEMORY[self.target.target.device.type]
+
+    def draft(
+        self, texts: Texts, budgets: Sequence[int], trees: TreeReplay | None = None
+    ) -> list[DraftedText]:
+        made = draft_texts(
+            self.head, self.target, texts, budgets, self.packed, self.memory, trees=trees
+        )
         return list(tqdm(made, desc="drafts", total=len(texts), unit="text"))
 
 
@@ -73,6 +82,11 @@ class _Evaluation:
     def __init__(self, options: EvalSettings, say: Callable[[str], None]) -> None:
         self.options, self.say = options, say
         self.head = find_head(options.head)
+        if options.fit_tree_ranking and self.head.resolve() != Path(options.head).resolve():
+            raise SpecFormerError(
+                f"--fit-tree-ranking: {options.head} is a head of the hub, whose files are shared",
+                "copy it to a directory and name that",
+            )
         self.config: SpecFormerConfig = read_head_config(self.head)
         check_weights(self.head, self.config)
         self.name = options.target or named_target(self.head, self.config, options.revision)
@@ -104,13 +118,20 @@ class _Evaluation:
             by_temperature = self._distilled_by_temperature()
         else:
             by_temperature = self._answers(loaded)
+        collected = {t: self._collect(texts) for t, texts in sorted(by_temperature.items())}
+        ranking = self._ranking(loaded, list(collected.values()))
+        trees = None
+        if self.options.tree_nodes:
+            nodes = tuple(sorted(set(self.options.tree_nodes)))
+            trees = TreeReplay(nodes, self.options.seed, ranking)
         drafted = {
-            temperature: loaded.draft(self._collect(texts), self.budgets)
-            for temperature, texts in sorted(by_temperature.items())
+            temperature: loaded.draft(texts, self.budgets, trees)
+            for temperature, texts in collected.items()
         }
+        slots = self.config.num_draft_slots
         offline = {
-            group_name(temperature): of_texts(texts, self.budgets, self.end_ids)
-            | of_kinds(texts, self.questions.kinds, self.budgets, self.end_ids)
+            group_name(temperature): of_texts(texts, self.budgets, self.end_ids, slots)
+            | of_kinds(texts, self.questions.kinds, self.budgets, self.end_ids, slots)
             for temperature, texts in drafted.items()
         }
         compared = []
@@ -126,6 +147,7 @@ class _Evaluation:
             "device": self.device,
             "max_tokens": self.options.max_tokens,
             "seed": self.options.seed,
+            "tree_ranking": list(ranking),
             "versions": versions(),
             "offline": offline,
             "engine": compared,
@@ -217,6 +239,17 @@ class _Evaluation:
             temperature: answer(model, self.questions.requests(temperature), self.end_ids, seed)
             for temperature in self.temperatures
         }
+
+    def _ranking(self, loaded: _Loaded, texts: Sequence[Texts]) -> tuple[float, ...]:
+        """The head's temperatures of a tree's nodes, found anew if that was asked for."""
+        if not self.options.fit_tree_ranking:
+            return tuple(self.config.tree_ranking) or (1.0,) * self.config.num_draft_slots
+        found = fit_ranking(
+            loaded.head, loaded.target, texts, loaded.packed, self.options.seed, loaded.memory
+        )
+        write_ranking(self.head, found)
+        self.say(f"tree_ranking {list(found)} written to {self.head / 'config.json'}")
+        return found
 
     def _collect(self, texts: Sequence[Text]) -> Texts:
         if not any(end - start > 1 for text in texts for start, end in text.spans):

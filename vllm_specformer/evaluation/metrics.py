@@ -14,12 +14,15 @@ from vllm_specformer.evaluation.replay import (
     DraftedText,
     less_repetitive_half,
     replay,
+    replay_tree,
 )
 from vllm_specformer.evaluation.served import Served
+from vllm_specformer.evaluation.trees import share_error
 from vllm_specformer.training.acceptance import Acceptance
 
 Metrics = dict[str, Any]
 ALL, HALF = "all", "less_repetitive_half"
+CHAIN, NODES = "chain K=", "n="
 
 
 def group_name(temperature: float) -> str:
@@ -28,9 +31,11 @@ def group_name(temperature: float) -> str:
 
 
 def of_texts(
-    texts: Sequence[DraftedText], budgets: Sequence[int], end_ids: frozenset[int]
+    texts: Sequence[DraftedText], budgets: Sequence[int], end_ids: frozenset[int], slots: int
 ) -> Metrics:
     """Acceptance on the texts of one temperature by method and number of drafted tokens.
+
+    `slots` are the head's, which trees are drafted from.
 
     Beside the head: prompt lookups on the same texts, the same for the less repetitive half of
     them. Of sampled texts the head's best drafts, its drawn ones, which are what is served, and the
@@ -55,6 +60,8 @@ def of_texts(
     metrics["over_lookup"] = _ratios(whole, served_method(whole), LOOKUPS)
     if BOUND in whole:
         metrics["share_of_bound"] = _ratios(whole, HEAD, (BOUND,))
+    if texts[0].accepted:
+        metrics["trees"] = of_trees(texts, max(budgets), slots)
     return metrics
 
 
@@ -63,6 +70,7 @@ def of_kinds(
     kinds: Mapping[int, str],
     budgets: Sequence[int],
     end_ids: frozenset[int],
+    slots: int,
 ) -> Metrics:
     """The same for each kind of prompt, as `by_kind`, where there are several.
 
@@ -74,7 +82,7 @@ def of_kinds(
         groups.setdefault(kinds.get(text.id, "other"), []).append(text)
     if len(groups) < 2:
         return {}
-    found = {kind: of_texts(groups[kind], budgets, end_ids) for kind in sorted(groups)}
+    found = {kind: of_texts(groups[kind], budgets, end_ids, slots) for kind in sorted(groups)}
     mean = {}
     for k in (f"K={count}" for count in budgets):
         heads = [group[ALL][HEAD][k]["tokens_per_step"] for group in found.values()]
@@ -89,6 +97,25 @@ def of_kinds(
 def better_lookup(metrics: Metrics, k: str) -> float:
     """Tokens per step of the better of the prompt lookups."""
     return max(metrics[method][k]["tokens_per_step"] for method in LOOKUPS)
+
+
+def of_trees(texts: Sequence[DraftedText], chain: int, slots: int) -> Metrics:
+    """Trees of each number of nodes, and beside them the chain of so many tokens."""
+    rows = {f"{CHAIN}{chain}": [replay([text], HEAD, chain) for text in texts]}
+    for nodes in texts[0].accepted:
+        rows[f"{NODES}{nodes}"] = [replay_tree(text, nodes, slots) for text in texts]
+    return {name: _summary_with_error(found) for name, found in rows.items()}
+
+
+def _summary_with_error(found: Sequence[Acceptance]) -> Metrics:
+    """Of the texts together; the standard error is over texts."""
+    whole = Acceptance(found[0].num_slots)
+    for one in found:
+        whole.steps, whole.tokens = whole.steps + one.steps, whole.tokens + one.tokens
+        for mine, others in ((whole.accepted, one.accepted), (whole.offered, one.offered)):
+            mine[:] = [a + b for a, b in zip(mine, others, strict=True)]
+    error = share_error([one.tokens for one in found], [one.steps for one in found])
+    return _summary(whole) | {"stderr": round(error, 4), "steps": whole.steps}
 
 
 def _summary(acceptance: Acceptance) -> Metrics:

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_specformer.evaluation.trees import BATCH_TOKENS as _BATCH_TOKENS
+from vllm_specformer.evaluation.trees import TreeReplay
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.acceptance import Acceptance, Drafter, Lookup, repeated_fraction
 from vllm_specformer.training.heldout import drafts_at, drafts_by_text, run_target
@@ -29,7 +31,6 @@ from vllm_specformer.training.packed_head import DEFAULT_MEMORY, HookedRows, Pac
 from vllm_specformer.training.packing import Batch, Budget, collate, plan_all
 from vllm_specformer.training.texts import Texts
 
-_BATCH_TOKENS = 4096
 HEAD, LOOKUP_3, LOOKUP_2_3, BOUND = "head", "lookup_3", "lookup_2_3", "bound"
 DRAWN = "head_drawn"  # of sampled texts: drafts that are drawn from the head, as served
 LOOKUPS = (LOOKUP_3, LOOKUP_2_3)
@@ -50,6 +51,7 @@ class DraftedText:
         drafts: number of drafted tokens K -> position -> the head's K best drafts there.
         best: the target's most probable token after every position.
         chances: as `drafts`: how probably the text's tokens came of drawn drafts; sampled texts.
+        accepted: nodes of a tree -> position -> drafts accepted of the tree drafted there.
     """
 
     id: int
@@ -59,6 +61,7 @@ class DraftedText:
     drafts: dict[int, dict[int, list[int]]]
     best: list[int]
     chances: dict[int, dict[int, list[float]]] = field(default_factory=dict)
+    accepted: dict[int, dict[int, int]] = field(default_factory=dict)
 
     @property
     def repeated(self) -> float:
@@ -85,10 +88,12 @@ def draft_texts(
     packed: bool,
     memory: int = DEFAULT_MEMORY,
     alter: Alter | None = None,
+    trees: TreeReplay | None = None,
 ) -> Iterator[DraftedText]:
     """Let the head draft at every anchor of every text, for several numbers of drafted tokens.
 
-    A head whose passes differ with that number runs once for each, the others once.
+    A head whose passes differ with that number runs once for each, the others once. With `trees`
+    all texts are of one temperature.
     """
     by_slots: dict[int, list[int]] = {}
     for budget in budgets:
@@ -102,7 +107,12 @@ def draft_texts(
             for sharing in by_slots.values()
         }
         drawn = _drawn(head, target, rows, texts, batch, by_slots, memory)
+        of_trees = None
+        if trees is not None:
+            temperature = float(texts.temperatures[batch[0][0]])
+            of_trees = trees.accepted(head, target, rows, temperature, memory).cpu().numpy()
         for number, row in enumerate(batch):
+            reached = {} if of_trees is None else dict(drafts_by_text(texts, row, of_trees[number]))
             found = {
                 budget: dict(drafts_by_text(texts, row, made[sharing[-1]][number, :, :budget]))
                 for sharing in by_slots.values()
@@ -125,6 +135,10 @@ def draft_texts(
                     drafts={budget: found[budget][index] for budget in budgets},
                     best=best[number, start : start + len(tokens)].tolist(),
                     chances={budget: at[index] for budget, at in chances.items()},
+                    accepted={
+                        nodes: {at: counts[place] for at, counts in reached[index].items()}
+                        for place, nodes in enumerate(trees.nodes if trees else ())
+                    },
                 )
                 start += len(tokens)
 
@@ -180,6 +194,24 @@ def replay(texts: Iterable[DraftedText], method: str, count: int) -> Acceptance:
 
 def _at(chances: dict[int, list[float]], position: int) -> list[float]:
     return chances.get(position, [])
+
+
+def replay_tree(text: DraftedText, nodes: int, slots: int) -> Acceptance:
+    """Acceptance of trees of so many nodes over a text's answers, by depth."""
+    acceptance = Acceptance(slots)
+    for start, end in text.answers:
+        position = start - 1
+        while position + 1 < end:
+            # At an answer's last token there is nothing left to draft, hence no anchor.
+            reached = text.accepted[nodes].get(position, 0)
+            room = min(slots, end - position - 2)
+            for depth in range(room):
+                acceptance.offered[depth] += 1
+                acceptance.accepted[depth] += depth < reached
+            acceptance.steps += 1
+            acceptance.tokens += reached + 1
+            position += reached + 1
+    return acceptance
 
 
 def less_repetitive_half(texts: Sequence[DraftedText]) -> list[DraftedText]:

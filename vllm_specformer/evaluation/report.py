@@ -10,7 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_specformer.evaluation.agreement import TOLERANCE
-from vllm_specformer.evaluation.metrics import ALL, HALF, Metrics, better_lookup, served_method
+from vllm_specformer.evaluation.metrics import (
+    ALL,
+    CHAIN,
+    HALF,
+    NODES,
+    Metrics,
+    better_lookup,
+    served_method,
+)
 from vllm_specformer.evaluation.replay import BOUND, DRAWN, HEAD, LOOKUP_2_3, LOOKUP_3, LOOKUPS
 
 _TITLES = {
@@ -33,6 +41,8 @@ def print_report(report: Metrics) -> None:
         console.print(f"accepted per position: {shares}\n")
         if "by_kind" in metrics:
             console.print(_kinds_table(name, metrics))
+        if "trees" in metrics:
+            console.print(_tree_table(name, metrics["trees"]))
     if report["engine"]:
         console.print(_engine_table(report["engine"]))
     for comparison in report["engine"]:
@@ -95,6 +105,25 @@ def _kinds_table(name: str, metrics: Metrics) -> Table:
     means = [metrics["mean_over_kinds"][k] for k in shown]
     cells = [c for m in means for c in (f"{m['head']:.2f}", f"{m['better_lookup']:.2f}", "", "")]
     table.add_row("mean of kinds", str(metrics["texts"]), *cells)
+    return table
+
+
+def _tree_table(name: str, rows: Metrics) -> Table:
+    """Trees beside the longest chain."""
+    table = Table(
+        title=f"{name.replace('_', ' ')}: tokens per step of trees, standard error over texts",
+        title_justify="left",
+    )
+    for column in ("drafted nodes", "tokens per step", "", "over the chain"):
+        table.add_column(column, justify="right")
+    (chain,) = [row["tokens_per_step"] for name, row in rows.items() if name.startswith(CHAIN)]
+    for name, row in rows.items():
+        table.add_row(
+            name.removeprefix(NODES),
+            f"{row['tokens_per_step']:.2f}",
+            f"± {row['stderr']:.2f}",
+            f"{row['tokens_per_step'] / chain:.2f}",
+        )
     return table
 
 

@@ -15,6 +15,7 @@ from vllm_specformer.settings import (
     Flag,
     Head,
     JsonObject,
+    Nodes,
     Positive,
     ResultFile,
     Revision,
@@ -61,6 +62,15 @@ class EvalSettings(CommandSettings):
     )
     temperature: tuple[Temperature, ...] | None = Field(
         None, description="Temperatures of the answers; default: 0, with --data those it has."
+    )
+    tree_nodes: tuple[Nodes, ...] | None = Field(
+        None,
+        description="Replay trees of so many drafted nodes, too (docs/kernels.md).",
+    )
+    fit_tree_ranking: bool = Field(
+        False,
+        description="Find the temperatures by which a tree's nodes rank, per slot, on these "
+        "answers of all temperatures together, and write them to the head's config.json.",
     )
     max_tokens: Positive = Field(128, description="Longest answer, in tokens.")
     seed: Whole = Field(0, description="Decides which prompts and answers are drawn.")

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from vllm_specformer.target.parts import LAYER_NAMES, NORM_NAMES, find_part
 
@@ -56,6 +56,23 @@ class HookedTarget:
         """
         last = self.decoder(
             input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        return [self._states.pop(i) for i in self.hook_ids], last
+
+    @torch.no_grad()
+    def extend(
+        self, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: Cache
+    ) -> tuple[list[Tensor], Tensor]:
+        """The same for tokens that follow those in a cache of Transformers, which takes them up.
+
+        int64 [batch, n] behind [batch, T - n]; `mask` int64 [batch, T], 0 where there is padding.
+        """
+        last = self.decoder(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
         ).last_hidden_state
         return [self._states.pop(i) for i in self.hook_ids], last
 

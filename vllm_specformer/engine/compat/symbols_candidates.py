@@ -46,9 +46,7 @@ TREES: tuple[Reliance, ...] = (
         "where batches meet speculator and sampler",
         "speculator rejection_sampler req_states model_config",
     ),
-    *members(
-        _SAMPLER, CANDIDATES, "samplers of their own noise", "use_flashinfer use_xpu_sampler"
-    ),
+    *members(_SAMPLER, CANDIDATES, "samplers of their own noise", "use_flashinfer use_xpu_sampler"),
     *members(
         _SAMPLER, CANDIDATES, "who wants log-probabilities", "sampling_states return_sampling_mask"
     ),
