@@ -250,7 +250,7 @@ def test_too_many_bad_records(tmp_path: Path) -> None:
         (b"PK\x03\x04rest", "a ZIP archive; unpack it"),
         (b"ARROW1\0\0", "an Arrow file; write it as Parquet"),
         (b"a.jsonl".ljust(257, b"\0") + b"ustar\x0000", "a tar archive; unpack it"),
-        (gzip.compress(b"PAR1"), "a Parquet file packed with gzip; unpack it"),
+        (gzip.compress(b"PAR1", mtime=0), "a Parquet file packed with gzip; unpack it"),
     ],
 )
 def test_unusable_files(tmp_path: Path, content: bytes, message: str) -> None:
@@ -327,7 +327,7 @@ def test_objects_over_several_lines_have_places(tmp_path: Path) -> None:
 
 def test_pipes_are_read_once(tmp_path: Path) -> None:
     """What a pipe holds, whole, at every reading: more than fits into its buffer."""
-    path, packed = tmp_path / "pipe", gzip.compress(LINES.encode())
+    path, packed = tmp_path / "pipe", gzip.compress(LINES.encode(), mtime=0)
     for content in (LINES.encode(), packed, json.dumps(RECORDS).encode()):
         os.mkfifo(path)
         writer = threading.Thread(target=path.write_bytes, args=(content,))
