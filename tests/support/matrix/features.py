@@ -256,6 +256,13 @@ ENGINES: tuple[Engine, ...] = (
         message="needs vLLM's V2 model runner",
     ),
     Engine(
+        "`tree_nodes`",
+        speculative={"tree_nodes": 8},
+        expected=REFUSED_ON_V1,
+        message="needs vLLM's V2 model runner",
+        note="on V2: `tests/engine/v2/candidates`, [trees.md](trees.md)",
+    ),
+    Engine(
         "`rejection_sample_method=block`",
         speculative={"rejection_sample_method": "block"},
         expected=REFUSED_ON_V1,
