@@ -270,12 +270,26 @@ def test_targets_that_cannot_pack_are_padded(
     assert "does not keep texts apart that share a row" in capsys.readouterr().out
 
 
+def torchrun(line: list[str]) -> None:
+    """The command in two processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    module = ["-m", "vllm_specformer.cli.main", *line]
+    subprocess.run([sys.executable, *launcher, *module], check=True, env=ENVIRONMENT)
+
+
+def test_processes_end_together_when_the_time_is_up(pair: Path, tmp_path: Path) -> None:
+    """By the real clock, of which each process has its own: without one number they would hang."""
+    options = {"device": "cpu", "max_steps": 100_000, "eval_every": None, "save_every": None}
+    torchrun(command(pair, tmp_path / "out", max_hours=0.001, **options))
+    result = json.loads((tmp_path / "out" / "provenance.json").read_text())["result"]
+    assert 1 < result["steps"] < 100_000
+    assert result["evaluation"]["step"] <= result["steps"]
+
+
 def test_two_processes_are_one_with_two_batches(pair: Path, tmp_path: Path) -> None:
     """Data parallelism sees the same texts and gives, up to rounding, the same head."""
     options = {"device": "cpu", "scheduler": "constant", "eval_share": 0}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    module = ["-m", "vllm_specformer.cli.main", *command(pair, tmp_path / "two", **options)]
-    subprocess.run([sys.executable, *launcher, *module], check=True, env=ENVIRONMENT)
+    torchrun(command(pair, tmp_path / "two", **options))
     train(pair, tmp_path / "one", accumulate=2, **options)
     train(pair, tmp_path / "half", **options)
     one, two, half = (
