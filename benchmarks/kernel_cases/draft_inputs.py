@@ -17,8 +17,10 @@ TOKEN_BYTES, SAMPLE_BYTES, REQUEST_BYTES = 4 * 8, 8 + 8, 100
 
 def aot_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Name and call; nothing depends on the target's dtype."""
-    inputs = _random_inputs(4, MAX_REQUESTS, MAX_TOKENS, "cpu")
-    yield "8 slots", partial(triton_kernel.draft_inputs, *inputs)
+    step, *others = _random_inputs(4, MAX_REQUESTS, MAX_TOKENS, "cpu")
+    yield "8 slots", partial(triton_kernel.draft_inputs, step, *others)
+    step = step._replace(last_rows=torch.arange(4))
+    yield "8 slots, after trees", partial(triton_kernel.draft_inputs, step, *others)
 
 
 def bench_cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[BenchCase]:

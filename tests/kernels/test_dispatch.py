@@ -29,6 +29,8 @@ OPS = {
         "rotate_slots",
         "swiglu",
         "draft_inputs",
+        "place_trees",
+        "tree_paths",
     ]
 } | {"follow": "verify", "extend_beam": "select_tree"}
 # Launchers that are no files of kernels, too.

@@ -9,18 +9,25 @@ from __future__ import annotations
 import functools
 
 import aot
+import pytest
 import torch
 from specformer_kernels.block_attention.launch import block_attention
 from specformer_kernels.draft_inputs import DraftBuffers, StepInputs
 from specformer_kernels.draft_inputs.triton_kernel import draft_inputs
 from specformer_kernels.grouped_rms_norm.triton_kernel import grouped_rms_norm
+from specformer_kernels.kv_compact import cache_addresses
+from specformer_kernels.kv_compact.triton_kernel import kv_compact
 from specformer_kernels.kv_store.triton_kernel import kv_store
+from specformer_kernels.place_trees.triton_kernel import place_trees
 from specformer_kernels.rotate_slots.triton_kernel import rotate_slots
 from specformer_kernels.select_tree.triton_kernel import extend_beam, select_tree
 from specformer_kernels.swiglu.triton_kernel import swiglu
 from specformer_kernels.tree_candidates.triton_kernel import tree_candidates
+from specformer_kernels.tree_paths.triton_kernel import tree_paths
+from specformer_kernels.verify.launch import follow
 from torch import Tensor
 
+from support.trees import make_table
 from support.variants import variant
 
 HEADS, KV_HEADS, SIZE, PAGE, MOST = 8, 2, 64, 16, 256
@@ -158,7 +165,42 @@ def test_trees() -> None:
         assert len(variants(launches)) == 2 + 2 + 2 + 1
 
 
-def test_inputs() -> None:
+@pytest.mark.parametrize("nodes", [2, 8, 15, 16, 63])
+def test_verified_trees(nodes: int) -> None:
+    """As `vllm_specformer.engine.candidates` calls them, with one variant per size of tree."""
+    table = make_table(nodes)
+    integers = torch.zeros(MOST * (nodes + 2), dtype=torch.int64)
+    counts, row_mask = integers.int(), integers.clone()
+    context_lens = torch.zeros(MOST, dtype=torch.int32)
+    caches = [CACHE.clone() for _ in range(3)]
+    addresses = cache_addresses(caches)
+
+    def all_batches() -> None:
+        for requests in BATCHES:
+            for start in (0, 1):  # the batch's tensors lie somewhere in larger ones
+                rows = integers[start:][: requests * (nodes + 1)]
+                of_requests, states = counts[start:], integers[start:][:requests]
+                place_trees(
+                    table,
+                    of_requests,
+                    of_requests,
+                    states,
+                    of_requests,
+                    rows,
+                    row_mask,
+                    context_lens,
+                )
+                paths = tree_paths(table, of_requests, states, of_requests, rows)
+                kv_compact(caches, paths.source_slots, paths.target_slots, addresses)
+            tokens = torch.zeros_like(rows)
+            starts = torch.zeros(requests + 1, dtype=torch.int32)
+            follow(tokens, tokens, starts, nodes + 1, tokens.int())
+
+    assert len(variants(aot.launches_of(all_batches))) == 4  # of four kernels
+
+
+@pytest.mark.parametrize("walked", [False, True], ids=["chains", "trees"])
+def test_inputs(walked: bool) -> None:
     integers = torch.zeros(4096, dtype=torch.int64)
     counts = integers.int()
     buffers = DraftBuffers(
@@ -186,6 +228,7 @@ def test_inputs() -> None:
                 next_prefill_tokens=counts,
                 temperature=torch.zeros(MOST),
                 seeds=integers,
+                last_rows=of_rows if walked else None,
             )
             draft_inputs(step, buffers, requests, rows)
 
