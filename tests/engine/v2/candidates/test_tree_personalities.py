@@ -19,8 +19,8 @@ def test_personality(name: str, reference: DenseReference, answers: dict[Tokens,
     with (
         personality(name) as changes,
         engine(drafting(8, tree_nodes=16), max_num_batched_tokens=96, **changes) as llm,
-        watching_trees(llm) as watch,
         counting_overlaps() as steps,
+        watching_trees(llm) as watch,
     ):
         outputs = llm.generate(texts, greedy(MAX_TOKENS), use_tqdm=False)
         assert bool(steps["overlapped"]) == (name == "asynchronous")
