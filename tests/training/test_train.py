@@ -218,7 +218,7 @@ def test_a_draft_vocabulary_is_proposed_where_scoring_dominates(
 
 
 def test_a_limit_on_the_hours_ends_the_run_in_time(
-    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By a clock on which every step takes a minute."""
     clock = [0.0]
@@ -232,6 +232,7 @@ def test_a_limit_on_the_hours_ends_the_run_in_time(
     monkeypatch.setattr(pace.time, "monotonic", lambda: clock[0])
     options = {"max_steps": 40, "eval_every": None, "save_every": None, "log_every": 1}
     provenance = train(pair, tmp_path / "out", max_hours=0.25, **options)
+    assert "15/15 [" in capsys.readouterr().err  # the bar's end
     result = provenance["result"]
     assert (result["steps"], result["planned_steps"]) == (15, 40)
     rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]

@@ -92,6 +92,10 @@ class Reporter(TrainerCallback):
         control.should_log = control.should_log or control.should_save or last
         control.should_evaluate = control.should_evaluate or last
         if self.bar is not None:
+            if self.clock.reached > 0:  # so that the bar's end is the end in time
+                self.bar.total = min(
+                    state.max_steps, math.ceil(state.global_step / self.clock.reached)
+                )
             self.bar.update()
         self._foretell(state)
 
