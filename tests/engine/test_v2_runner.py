@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from support.personalities import FP8, NAMES
-from support.v2.child import ADAPTERS, FOLDER, MATRIX, run_child
+from support.v2.child import ADAPTERS, CANDIDATES, FOLDER, MATRIX, run_child
 
 FAMILIES = FOLDER / "test_family_groups.py"  # with `make test-families`
 BLOCK_RULE = FOLDER / "test_vllm_block_rule.py"  # with `make test-statistics`
@@ -15,7 +15,7 @@ MIN_PASSED = 40
 
 def test_v2_runner(capfd: pytest.CaptureFixture[str]) -> None:
     """Every test of the V2 folder passes; none is skipped or left out."""
-    apart = [f"--ignore={file}" for file in (FAMILIES, MATRIX, ADAPTERS, BLOCK_RULE)]
+    apart = [f"--ignore={file}" for file in (FAMILIES, MATRIX, ADAPTERS, BLOCK_RULE, CANDIDATES)]
     run_child(capfd, [str(FOLDER), *apart], MIN_PASSED)
 
 

@@ -196,8 +196,8 @@ def poisoned(llm: Any) -> Iterator[None]:
         owned = self.block_tables.num_blocks.np[self.group]
         for row, state in enumerate(batch.idx_mapping[:requests].tolist()):
             self._block_table[row, owned[state] :] = NOWHERE
-        # Rows that pad a batch read whatever block their row of the table was left with. That does no
-        # harm, but the interpreter takes NaN throughout for an error: let it be the null block.
+        # Rows that pad a batch read whatever block their row of the table was left with. That does
+        # no harm, but the interpreter takes NaN throughout for an error: let it be the null block.
         self._block_table[requests:].zero_()
         drafts = original(self, batch, *args, **kwargs)
         for state in args[3]:

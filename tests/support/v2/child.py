@@ -17,6 +17,7 @@ from support.paths import ROOT
 FOLDER = ROOT / "tests" / "engine" / "v2"
 MATRIX = FOLDER / "test_matrix_v2.py"  # with `make test-matrix`
 ADAPTERS = FOLDER / "test_adapters_v2.py"  # likewise
+CANDIDATES = FOLDER / "candidates"  # by tests/engine/test_v2_candidates.py
 LIMIT_SECONDS = 1800
 
 

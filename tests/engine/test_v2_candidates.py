@@ -1,0 +1,32 @@
+"""Runs `tests/engine/v2/candidates` in a process of its own: some of it here, all with test-slow."""
+
+from __future__ import annotations
+
+import pytest
+
+from support.v2.child import CANDIDATES, run_child
+
+SHORT = {
+    "test_tree_parity.py": (
+        "test_greedy_text[16]",
+        "test_requests_of_all_kinds_in_one_batch",
+        "test_requests_that_come_and_go",
+        "test_a_schedule_of_nodes",
+    ),
+    "test_tree_drafts.py": ("test_trees_of_greedy_and_sampled_requests[8]",),
+    "test_tree_on_device.py": ("test_no_step_waits_for_the_device",),
+    "test_tree_personalities.py": (
+        "test_personality[asynchronous]",
+        "test_personality[pages-of-16]",
+    ),
+}
+
+
+def test_trees(capfd: pytest.CaptureFixture[str]) -> None:
+    tests = [f"{CANDIDATES / file}::{name}" for file, names in SHORT.items() for name in names]
+    run_child(capfd, tests, len(tests))
+
+
+@pytest.mark.slow
+def test_trees_in_full(capfd: pytest.CaptureFixture[str]) -> None:
+    run_child(capfd, [str(CANDIDATES)], 30)
