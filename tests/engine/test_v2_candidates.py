@@ -1,4 +1,4 @@
-"""Runs `tests/engine/v2/candidates` in a process of its own: some of it here, all with test-slow."""
+"""Runs `tests/engine/v2/candidates` in a process of its own: a part, or all with test-slow."""
 
 from __future__ import annotations
 
