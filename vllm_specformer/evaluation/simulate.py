@@ -193,9 +193,7 @@ def simulate(
         live = [row for row in live if int(emitted[row]) not in end_ids]
         if not live:
             break
-        drafter.draft(
-            torch.tensor([row for row in ended if row in live], dtype=torch.int64), emitted
-        )
+        drafter.draft([row for row in ended if row in live], emitted)
         writer.append(emitted)
     return result
 
