@@ -169,7 +169,7 @@ def _verification(speculative: dict[str, Any], default: str) -> str:
         raise SpeculativeConfigError(
             f"speculative config: rejection_sample_method={rule!r} is a rule of vLLM's own "
             "verification",
-            "leave it out, or set verification='vllm'",
+            "leave it out, or set verification='vllm'" if default == "vllm" else "leave it out",
         )
     return str(verification)
 

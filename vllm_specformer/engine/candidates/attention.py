@@ -18,6 +18,7 @@ _WITHOUT: dict[str, tuple[Any, ...]] = {
     "logits_soft_cap": (None, 0),
     "sinks": (None,),
     "kv_sharing_target_layer_name": (None,),
+    "attn_type": ("decoder",),
 }
 
 

@@ -23,6 +23,7 @@ class CandidateSampler(CoupledSampler):
 
     # Set with the first batch: vLLM builds the sampler without the speculator.
     trees: CandidateTrees
+    walks_trees = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,19 +63,24 @@ class CandidateSampler(CoupledSampler):
         nodes = verified.rows - cu_num_logits[:-1, None]
         self.trees.accept(idx_mapping, torch.where(verified.rows < 0, -1, nodes))
         if self._returns_logits(idx_mapping_np):
-            self._put_paths_first(
-                (logits, processed_logits), expanded_idx_mapping, expanded_local_pos
-            )
+            path = self.trees.table.paths[idx_mapping]
+            for tensor in {id(t): t for t in (logits, processed_logits)}.values():
+                _put_paths_first(tensor, path, cu_num_logits[:-1].long())
         return processed_logits, verified.tokens, verified.num_tokens
 
     def _returns_logits(self, idx_mapping_np: np.ndarray) -> bool:
         wanted = self.sampler.sampling_states.max_num_logprobs(idx_mapping_np)
         return bool(wanted != NO_LOGPROBS or self.sampler.return_sampling_mask)
 
-    def _put_paths_first(self, tensors: tuple[Tensor, ...], states: Tensor, nodes: Tensor) -> None:
-        """Move each path's rows to the front of its request's, where vLLM looks for them."""
-        row = torch.arange(len(nodes), device=nodes.device)
-        path = self.trees.table.paths[states, nodes]
-        source = torch.where(path >= 0, row - nodes + path, row)
-        for tensor in {id(tensor): tensor for tensor in tensors}.values():
-            tensor.copy_(tensor[source])
+
+def _put_paths_first(logits: Tensor, paths: Tensor, first: Tensor) -> None:
+    """Move each path's rows [R, n + 1] to the front of its request's, where vLLM looks for them.
+
+    Rank by rank, so that no second copy of all logits is made. A path's rank never exceeds its row,
+    so no row is written before it has been read.
+    """
+    for rank in range(1, paths.shape[1]):
+        is_on = paths[:, rank] >= 0
+        # A path that has ended writes its root to where it is.
+        row, source = (torch.where(is_on, place, 0) for place in (rank, paths[:, rank]))
+        logits[first + row] = logits[first + source]

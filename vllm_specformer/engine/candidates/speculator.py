@@ -10,6 +10,7 @@ from specformer_kernels.tree_paths import tree_paths
 from specformer_kernels.verify import follow
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from vllm_specformer.candidates import draft_tree
@@ -17,7 +18,6 @@ from vllm_specformer.engine.candidates.attention import TreeAttention
 from vllm_specformer.engine.candidates.checks import check_layers, check_trees
 from vllm_specformer.engine.candidates.kv_layers import TargetLayers, slots_of
 from vllm_specformer.engine.candidates.trees import CandidateTrees
-from vllm_specformer.engine.head_pages import target_layers
 from vllm_specformer.engine.speculative_config import tree_settings
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
@@ -42,8 +42,9 @@ class CandidateSpeculator(SpecFormerSpeculator):
     def load_draft_model(
         self, target_model: nn.Module, target_attn_layer_names: set[str]
     ) -> nn.Module:
-        layers = target_layers(self.vllm_config)
-        check_layers(layers)
+        context = self.vllm_config.compilation_config.static_forward_context
+        layers = [layer for layer in context.values() if isinstance(layer, AttentionLayerBase)]
+        check_layers(layers, self.vllm_config)
         for layer in layers:
             assert isinstance(layer.impl, TreeAttention)
             layer.impl.trees = self.trees
@@ -80,6 +81,7 @@ class CandidateSpeculator(SpecFormerSpeculator):
         for layers in self._layers.alike():
             paths = tree_paths(self.trees.table, *requests, slots_of(layers, slot_mappings))
             layers.move(paths.source_slots, paths.target_slots)
+        self.trees.forget_batch()
         own = slot_mappings[self.model.attn.layer_name]
         paths = tree_paths(self.trees.table, *requests, own)
         return paths.row_slots, paths.last_rows

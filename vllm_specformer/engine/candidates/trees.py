@@ -78,14 +78,20 @@ class CandidateTrees:
         requests = int(long[0]) if len(long) else batch.num_reqs
         self._block = (requests, int(batch.query_start_loc_np[requests]))
 
+    def forget_batch(self) -> None:
+        """The batch has been run: a dummy step that comes next has no trees."""
+        self._block = (0, 0)
+
     def block(self, metadata: Any) -> Block:
         """The first requests of a batch, which attend by mask; all trees are among them.
 
-        vLLM puts requests with drafts first in a batch. A prompt's long chunk ends the block.
+        vLLM puts requests with drafts first in a batch. A prompt's long chunk ends the block: where
+        there is one, `place` has just seen the same batch. No graph is captured of such a batch.
         """
         requests, rows = self._block
         if metadata.max_query_len <= MAX_BLOCK_ROWS:  # so it is while graphs are captured
             requests, rows = len(metadata.query_start_loc) - 1, metadata.num_actual_tokens
+        assert requests < len(metadata.query_start_loc), "another batch's block"
         is_narrow = metadata.max_query_len <= self.widths[0]
         return Block(requests, rows, self.widths[0 if is_narrow else -1])
 

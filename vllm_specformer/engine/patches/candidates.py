@@ -56,7 +56,10 @@ def prepare_attn(original: Callable[..., Any], self: Any, input_batch: Any) -> A
     prepared = original(self, input_batch)
     trees = getattr(self.speculator, "trees", None)
     if trees is not None:
-        self.rejection_sampler.trees = trees
+        sampler = self.rejection_sampler
+        if not hasattr(sampler, "walks_trees"):
+            raise TypeError(f"{type(sampler).__name__} verifies chains only, trees are drafted")
+        sampler.trees = trees
         trees.place(input_batch)
     return prepared
 
@@ -72,7 +75,11 @@ def add_requests(original: Callable[..., None], self: Any, scheduler_output: Any
     trees = getattr(self.speculator, "trees", None)
     if trees is None:
         return
-    processors = bool(self.model_config.logits_processors)
+    # Also those that packages bring along, which no configuration names.
+    processors = any(
+        not type(processor).__module__.startswith("vllm.v1.worker.gpu.sample.")
+        for processor in self.sampler.logits_processors
+    )
     for request in scheduler_output.scheduled_new_reqs:
         state = self.req_states.req_id_to_index[request.req_id]
         trees.admit(state, processors or depends_on_rows_before(request.sampling_params))
@@ -96,8 +103,8 @@ def depends_on_rows_before(params: Any) -> bool:
 
 @patch(
     "vllm.config.speculative:SpeculativeConfig.max_num_new_slots_for_drafting",
-    why="vLLM keeps a row of every step's budget free per node, for drafters that write K and V at "
-    "drafted positions; the head writes none there",
+    why="vLLM 0.32 keeps a row of every step's budget free per node, for drafters that write K "
+    "and V at drafted positions; the head writes none there",
     guard=_GUARD,
     attribute=True,
 )

@@ -55,7 +55,7 @@ def test_no_step_waits_for_the_device(
         watch(CandidateTrees, name)
     watch(sampler, "follow")
     watch(CandidateSpeculator, "propose")
-    watch(sampler.CandidateSampler, "_put_paths_first")
+    watch(sampler, "_put_paths_first")
     sampled = SamplingParams(temperature=0.8, max_tokens=6, seed=1, logprobs=1)
     jobs = [*TEXTS[:4], LONG[0]], [greedy(8)] * 3 + [sampled] * 2
     with (

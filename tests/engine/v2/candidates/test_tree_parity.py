@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
 
 from support.engines import drafting, greedy
 from support.outputs import Tokens, continuations, counting, token_ids
@@ -160,3 +161,14 @@ def test_up_to_the_longest_text() -> None:
         with engine(trees(16), **changes) as llm:
             outputs = llm.generate(texts, params, use_tqdm=False)
         assert token_ids(outputs) == token_ids(alone)
+
+
+def test_a_dummy_step_after_a_batch_of_trees(answers: dict[Tokens, Tokens]) -> None:
+    """An idle rank of data parallelism runs along with rows of zeros, more than a block holds."""
+    with engine(trees(16)) as llm:
+        first = llm.generate(TEXTS[:3], greedy(MAX_TOKENS), use_tqdm=False)
+        step = SchedulerOutput.make_empty()
+        step.num_scheduled_tokens, step.total_num_scheduled_tokens = {"dummy": 300}, 300
+        runner(llm).execute_model(step, dummy_run=True)
+        again = llm.generate(TEXTS[3:6], greedy(MAX_TOKENS), use_tqdm=False)
+    assert (continuations(first) | continuations(again)).items() <= answers.items()
