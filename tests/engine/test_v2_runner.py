@@ -8,14 +8,16 @@ from support.personalities import FP8, NAMES
 from support.v2.child import ADAPTERS, CANDIDATES, FOLDER, MATRIX, run_child
 
 FAMILIES = FOLDER / "test_family_groups.py"  # with `make test-families`
+DISTRIBUTION = FOLDER / "test_distribution.py"  # with `make test-slow`
 BLOCK_RULE = FOLDER / "test_vllm_block_rule.py"  # with `make test-statistics`
+APART = (FAMILIES, MATRIX, ADAPTERS, BLOCK_RULE, DISTRIBUTION, CANDIDATES)
 # Fewer would mean that tests vanished, for example because a file is no longer collected.
 MIN_PASSED = 40
 
 
 def test_v2_runner(capfd: pytest.CaptureFixture[str]) -> None:
     """Every test of the V2 folder passes; none is skipped or left out."""
-    apart = [f"--ignore={file}" for file in (FAMILIES, MATRIX, ADAPTERS, BLOCK_RULE, CANDIDATES)]
+    apart = [f"--ignore={file}" for file in APART]
     run_child(capfd, [str(FOLDER), *apart], MIN_PASSED)
 
 
@@ -46,6 +48,11 @@ def test_parity_beside_an_fp8_cache(
     monkeypatch.setenv("SPECFORMER_PERSONALITY", FP8)
     tests = ("four_drafts", "other_numbers_of_drafts")
     run_child(capfd, [f"{FOLDER / 'test_greedy_parity.py'}::test_{test}" for test in tests], 3)
+
+
+@pytest.mark.slow
+def test_distribution_of_sampled_requests(capfd: pytest.CaptureFixture[str]) -> None:
+    run_child(capfd, [str(DISTRIBUTION)], 1)
 
 
 @pytest.mark.families
