@@ -114,10 +114,10 @@ bench-load: setup  ## plan K and compare arms under load, bundled and heavy targ
 			--arms none again k2 k4 k8 schedule confident ngram --out build/bench/$$name || exit 1; \
 	done
 
-trees: setup  ## replay trees on held-out prompts (benchmarks/results/trees.json): 3 minutes
+trees: setup  ## replay trees on held-out prompts (benchmarks/results/trees.json): 4 minutes
 	$(BIN)/python benchmarks/trees.py
 
-candidates: setup  ## several candidates by every rule (docs/candidates.md, benchmarks/results/candidates.*): 20 minutes
+candidates: setup  ## several candidates by every rule (docs/candidates.md, benchmarks/results/candidates.json): 6 minutes
 	$(BIN)/python benchmarks/candidates.py
 
 bench-kernels: setup  ## check every kernel and time it (benchmarks/results/gpu); smoke run without a GPU

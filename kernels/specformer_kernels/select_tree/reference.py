@@ -160,12 +160,12 @@ def select_tree(log_probs: Tensor, tokens: Tensor, origins: Tensor, num_nodes: i
     weights = _widened(log_probs)
     paths = _first_rows(weights)
     sums: list[Tensor] = []
-    for number in range(slots):
-        if number:
-            origin = origins[:, number]
+    for level in range(slots):
+        if level:
+            origin = origins[:, level]
             is_dead = (origin < 0) | (origin >= of_slot)
             paths = sums[-1].gather(1, origin.clamp(0, of_slot - 1)).masked_fill(is_dead, -math.inf)
-        sums.append(_children(paths, weights[:, number], tokens[:, number]))
+        sums.append(_children(paths, weights[:, level], tokens[:, level]))
     best, child = _best(torch.cat(sums, dim=1), num_nodes)  # [R, n], child: slot * w * c + place
 
     # Rows in order of choice, the root first; child -1 at the root and at inert rows.
