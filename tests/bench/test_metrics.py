@@ -218,6 +218,12 @@ def test_arms() -> None:
     sure = {"method": "specformer", "draft_confidence_threshold": 0.5}
     assert "confident" in default_names([2], SCHEDULE, sure)
     assert build(["confident"], "HEAD", 8, None, {}, sure)[1] == Arm("confident", sure)
+    planned = {"method": "specformer", "tree_nodes": 32, "tree_nodes_per_batch_size": [[1, 8, 32]]}
+    assert "tree" in default_names([2], SCHEDULE, None, planned)
+    assert "tree" not in default_names([2], SCHEDULE)
+    assert build(["tree"], "HEAD", 8, None, {}, None, planned)[1] == Arm("tree", planned)
+    unplanned = {"method": "specformer", "model": "HEAD", "tree_nodes": 16}
+    assert build(["tree"], "HEAD", 8, None, {})[1] == Arm("tree", unplanned)
     # vLLM wants a K above 0 beside a schedule that never drafts.
     never = build(["schedule"], "HEAD", 8, [[1, 64, 0]], {})[1]
     assert (never.speculative or {})["num_speculative_tokens"] == 1
@@ -230,7 +236,7 @@ def test_arms() -> None:
         (
             ["eagle"],
             {},
-            "--arms eagle: unknown; choose from none, again, k1 ... k8, schedule, confident, ngram",
+            "--arms eagle: unknown; choose from none, again, k1 ... k8, schedule, confident, tree",
         ),
         (["schedule"], {}, "--arms schedule: needs --schedule"),
         (["confident"], {}, "--arms confident: needs --schedule"),
@@ -269,6 +275,7 @@ def test_requests_of_a_measurement(tmp_path: Path) -> None:
     [
         (["--concurrency", "64"], "--concurrency 64: needs as many distinct prompts"),
         (["--arms", "k9"], "--arms k9: this head drafts 1 to 8"),
+        (["--arms", "none", "tree"], "--arms tree: needs vLLM's V2 model runner, and servers here"),
         (["--engine-args", '{"port": 1}'], "--engine-args: 'port' is set by the benchmark"),
         (["--schedule", "/nowhere.json"], "--schedule /nowhere.json: not readable"),
         (["--max-tokens", "5000"], "none of 48 texts has 4 to"),
