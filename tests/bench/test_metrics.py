@@ -26,6 +26,7 @@ from vllm_specformer.data.files import DiskFullError
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.planning.choose import PlanRow
 from vllm_specformer.planning.plan_file import Plan
+from vllm_specformer.planning.trees import Trees
 from vllm_specformer.serving.counts import DraftCounts
 from vllm_specformer.shapes import HeadShape, TargetShape
 
@@ -138,6 +139,26 @@ def test_predictions_stand_beside_what_was_measured() -> None:
     assert lines[1]["predicted_ratio"] == pytest.approx(expected, abs=1e-3)
     assert prediction_error(lines) == pytest.approx((2.25 - expected) / 2.25, abs=1e-3)
     assert prediction_error(summarise(result(CELLS))) is None
+
+
+def test_trees_are_predicted_by_their_own_rows() -> None:
+    chains = [PlanRow(1, 4, 2.0, 1.0, 1.0, 0.1)]
+    rows = [PlanRow(1, 0, 1.0, 1.0, 1.0, 0.1), PlanRow(1, 16, 3.0, 1.0, 1.25, 0.1)]
+    config = {"method": "specformer", "model": "HEAD", "tree_nodes": 16}
+    tree = cell(0, "tree", 1.0, 60, speculative=config, drafted=16 * 40)
+    cells = [CELLS[0], tree]
+    plan = Plan([[1, 8, 4]], chains, trees=[Trees(0.0, chains, rows)])
+    expected = summarise(result(cells, plan))[1]["predicted_ratio"]
+    assert expected == pytest.approx(3.0 / 1.25, rel=0.1)  # a whole load, in whole steps
+    never = config | {"tree_nodes_per_batch_size": [[1, 8, 0]]}
+    without = summarise(result([CELLS[0], replace(tree, speculative=never)], plan))[1]
+    assert without["predicted_ratio"] == pytest.approx(1.0)
+    (_, line) = summarise(result(cells, Plan([[1, 8, 4]], chains)))
+    assert line["predicted_ratio"] is None
+    # Drafted from all slots of the head, whatever the nodes.
+    head = HeadShape.default_for(SHAPE)
+    p = 1 + (head.shared_parameters + head.slots * 256**2) / SHAPE.parameters
+    assert line["p"] == pytest.approx(p, abs=1e-4)
 
 
 def test_files_of_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

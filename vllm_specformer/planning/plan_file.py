@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,13 @@ class Plan:
         if not self.trees or not self.trees[0].pays(self.margin):
             return None
         return self.trees[0].config(head, self.margin)
+
+    def with_trees(self, config: Mapping[str, Any]) -> Plan | None:
+        """What a speculative config with trees should bring; None where no tree was looked at."""
+        if not self.trees:
+            return None
+        ranges = config.get("tree_nodes_per_batch_size") or [[1, 1, config["tree_nodes"]]]
+        return Plan(ranges, self.trees[0].rows)
 
     def to_json(self, head: str) -> dict[str, Any]:
         return {

@@ -38,7 +38,9 @@ WIDE = {"max_num_seqs": 16, "max_num_batched_tokens": 1024, "kv_cache_memory_byt
 
 def sampling(count: int, tokens: int, temperature: float) -> list[SamplingParams]:
     seeds = (1000 + n if temperature else None for n in range(count))
-    return [SamplingParams(temperature=temperature, max_tokens=tokens, seed=seed) for seed in seeds]
+    return [
+        SamplingParams(temperature=temperature, max_tokens=tokens, seed=seed) for seed in seeds
+    ]
 
 
 def answer(llm: LLM, texts: Sequence[str], params: list[SamplingParams]) -> list[list[Tokens]]:
