@@ -40,19 +40,14 @@ def test_one_arm(tmp_path: Path) -> None:
     assert found["toy specformer-k4"]["drafter"] == "SpecFormerSpeculator"
 
 
-def test_trees(tmp_path: Path) -> None:
-    found = dry(tmp_path, "--stage", "c", "d", "--only", "tree")
-    found |= dry(tmp_path, "--stage", "c", "--only", "none")
-    check_trees(found)
+def test_steps_of_trees(tmp_path: Path) -> None:
+    check_steps_of_trees(dry(tmp_path, "--stage", "d", "--only", "tree")["pair tree-n16"])
 
 
-def check_trees(found: dict[str, dict[str, Any]]) -> None:
-    tree, clock = found["tree, eager"], found["pair tree-n16"]
-    assert tree["drafter"] == clock["drafter"] == "CandidateSpeculator"
-    assert tree["answers"] == found["none, eager"]["answers"]  # seeded ones, too
-    assert tree["counters"]["accepted_tokens"] > 0
-    assert [row["batch"] for row in clock["rows"]] == [1, 3]
-    assert all(row["draft_ms"] > 0 for row in clock["rows"])
+def check_steps_of_trees(unit: dict[str, Any]) -> None:
+    assert (unit["runner"], unit["drafter"]) == ("V2", "CandidateSpeculator")
+    assert [row["batch"] for row in unit["rows"]] == [1, 3]
+    assert all(row["draft_ms"] > 0 for row in unit["rows"])
 
 
 @pytest.mark.slow
@@ -70,7 +65,10 @@ def test_all_stages(tmp_path: Path) -> None:
     assert found["coupled, eager"]["answers"] == none
     assert found["coupled, eager"]["counters"]["accepted_tokens"] > 0
     assert all(row["agrees"] for row in found["acceptance"]["engine"])
-    check_trees(found)
+    assert found["tree, eager"]["answers"] == none  # seeded ones, too
+    assert found["tree, eager"]["counters"]["accepted_tokens"] > 0
+    assert found["tree, eager"]["drafter"] == "CandidateSpeculator"
+    check_steps_of_trees(found["pair tree-n16"])
     assert [row["drafts"] for row in found["toy draft step"]["rows"]] == [3, 3]
     for arm in (*ARMS, *PUBLISHED):
         check_steps(f"toy {arm.name}", found[f"toy {arm.name}"])
