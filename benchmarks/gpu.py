@@ -39,9 +39,9 @@ LOG_LINES = 20
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     if args.predictions:
-        from gpu_stages.prediction_tables import tables
+        from gpu_stages.prediction_tables import tables, tree_tables
 
-        print(tables())
+        print(tables(), tree_tables(), sep="\n\n")
         return 0
     from gpu_stages.report import print_report
 

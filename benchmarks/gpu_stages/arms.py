@@ -55,10 +55,14 @@ PUBLISHED = (
     Arm("peagle-k7", "peagle", 7, 3.70, on_v1=True, source="gpt-oss-20b, MT-bench, vLLM's blog"),
 )
 # The paper's own length is `EQUAL_LENGTH`, so SpecFormer's published row is one of `ARMS`.
+# The bundled pair with its real drafts, which no synthetic acceptance can stand for in a tree.
+PAIR, NODES = "pair", 16
+TREES = (Arm(BASELINE, None, 0, 1.0), Arm("tree-n16", "tree", NODES))
+PAIR_BATCHES, PAIR_CONTEXT = (1, 4, 16), 24
 BATCHES = (1, 4, 16, 64, 128, 256)
 CONTEXT = 1024
 SHAPES = ("8b", "4b", "14b")
 
 
 def find(name: str) -> Arm:
-    return next(arm for arm in (*ARMS, *PUBLISHED) if arm.name == name)
+    return next(arm for arm in (*ARMS, *PUBLISHED, *TREES) if arm.name == name)

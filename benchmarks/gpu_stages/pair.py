@@ -7,14 +7,17 @@ drafts are held against the dense head on a CPU, given the states that the targe
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
+
+import torch
 
 from gpu_stages.draft_clock import QUALIFIED_NAME
 from support.paths import HEAD, TARGET
 
 Options = dict[str, Any]
-DRAFTER = "SpecFormerSpeculator"
+DRAFTER, TREE_DRAFTER = "SpecFormerSpeculator", "CandidateSpeculator"
 
 
 def run(options: Options) -> Options:
@@ -34,9 +37,11 @@ def run(options: Options) -> Options:
     llm = start(options)
     seconds = time.perf_counter() - started
     found = llm.collective_rpc("describe_drafter")[0]
-    if found["drafter"] != (None if options["speculative"] is None else DRAFTER):
+    asked = options["speculative"]
+    drafter = TREE_DRAFTER if _has_tree(asked) else None if asked is None else DRAFTER
+    if found["drafter"] != drafter:
         raise RuntimeError(
-            f"vLLM drafts with {found['drafter']} instead of {DRAFTER}: the plugin is not in "
+            f"vLLM drafts with {found['drafter']} instead of {drafter}: the plugin is not in "
             "place; `specformer doctor` says why"
         )
     texts, limit, group = prompts()[: options["prompts"]], options["max_tokens"], options["group"]
@@ -76,10 +81,29 @@ def start(options: Options) -> Any:
         "worker_extension_cls": QUALIFIED_NAME,
         **options["engine"],
     }
-    config = options["speculative"]
-    if config is not None:
-        config = {"method": "specformer", "model": str(HEAD), "num_speculative_tokens": 4} | config
-    return LLM(model=str(TARGET), speculative_config=config, **engine)
+    config = speculative_config(options["speculative"])
+    with tree_attention(config):
+        return LLM(model=str(TARGET), speculative_config=config, **engine)
+
+
+def speculative_config(fields: Options | None) -> Options | None:
+    """The pair's, with K=4 where the fields do not say otherwise."""
+    if fields is None:
+        return None
+    return {"method": "specformer", "model": str(HEAD), "num_speculative_tokens": 4} | fields
+
+
+def tree_attention(config: Options | None) -> contextlib.AbstractContextManager[None]:
+    """On a CPU, which has no FlashAttention, the tests' own attention where trees need one."""
+    if torch.cuda.is_available() or not _has_tree(config):
+        return contextlib.nullcontext()
+    from support.v2.tree_attention import tree_attention as on_a_cpu
+
+    return on_a_cpu()
+
+
+def _has_tree(config: Options | None) -> bool:
+    return "tree_nodes" in (config or {})
 
 
 def _seeded(max_tokens: int, number: int) -> Any:

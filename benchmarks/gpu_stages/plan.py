@@ -6,7 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_stages.arms import ARMS, BATCHES, CONTEXT, PUBLISHED, SHAPES, Arm, find
+from gpu_stages.arms import (
+    ARMS,
+    BATCHES,
+    CONTEXT,
+    NODES,
+    PAIR,
+    PAIR_BATCHES,
+    PAIR_CONTEXT,
+    PUBLISHED,
+    SHAPES,
+    TREES,
+    Arm,
+    find,
+)
 
 STAGES = {
     "a": "environment",
@@ -21,6 +34,8 @@ MAX_LENGTH = 4096
 # Said outright, so that vLLM refuses what a runner cannot do instead of taking the other one.
 V1, V2 = ({"VLLM_USE_V2_MODEL_RUNNER": choice} for choice in "01")
 IN_PROCESS = V2 | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+# What trees can have.
+FLASH, HALF = {"dtype": "bfloat16", "attention_backend": "FLASH_ATTN"}, "in bfloat16"
 # A dry run draws one small engine after another in the interpreter.
 DRY_ENGINE = {
     "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20,
@@ -60,7 +75,7 @@ def units(dry: bool, results: Path, scratch: Path) -> list[Unit]:
     first, *others = shapes
     throughput = [_throughput(first, arm, dry, scratch) for arm in ARMS]
     published = [_throughput(first, arm, dry, scratch) for arm in PUBLISHED]
-    first_pairs, other_pairs = _pair(dry)
+    first_pairs, other_pairs, trees = _pair(dry)
     return [
         Unit("a", "machine", "environment", {}, 20, on_v1=True),
         *first_pairs,
@@ -73,6 +88,8 @@ def units(dry: bool, results: Path, scratch: Path) -> list[Unit]:
         *throughput[NEXT_ARMS:],
         *published,
         *(_throughput(shape, arm, dry, scratch) for shape in others for arm in ARMS),
+        *trees,
+        *(_trees_clock(arm, dry) for arm in TREES),
     ]
 
 
@@ -84,35 +101,62 @@ def _kernels(name: str, more: list[str], expected: int, dry: bool, results: Path
     return Unit("b", name, "kernels", options, expected, 420, on_v1=True)
 
 
-def _pair(dry: bool) -> tuple[list[Unit], list[Unit]]:
-    """Engines with and without graphs, drafts and coupled verification, all of them in float32.
+def _pair(dry: bool) -> tuple[list[Unit], list[Unit], list[Unit]]:
+    """Engines with and without graphs, drafts and coupled verification in float32, then trees.
 
     First those that show whether drafts are right and change no greedy text, then the others.
+    Trees need FlashAttention, which has no float32, so they have a baseline of their own.
     """
     size = {"prompts": 6, "max_tokens": 8, "group": 2}
     full = {"prompts": 48, "max_tokens": 96, "group": 5}
-    first, others = list[Unit](), list[Unit]()
-    arms: dict[str, dict[str, str] | None] = {
+    first, others, trees = list[Unit](), list[Unit](), list[Unit]()
+    arms: dict[str, dict[str, Any] | None] = {
         "none": None,
         "specformer": {},
         "coupled": {"verification": "coupled", "draft_sample_method": "probabilistic"},
     }
-    for graphs in (False,) if dry else (True, False):
+
+    def unit(name: str, speculative: dict[str, Any] | None, mode: str, engine: Any) -> Unit:
+        options: dict[str, Any] = (size if dry else full) | {
+            "speculative": speculative,
+            "engine": DRY_ENGINE if dry else engine,
+            "dense": (3 if dry else 8) if name == "specformer" else 0,
+        }
+        return Unit("c", f"{name}, {mode}", "pair", options, 40, environment=IN_PROCESS)
+
+    for mode in ("eager",) if dry else ("graphs", "eager"):
+        eager = {"enforce_eager": mode == "eager"}
         for name, speculative in arms.items():
-            engine = DRY_ENGINE if dry else {"dtype": "float32", "enforce_eager": not graphs}
-            options: dict[str, Any] = (size if dry else full) | {
-                "speculative": speculative,
-                "engine": engine,
-                "dense": (3 if dry else 8) if name == "specformer" else 0,
-            }
-            mode = "graphs" if graphs else "eager"
-            unit = Unit("c", f"{name}, {mode}", "pair", options, 40, environment=IN_PROCESS)
-            (others if name == "coupled" else first).append(unit)
+            made = unit(name, speculative, mode, {"dtype": "float32"} | eager)
+            (others if name == "coupled" else first).append(made)
+        if not dry:
+            trees.append(unit("none", None, f"{mode} {HALF}", FLASH | eager))
+        trees.append(unit("tree", _tree(dry), mode if dry else f"{mode} {HALF}", FLASH | eager))
     served = {"prompts": 6, "max_tokens": 12} if dry else {"prompts": 48, "max_tokens": 96}
     engine = {"kv_cache_memory_bytes": 64 << 20, "enforce_eager": True} if dry else {}
     evaluated = served | {"num_speculative_tokens": 4, "engine": engine}
     others.append(Unit("c", "acceptance", "acceptance", evaluated, 90, on_v1=True))
-    return first, others
+    return first, others, trees
+
+
+def _tree(dry: bool) -> dict[str, Any]:
+    return {"num_speculative_tokens": 8, "tree_nodes": 5 if dry else NODES}
+
+
+def _trees_clock(arm: Arm, dry: bool) -> Unit:
+    """Steps of the pair with trees and without, at the engine's full length of answers."""
+    options = {
+        "shape": PAIR,
+        "head": arm.head,
+        "speculative": None if arm.head is None else _tree(dry),
+        "num_speculative_tokens": arm.num_tokens,
+        "batches": (1, 3) if dry else PAIR_BATCHES,
+        "context": PAIR_CONTEXT,
+        "steps": 3 if dry else 30,
+        "engine": (DRY_ENGINE if dry else FLASH | {"max_model_len": 1024})
+        | {"load_format": "auto"},
+    }
+    return Unit("d", f"{PAIR} {arm.name}", "throughput", options, 40, environment=V2)
 
 
 def _throughput(shape: str, arm: Arm, dry: bool, scratch: Path) -> Unit:

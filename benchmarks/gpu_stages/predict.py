@@ -8,12 +8,15 @@ over the logits, and a fixed time per kernel launched.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from gpu_stages.arms import ARMS, BATCHES, CONTEXT, PUBLISHED, Arm
 from gpu_stages.shapes import MARKOV_RANK, SCORED_TOKENS, TARGETS
-from vllm_specformer.planning.chips import Chip
+from vllm_specformer.candidates import BEAM
+from vllm_specformer.planning.chips import CHIPS, Chip
+from vllm_specformer.planning.paper import rows_on_paper
 from vllm_specformer.planning.roofline import (
     Step,
     Work,
@@ -22,7 +25,9 @@ from vllm_specformer.planning.roofline import (
     matmul,
     target_step,
 )
+from vllm_specformer.planning.trees import Trees
 from vllm_specformer.shapes import HeadShape, TargetShape
+from vllm_specformer.training.settings import MARKOV_RANK as OUR_RANK
 
 CHIP = Chip("NVIDIA H200", 4.3e12, 770e12, "ceilings measured on one: copy, bf16 matrix products")
 # Between kernels of a replayed graph; `benchmarks/kernels.py` assumes the same.
@@ -35,6 +40,23 @@ PASS_LAUNCHES = 8
 STAGE_LAUNCHES, DRAFT_LAUNCHES = 4, 36
 # vLLM's V2 sampler copies logits to float32 and reads the copy.
 SAMPLED_BYTES = 2 + 4 + 4
+
+
+TREE_CHIPS = ("h100", "h200", "b200")
+# Tokens per step of the bundled pair by drafts of a chain (best ones, drawn ones) and by nodes of a
+# tree at temperatures 0 and 1.
+TREE_GAINS: dict[float, tuple[dict[int, float], dict[int, float]]] = {
+    0.0: (
+        {0: 1.0, 2: 2.45, 4: 3.21, 8: 3.61},
+        {2: 2.46, 4: 3.29, 6: 3.74, 8: 3.99, 11: 4.21, 16: 4.46, 23: 4.70, 32: 4.87, 46: 4.99,
+         63: 5.12},
+    ),
+    1.0: (
+        {0: 1.0, 2: 1.94, 4: 2.17, 8: 2.22},
+        {2: 1.89, 4: 2.23, 6: 2.41, 8: 2.54, 11: 2.69, 16: 2.83, 23: 2.97, 32: 3.07, 46: 3.19,
+         63: 3.26},
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -182,6 +204,23 @@ _DRAFTS: dict[str, Callable[[TargetShape, int, int, int], tuple[Step, int]]] = {
     "dflash": _dflash,
     "dspark": _dspark,
 }
+
+
+def predict_trees(chip: str, temperature: float, batch: int) -> Trees:
+    """Chains and trees of the default head on the 8B target, at one batch; no launches."""
+    target = TargetShape.from_config(TARGETS["8b"].config())
+    head = replace(HeadShape.default_for(target), markov_rank=OUR_RANK)
+    # The shares of its peaks that `CHIP` was measured at.
+    sheet = CHIPS["h200"]
+    shares = (
+        CHIP.bytes_per_second / sheet.bytes_per_second,
+        CHIP.flops_per_second / sheet.flops_per_second,
+    )
+    of_chains, of_trees = TREE_GAINS[temperature]
+    costs = partial(
+        rows_on_paper, CHIPS[chip].derated(*shares), target, head, [batch], context=CONTEXT
+    )
+    return Trees(temperature, costs(of_chains), costs(of_chains | of_trees, beam=BEAM))
 
 
 def row(shape: str, arm: Arm, batch: int) -> dict[str, Any]:

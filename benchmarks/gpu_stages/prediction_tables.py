@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from gpu_stages.arms import ARMS, BATCHES, PUBLISHED, SHAPES, Arm
-from gpu_stages.predict import Costs, predict
+from gpu_stages.predict import TREE_CHIPS, TREE_GAINS, Costs, predict, predict_trees
+from vllm_specformer.planning.choose import MARGIN
 
 # The V1 baseline is the same on paper.
 SHOWN = [arm for arm in ARMS if arm.head is not None]
@@ -15,6 +16,25 @@ def tables() -> str:
     """One table per target, then the published acceptance lengths."""
     parts = [_shape(shape) for shape in SHAPES]
     return "\n\n".join([*parts, _published()])
+
+
+def tree_tables() -> str:
+    """Chains and trees on three chips; 8B."""
+    lines = [_line("8B", ("temperature", *(f"batch {b}" for b in BATCHES)))]
+    lines.append("|" + "---|" * (len(BATCHES) + 2))
+    for chip in TREE_CHIPS:
+        for temperature in TREE_GAINS:
+            cells = (_tree_cell(chip, temperature, batch) for batch in BATCHES)
+            lines.append(_line(chip.upper(), (f"{temperature:g}", *cells)))
+    return "\n".join(lines)
+
+
+def _tree_cell(chip: str, temperature: float, batch: int) -> str:
+    """The best chain's ratio and K, the best tree's and n; in bold what pays."""
+    trees = predict_trees(chip, temperature, batch)
+    chain, tree = trees.best(batch, MARGIN)
+    one, other = f"{chain.ratio:.2f} (K={chain.count})", f"{tree.ratio:.2f} (n={tree.count})"
+    return f"{one} / **{other}**" if trees.pays_at(batch, MARGIN) else f"**{one}** / {other}"
 
 
 def _shape(shape: str) -> str:

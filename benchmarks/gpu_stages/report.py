@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from gpu_stages import predict
-from gpu_stages.arms import ARMS, BASELINE, PUBLISHED, Arm, find
+from gpu_stages.arms import ARMS, BASELINE, PUBLISHED, TREES, Arm, find
+from gpu_stages.plan import HALF
 from gpu_stages.shapes import TARGETS
 from gpu_stages.store import Store
 
@@ -62,18 +63,18 @@ def same(one: Result, other: Result, job: str, other_job: str = "") -> str:
 
 def _pair(store: Store) -> Iterator[str]:
     units = store.finished("c")
-    for mode in ("eager", "graphs"):
+    for mode in ("eager", "graphs", f"eager {HALF}", f"graphs {HALF}"):
         none = units.get(f"none, {mode}")
         if none is None:
             continue
         yield f"c  {mode}: batching alone: {same(none, none, 'greedy', 'greedy in groups')} same"
-        for arm in ("specformer", "coupled"):
+        for arm in ("specformer", "coupled", "tree"):
             unit = units.get(f"{arm}, {mode}")
             if unit is None:
                 continue
             drafts, accepted = unit["counters"]["drafts"], unit["counters"]["accepted_tokens"]
             line = f"c  {mode}: {arm}: greedy {same(unit, none, 'greedy')} same"
-            if arm == "coupled":
+            if arm != "specformer":
                 line += f", seeded {same(unit, none, 'seeded')} same"
             yield f"{line}, {1 + accepted / max(1, drafts):.2f} tokens per step"
             if dense := unit["dense"]:
@@ -102,7 +103,7 @@ def throughput_rows(store: Store) -> list[Result]:
         plain = {row["batch"]: row for row in baseline["rows"]} if baseline else {}
         for row in unit["rows"]:
             rows.append(_row(shape, arm, row, plain.get(row["batch"]), unit))
-    order = [arm.name for arm in (*ARMS, *PUBLISHED)]
+    order = [arm.name for arm in (*ARMS, *PUBLISHED, *TREES)]
     return sorted(rows, key=lambda r: (r["shape"], order.index(r["arm"]), r["batch"]))
 
 

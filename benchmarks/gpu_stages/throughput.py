@@ -1,7 +1,8 @@
 """Stage d: one target, one method, batches from the largest to the smallest.
 
 Every speculating arm accepts synthetically (`rejection_sample_method: synthetic`) at the same
-length, so that arms differ by what drafting costs and by nothing else.
+length, so that arms differ by what drafting costs and by nothing else. Trees are the bundled pair's
+own, which a step takes as it takes any other.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from gpu_stages import serving
+from gpu_stages.arms import PAIR
 from gpu_stages.checkpoints import write_head, write_target
+from gpu_stages.pair import speculative_config, tree_attention
 from gpu_stages.shapes import TARGETS, TOY
+from support.paths import TARGET
 
 Options = dict[str, Any]
 
@@ -21,9 +25,12 @@ def run(options: Options) -> Options:
 
     Args:
         options: `shape`, `head` (None: no speculation), `num_speculative_tokens`,
-            `acceptance_length`, `batches`, `context`, `steps`, `folder` for checkpoints, `engine`.
+            `acceptance_length`, `batches`, `context`, `steps`, `folder` for checkpoints, `engine`;
+            of the bundled pair `speculative`, fields beside its head, for what is in checkpoints.
     """
-    engine = serving.start(with_checkpoints(options))
+    options = with_checkpoints(options)
+    with tree_attention(options.get("speculative")):
+        engine = serving.start(options)
     # The largest first: smaller batches then find their prompts in the prefix cache.
     batches = sorted(options["batches"], reverse=True)
     rows = [serving.measure(engine, batch, options) for batch in batches]
@@ -38,6 +45,9 @@ def run(options: Options) -> Options:
 
 def with_checkpoints(options: Options) -> Options:
     """The options with `target`, and `speculative` if there is a head, both written to disk."""
+    if options["shape"] == PAIR:
+        config = speculative_config(options["speculative"])
+        return options | {"target": str(TARGET), "speculative": config}
     shape = TARGETS.get(options["shape"], TOY)
     folder = Path(options["folder"]) / shape.name
     target = write_target(folder / "target", shape)

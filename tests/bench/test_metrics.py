@@ -26,6 +26,7 @@ from vllm_specformer.data.files import DiskFullError
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.planning.choose import PlanRow
 from vllm_specformer.planning.plan_file import Plan
+from vllm_specformer.planning.trees import Trees
 from vllm_specformer.serving.counts import DraftCounts
 from vllm_specformer.shapes import HeadShape, TargetShape
 
@@ -140,6 +141,26 @@ def test_predictions_stand_beside_what_was_measured() -> None:
     assert prediction_error(summarise(result(CELLS))) is None
 
 
+def test_trees_are_predicted_by_their_own_rows() -> None:
+    chains = [PlanRow(1, 4, 2.0, 1.0, 1.0, 0.1)]
+    rows = [PlanRow(1, 0, 1.0, 1.0, 1.0, 0.1), PlanRow(1, 16, 3.0, 1.0, 1.25, 0.1)]
+    config = {"method": "specformer", "model": "HEAD", "tree_nodes": 16}
+    tree = cell(0, "tree", 1.0, 60, speculative=config, drafted=16 * 40)
+    cells = [CELLS[0], tree]
+    plan = Plan([[1, 8, 4]], chains, trees=[Trees(0.0, chains, rows)])
+    expected = summarise(result(cells, plan))[1]["predicted_ratio"]
+    assert expected == pytest.approx(3.0 / 1.25, rel=0.1)  # a whole load, in whole steps
+    never = config | {"tree_nodes_per_batch_size": [[1, 8, 0]]}
+    without = summarise(result([CELLS[0], replace(tree, speculative=never)], plan))[1]
+    assert without["predicted_ratio"] == pytest.approx(1.0)
+    (_, line) = summarise(result(cells, Plan([[1, 8, 4]], chains)))
+    assert line["predicted_ratio"] is None
+    # Drafted from all slots of the head, whatever the nodes.
+    head = HeadShape.default_for(SHAPE)
+    p = 1 + (head.shared_parameters + head.slots * 256**2) / SHAPE.parameters
+    assert line["p"] == pytest.approx(p, abs=1e-4)
+
+
 def test_files_of_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [PlanRow(1, 4, 2.0, 1.0, 1.0, 0.1)]
     report(result(CELLS, Plan([[1, 8, 4]], rows)), tmp_path)
@@ -218,6 +239,12 @@ def test_arms() -> None:
     sure = {"method": "specformer", "draft_confidence_threshold": 0.5}
     assert "confident" in default_names([2], SCHEDULE, sure)
     assert build(["confident"], "HEAD", 8, None, {}, sure)[1] == Arm("confident", sure)
+    planned = {"method": "specformer", "tree_nodes": 32, "tree_nodes_per_batch_size": [[1, 8, 32]]}
+    assert "tree" in default_names([2], SCHEDULE, None, planned)
+    assert "tree" not in default_names([2], SCHEDULE)
+    assert build(["tree"], "HEAD", 8, None, {}, None, planned)[1] == Arm("tree", planned)
+    unplanned = {"method": "specformer", "model": "HEAD", "tree_nodes": 16}
+    assert build(["tree"], "HEAD", 8, None, {})[1] == Arm("tree", unplanned)
     # vLLM wants a K above 0 beside a schedule that never drafts.
     never = build(["schedule"], "HEAD", 8, [[1, 64, 0]], {})[1]
     assert (never.speculative or {})["num_speculative_tokens"] == 1
@@ -230,7 +257,7 @@ def test_arms() -> None:
         (
             ["eagle"],
             {},
-            "--arms eagle: unknown; choose from none, again, k1 ... k8, schedule, confident, ngram",
+            "--arms eagle: unknown; choose from none, again, k1 ... k8, schedule, confident, tree",
         ),
         (["schedule"], {}, "--arms schedule: needs --schedule"),
         (["confident"], {}, "--arms confident: needs --schedule"),
@@ -269,6 +296,7 @@ def test_requests_of_a_measurement(tmp_path: Path) -> None:
     [
         (["--concurrency", "64"], "--concurrency 64: needs as many distinct prompts"),
         (["--arms", "k9"], "--arms k9: this head drafts 1 to 8"),
+        (["--arms", "none", "tree"], "--arms tree: needs vLLM's V2 model runner, and servers here"),
         (["--engine-args", '{"port": 1}'], "--engine-args: 'port' is set by the benchmark"),
         (["--schedule", "/nowhere.json"], "--schedule /nowhere.json: not readable"),
         (["--max-tokens", "5000"], "none of 48 texts has 4 to"),

@@ -93,9 +93,17 @@ def test_the_plan(is_dry: bool, tmp_path: Path) -> None:
     assert sum(unit.expected for unit in found[: len(first)]) <= 480
     dense = [unit.name for unit in found if unit.options.get("dense")]
     assert dense == [pair for pair in first if pair.startswith("specformer, ")]
+    # Trees come after all arms, each beside an engine without them in the same precision.
+    trees = [unit for unit in found if "tree_nodes" in (unit.options.get("speculative") or {})]
+    modes = ["eager"] if is_dry else ["graphs in bfloat16", "eager in bfloat16"]
+    assert [unit.name for unit in trees] == [*(f"tree, {mode}" for mode in modes), "pair tree-n16"]
+    for unit in trees[:-1]:
+        none = next(u for u in found if u.name == unit.name.replace("tree", "none"))
+        assert none.options["engine"] == unit.options["engine"]
     # A ratio needs its baseline, which therefore comes first.
     order = [unit.name for unit in found if unit.stage == "d"]
-    for shape in {name.split()[0] for name in order}:
+    assert order[-2:] == ["pair none", "pair tree-n16"]
+    for shape in {name.split()[0] for name in order[:-2]}:
         own = [name for name in order if name.startswith(shape)]
         assert own[0] == f"{shape} none"
         assert own.index(f"{shape} none-v1") < own.index(f"{shape} peagle-k4")

@@ -40,6 +40,16 @@ def test_one_arm(tmp_path: Path) -> None:
     assert found["toy specformer-k4"]["drafter"] == "SpecFormerSpeculator"
 
 
+def test_steps_of_trees(tmp_path: Path) -> None:
+    check_steps_of_trees(dry(tmp_path, "--stage", "d", "--only", "tree")["pair tree-n16"])
+
+
+def check_steps_of_trees(unit: dict[str, Any]) -> None:
+    assert (unit["runner"], unit["drafter"]) == ("V2", "CandidateSpeculator")
+    assert [row["batch"] for row in unit["rows"]] == [1, 3]
+    assert all(row["draft_ms"] > 0 for row in unit["rows"])
+
+
 @pytest.mark.slow
 def test_all_stages(tmp_path: Path) -> None:
     found = dry(tmp_path)
@@ -55,6 +65,10 @@ def test_all_stages(tmp_path: Path) -> None:
     assert found["coupled, eager"]["answers"] == none
     assert found["coupled, eager"]["counters"]["accepted_tokens"] > 0
     assert all(row["agrees"] for row in found["acceptance"]["engine"])
+    assert found["tree, eager"]["answers"] == none  # seeded ones, too
+    assert found["tree, eager"]["counters"]["accepted_tokens"] > 0
+    assert found["tree, eager"]["drafter"] == "CandidateSpeculator"
+    check_steps_of_trees(found["pair tree-n16"])
     assert [row["drafts"] for row in found["toy draft step"]["rows"]] == [3, 3]
     for arm in (*ARMS, *PUBLISHED):
         check_steps(f"toy {arm.name}", found[f"toy {arm.name}"])

@@ -7,10 +7,11 @@ import math
 import pytest
 from gpu_stages import predict
 from gpu_stages.arms import ARMS, BATCHES, CONTEXT, find
-from gpu_stages.prediction_tables import tables
+from gpu_stages.prediction_tables import tables, tree_tables
 from gpu_stages.shapes import OTHERS, TARGETS, TOY
 
 from support.paths import ROOT
+from vllm_specformer.planning.choose import MARGIN
 from vllm_specformer.shapes import TargetShape
 
 PERFORMANCE = ROOT / "docs" / "performance.md"
@@ -83,7 +84,23 @@ def test_every_row_of_stage_d_is_predicted() -> None:
     assert all(row["theta"] > 1 for row in found if not row["arm"].startswith("none"))
 
 
+def test_trees_shrink_to_chains_as_batches_grow() -> None:
+    for chip in predict.TREE_CHIPS:
+        for temperature in predict.TREE_GAINS:
+            found = [predict.predict_trees(chip, temperature, batch) for batch in BATCHES]
+            pairs = [t.best(b, MARGIN) for t, b in zip(found, BATCHES, strict=True)]
+            nodes = [tree.count for _, tree in pairs]
+            assert nodes[0] == 63
+            assert nodes == sorted(nodes, reverse=True)
+            gains = [tree.ratio / chain.ratio for chain, tree in pairs]
+            assert gains[0] > 1.3
+            assert max(gains[3:]) < 1.1
+
+
 def test_the_documentation_has_these_tables() -> None:
-    assert tables() in PERFORMANCE.read_text(), (
-        "docs/performance.md differs from `python benchmarks/gpu.py --predictions`; copy its output"
-    )
+    text = PERFORMANCE.read_text()
+    for part in (tables(), tree_tables()):
+        assert part in text, (
+            "docs/performance.md differs from `python benchmarks/gpu.py --predictions`; copy its "
+            "output"
+        )

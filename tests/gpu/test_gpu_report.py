@@ -65,6 +65,11 @@ def test_the_table(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     counters = {"drafts": 10, "accepted_tokens": 12}
     store.add("c", "none, graphs", {"answers": none, "counters": {}})
     store.add("c", "coupled, graphs", {"answers": drawn, "counters": counters, "dense": {}})
+    for name, answers in (("none", none), ("tree", drawn)):
+        unit_c = {"answers": answers, "counters": counters, "dense": {}}
+        store.add("c", f"{name}, eager in bfloat16", unit_c)
+    store.add("d", "pair none", unit((1, 1.0, 0.0, 1.0)))
+    store.add("d", "pair tree-n16", unit((1, 1.2, 0.1, 4.0)))
     dense = {"compared": 90, "wrong": ["position 7, slot 2"], "ties": 3}
     ours = {"answers": none, "counters": counters, "dense": dense, "draft_graphs": [1, 16]}
     store.add("c", "specformer, graphs", ours)
@@ -78,10 +83,14 @@ def test_the_table(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     told = "graphs of [1, 16] requests; of 90 drafts 1 are not the dense head's, 3 ties"
     assert f"c  graphs: {told}" in out
     assert "coupled: greedy 2 of 2 same, seeded 1 of 2 same, 2.20 tokens per step" in out
+    assert "c  eager in bfloat16: tree: greedy 2 of 2 same, seeded 1 of 2 same, 2.20" in out
+    assert "tree-n16" in out
     assert "40 kernels from 27 calls, 500 us of which 30 us gaps, 11% of the step" in out
     lines = [line.replace("│", " ").split() for line in out.splitlines() if "│" in line]
     assert ["none:", "step", "ms", "4.00", "6.00"] in lines
     measured = lines.index(["specformer-k4", "0.30", "1.05", "2.00", "1.00", "1.50", "1.47"])
     assert lines[measured + 1][0] == "predicted"
     assert len(lines[measured + 1]) == 7
+    pair = {r["arm"]: r for r in throughput_rows(store) if r["shape"] == "pair"}
+    assert pair["tree-n16"]["theta"] == pytest.approx(1.2)
     assert json.loads((store.folder / "summary.json").read_text()) == throughput_rows(store)

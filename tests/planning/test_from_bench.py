@@ -21,6 +21,7 @@ SPEEDS = {
     "k2": {1: 160.0, 8: 500.0, 64: 1010.0},
     "k4": {1: 200.0, 8: 450.0, 64: 700.0},
     "schedule": {1: 1.0, 8: 1.0, 64: 1.0},
+    "tree": {1: 1.0, 8: 1.0, 64: 1.0},
     "ngram": {1: 900.0, 8: 900.0, 64: 1200.0},
 }
 ARMS = {
@@ -29,6 +30,7 @@ ARMS = {
     "k4": K4,
     "schedule": K4 | {"num_speculative_tokens_per_batch_size": [[1, 8, 4], [9, 64, 0]]},
     "confident": K4 | {"draft_confidence_threshold": 0.3},
+    "tree": OURS | {"tree_nodes": 16},
     "ngram": {"method": "ngram", "num_speculative_tokens": 4},
 }
 
@@ -65,6 +67,24 @@ def test_the_arm_that_was_fastest_at_each_size(tmp_path: Path) -> None:
     assert plan.predicted(8, 2) == pytest.approx(500 / 400)
     assert plan.predicted(64, 0) == 1.0
     assert json.loads(out.read_text())["speculative_config"]["num_speculative_tokens"] == 4
+
+
+def test_trees_by_the_rows_that_were_measured(tmp_path: Path) -> None:
+    counts = {
+        f"K={k}": {"tokens_per_step": gain, "acceptance_per_position": []}
+        for k, gain in ((2, 2.3), (4, 2.9))
+    }
+    group = {"temperature": 0.0, "all": {"head": counts}, "trees": {"n=15": {"tokens_per_step": 4}}}
+    evaluation = written(tmp_path / "eval.json", {"offline": {"greedy": group}})
+    file, out = written(tmp_path / "bench.json", bench()), tmp_path / "plan.json"
+    given = ["--bench", str(file), "--eval", str(evaluation), "--json", str(out)]
+    assert main(["plan", "HEAD", *given]) == 0
+    (trees,) = read_plan(out).trees
+    at = {(row.batch, row.count): row for row in trees.rows}
+    # 16 rows lie between the 8 and the 24 of 8 requests with K = 0 and 2.
+    steps = [at[8, count].step - at[8, count].draft for count in (0, 2)]
+    assert at[1, 15].step - at[1, 15].draft == pytest.approx(sum(steps) / 2)
+    assert at[64, 15].ratio < at[64, 4].ratio
 
 
 def test_an_arm_that_never_drafts_is_what_nothing_costs(tmp_path: Path) -> None:

@@ -127,6 +127,31 @@ def test_a_plan_on_paper(
     # The head is a third of so small a target, and has to be read in every step too.
     assert 1.5 < (plan.predicted(1, 4) or 0) < 1 + 0.75 + 0.5 + 0.33 + 0.2
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (plan.trees, plan.tree_config("HEAD")) == ([], None)
+
+
+def test_a_plan_on_paper_with_trees(
+    evaluation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = json.loads(evaluation.read_bytes())
+    nodes = {f"n={n}": {"tokens_per_step": gain} for n, gain in ((8, 3.4), (32, 4.1))}
+    content["offline"]["greedy"]["trees"] = nodes
+    evaluation.write_text(json.dumps(content))
+    out = tmp_path / "plan.json"
+    command = ["plan", HEAD, "--target", TARGET, "--chip", "h200", "--eval", evaluation]
+    sizes = ["--batch", "1", "512", "--json", out]
+    assert main([str(part) for part in (*command, *sizes)]) == 0
+    config = json.loads(out.read_bytes())["tree_config"]
+    assert config["tree_nodes"] == 32
+    ranges = config["tree_nodes_per_batch_size"]
+    assert (ranges[0][2], ranges[-1][1]) == (32, 512)
+    assert ranges[-1][2] < 32
+    assert json.dumps(ranges) in capsys.readouterr().out
+    (trees,) = read_plan(out).trees
+    # A tree's draft has the Markov term of every node with children.
+    at = {row.count: row for row in trees.rows if row.batch == 512}
+    assert at[8].draft > {row.count: row for row in trees.chains if row.batch == 512}[8].draft
+    assert at[32].step > at[8].step
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from typing import Any
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.places import lasting_model
 
-NONE, SCHEDULE, CONFIDENT = "none", "schedule", "confident"
+NONE, SCHEDULE, CONFIDENT, TREE = "none", "schedule", "confident", "tree"
 AGAIN = "again"  # a second server without speculation: how far apart equal servers come out
+TREE_NODES = 16  # of the arm `tree` where no plan says better
 Schedule = list[list[int]]
 # Methods of vLLM that need no trained head; K is theirs to choose in `--speculative-config`.
 _UNTRAINED: dict[str, dict[str, Any]] = {
@@ -34,12 +35,16 @@ class Arm:
 
 
 def default_names(
-    counts: Sequence[int], schedule: Schedule | None, confident: dict[str, Any] | None = None
+    counts: Sequence[int],
+    schedule: Schedule | None,
+    confident: dict[str, Any] | None = None,
+    tree: dict[str, Any] | None = None,
 ) -> list[str]:
-    """Every arm that can run here."""
+    """Every arm that can run here, trees among them where a plan has them."""
     names = [NONE, *(f"k{count}" for count in counts)]
     names += [SCHEDULE] if schedule else []
     names += [CONFIDENT] if confident else []
+    names += [TREE] if tree else []
     names += ["ngram"]
     return [*names, "suffix"] if importlib.util.find_spec("arctic_inference") else names
 
@@ -51,6 +56,7 @@ def build(
     schedule: Schedule | None,
     others: Mapping[str, dict[str, Any]],
     confident: dict[str, Any] | None = None,
+    tree: dict[str, Any] | None = None,
 ) -> list[Arm]:
     """The arms of these names in this order, without speculation first, then `others`.
 
@@ -58,6 +64,7 @@ def build(
         slots: the most tokens the head drafts.
         others: further speculative configs by name.
         confident: a plan's config with drafts cut by confidence.
+        tree: a plan's config with trees; without one the arm has `TREE_NODES` at every batch size.
 
     Raises:
         SpecFormerError: unknown name, K beyond the head's slots, a schedule that is missing.
@@ -72,7 +79,8 @@ def build(
         raise SpecFormerError(
             "--arms confident: needs --schedule, a plan that `specformer plan --json` measured"
         )
-    known = {CONFIDENT: confident}
+    plain_tree = {"method": "specformer", "model": head, "tree_nodes": TREE_NODES}
+    known = {CONFIDENT: confident, TREE: tree or plain_tree}
     arms = [
         Arm(name, known[name] if name in known else _speculative(name, head, slots, schedule))
         for name in chosen
@@ -105,7 +113,9 @@ def _speculative(
         if not 1 <= int(name[1:]) <= slots:
             raise SpecFormerError(f"--arms {name}: this head drafts 1 to {slots} tokens")
         return ours | {"num_speculative_tokens": int(name[1:])}
-    known = ", ".join([NONE, AGAIN, "k1 ... k" + str(slots), SCHEDULE, CONFIDENT, *_UNTRAINED])
+    known = ", ".join(
+        [NONE, AGAIN, "k1 ... k" + str(slots), SCHEDULE, CONFIDENT, TREE, *_UNTRAINED]
+    )
     raise SpecFormerError(
         f"--arms {name}: unknown", f"choose from {known}, or add it with --speculative-config"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import sys
 import time
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from vllm_specformer.bench.arms import Arm, Schedule, build, default_names
+from vllm_specformer.bench.arms import TREE, Arm, Schedule, build, default_names
 from vllm_specformer.bench.cells import Cell, Cells, Key, all_keys, load_average, make_cell
 from vllm_specformer.bench.client import Client
 from vllm_specformer.bench.prompts import digest, write_data_set
@@ -92,15 +93,28 @@ class _Comparison:
         schedule: Schedule | None = self.plan.schedule if self.plan else None
         head = lasting(options.head)
         confident = self.plan.confident_config(head) if self.plan and self.plan.rows else None
-        # GPUs run V2 unless told otherwise, which refuses the cut: there it has to be asked for.
+        tree = self.plan.tree_config(head) if self.plan else None
+        # V2 refuses the cut, so there it has to be asked for.
         names = options.arms or default_names(
             _fitting(options, self.head.slots),
             schedule,
-            None if torch.cuda.is_available() else confident,
+            None if runs_v2() else confident,
+            tree if runs_v2() else None,
         )
         self.arms = build(
-            names, head, self.head.slots, schedule, options.speculative_config, confident
+            names,
+            head,
+            self.head.slots,
+            schedule,
+            options.speculative_config,
+            confident,
+            tree,
         )
+        if TREE in names and not runs_v2():
+            raise SpecFormerError(
+                f"--arms {TREE}: needs vLLM's V2 model runner, and servers here run V1",
+                "leave it out (VLLM_USE_V2_MODEL_RUNNER=1 chooses V2 on a GPU)",
+            )
         context = options.max_model_len(config.max_position_embeddings)
         self.prompts = read_prompts(options.prompts, self.place, options.max_tokens, context, say)
         for concurrency in options.concurrency:
@@ -258,6 +272,11 @@ def client_arguments(
 def _fitting(options: BenchSettings, slots: int) -> Sequence[int]:
     """The numbers of drafted tokens that this head can serve, of those that are default."""
     return [count for count in options.num_speculative_tokens if count <= slots]
+
+
+def runs_v2() -> bool:
+    """Whether servers started here run vLLM's V2 runner, which is GPUs' unless told otherwise."""
+    return torch.cuda.is_available() and os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0"
 
 
 def _rotated(arms: Sequence[Arm], places: int) -> list[Arm]:

@@ -89,7 +89,8 @@ def _paper_terms(result: Result, cell: Cell, per_step: float, count: float) -> M
     if (cell.speculative or {}).get("method") != "specformer":
         return {"p": None, "r1": None}
     head = result.head
-    own = head.shared_parameters + count * head.slot_parameters
+    # A tree has more nodes than there are slots.
+    own = head.shared_parameters + min(count, head.slots) * head.slot_parameters
     p = 1 + own / result.target.parameters
     return {"p": round(p, 4), "r1": round(per_step / p, 3)}
 
@@ -103,6 +104,11 @@ def _predicted(result: Result, cell: Cell, plain: dict[tuple[int, int], Cell]) -
         return plan.expected_ratio(without.lengths, cell.concurrency, plan.count_at)
     if cell.arm == CONFIDENT or cell.speculative.get("method") != "specformer":
         return None  # a plan knows what is accepted of whole drafts
+    if "tree_nodes" in cell.speculative:
+        plan = plan.with_trees(cell.speculative)
+        if plan is None:
+            return None
+        return plan.expected_ratio(without.lengths, cell.concurrency, plan.count_at)
     count = cell.speculative["num_speculative_tokens"]
     return plan.expected_ratio(without.lengths, cell.concurrency, lambda batch: count)
 

@@ -70,8 +70,8 @@ class BenchSettings(CommandSettings):
     arms: tuple[Annotated[str, Spelling("NAME")], ...] | None = Field(
         None,
         description="Of none, again (a second server like it: how far apart equal servers come "
-        "out), k1 to the head's slots, schedule, confident, ngram, suffix; default: all that can "
-        "run but again, with the K of --num-speculative-tokens.",
+        "out), k1 to the head's slots, schedule, confident, tree (V2 runner), ngram, suffix; "
+        "default: all that can run but again, with the K of --num-speculative-tokens.",
     )
     num_speculative_tokens: tuple[Drafts, ...] = Field(
         (2, 4, 8), description="Fixed K of the arms that --arms does not name."

@@ -11,6 +11,8 @@ from vllm_specformer.errors import SpecFormerError
 
 # What sampled requests get, in a file that knows of it.
 _DRAWN = "head_drawn"
+# A tree of so many nodes.
+_NODES = "n="
 
 
 def from_evaluation(
@@ -47,6 +49,23 @@ def from_shares(shares: Sequence[float], counts: Sequence[int]) -> dict[int, flo
     return {count: 1.0 + sum(shares[:count]) for count in counts}
 
 
+def trees_of_evaluation(path: Path) -> dict[float, dict[int, float]]:
+    """Tokens per step of trees by number of nodes, by temperature; empty where none were replayed.
+
+    Raises:
+        SpecFormerError: no such file, or another kind of file.
+    """
+    return {
+        group["temperature"]: {
+            int(name.removeprefix(_NODES)): row["tokens_per_step"]
+            for name, row in group["trees"].items()
+            if name.startswith(_NODES)
+        }
+        for group in _groups(path)
+        if "trees" in group
+    }
+
+
 def _at(evaluated: dict[int, dict[str, Any]], count: int, path: Path) -> float:
     if count in evaluated:
         return float(evaluated[count]["tokens_per_step"])
@@ -60,7 +79,8 @@ def _at(evaluated: dict[int, dict[str, Any]], count: int, path: Path) -> float:
     return 1.0 + float(sum(shares[:count]))
 
 
-def _by_count(path: Path, temperature: float) -> dict[int, dict[str, Any]]:
+def _groups(path: Path) -> list[dict[str, Any]]:
+    """What the file says of each temperature."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -68,12 +88,17 @@ def _by_count(path: Path, temperature: float) -> dict[int, dict[str, Any]]:
     groups = content.get("offline") if isinstance(content, dict) else None
     if not isinstance(groups, dict):
         raise SpecFormerError(f"--eval {path}: not what `specformer eval --json` writes")
-    for group in groups.values():
+    return list(groups.values())
+
+
+def _by_count(path: Path, temperature: float) -> dict[int, dict[str, Any]]:
+    groups = _groups(path)
+    for group in groups:
         if group["temperature"] == round(temperature, 4):
             methods = group["all"]
             served = methods.get(_DRAWN, methods["head"])
             return {int(k.removeprefix("K=")): row for k, row in served.items()}
-    known = ", ".join(f"{group['temperature']:g}" for group in groups.values())
+    known = ", ".join(f"{group['temperature']:g}" for group in groups)
     raise SpecFormerError(
         f"--temperature {temperature:g}: --eval {path} has temperature {known} only"
     )

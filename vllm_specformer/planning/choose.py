@@ -14,7 +14,7 @@ from __future__ import annotations
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 # Gains below this are within the noise of measuring, and not worth the risk of being a loss.
@@ -44,6 +44,15 @@ class PlanRow:
     def ratio(self) -> float:
         """Tokens per second over those without speculation."""
         return self.tokens_per_step * self.plain / self.step
+
+
+def rows_to_json(rows: Sequence[PlanRow]) -> list[dict[str, Any]]:
+    """Rows as a plan's file has them, with the ratio for readers."""
+    return [asdict(row) | {"ratio": round(row.ratio, 4)} for row in rows]
+
+
+def rows_from_json(rows: Sequence[Mapping[str, Any]]) -> list[PlanRow]:
+    return [PlanRow(**{k: v for k, v in row.items() if k != "ratio"}) for row in rows]
 
 
 def best_count(rows: Sequence[PlanRow], margin: float = MARGIN) -> int:

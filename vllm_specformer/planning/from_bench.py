@@ -73,10 +73,10 @@ def _read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _fixed_count(config: dict[str, Any] | None) -> int | None:
-    """The K that an arm drafts at every batch size; None if it has none, or cuts its drafts."""
+    """The K that an arm drafts at every batch size; None if it has none, or no chain of them."""
     if not config or config.get("method") != "specformer":
         return None
-    if "draft_confidence_threshold" in config:
+    if "draft_confidence_threshold" in config or "tree_nodes" in config:
         return None
     counts = {count for _, _, count in config.get(_SCHEDULE) or []}
     if len(counts) > 1:

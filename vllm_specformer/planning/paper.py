@@ -18,14 +18,17 @@ def rows_on_paper(
     tokens_per_step: Mapping[int, float],
     context: int,
     *,
+    beam: int = 1,
     weight_bytes: float = 2,
     kv_bytes: float = 2,
 ) -> list[PlanRow]:
-    """What each batch size and number of drafted tokens costs and brings.
+    """What each batch size and number of drafted tokens, or of a tree's nodes, costs and brings.
 
     Args:
-        tokens_per_step: by number of drafted tokens, 0 among them.
+        tokens_per_step: by number of drafted tokens, 0 among them. More than the head has slots
+            can only be nodes of a tree, which is as deep as there are slots.
         context: tokens each request has in its cache.
+        beam: nodes of a slot that may have children in a tree; 1 for chains.
         weight_bytes, kv_bytes: of the target; the head is bf16.
     """
     plain, steps, drafts = {}, {}, {}
@@ -39,7 +42,15 @@ def rows_on_paper(
 
         plain[batch] = verify(1)
         for count in tokens_per_step:
-            draft = draft_step(head, batch, count, context, kv_bytes=kv_bytes).seconds(chip)
-            drafts[batch, count] = draft
-            steps[batch, count] = verify(count + 1) + draft
+            draft = draft_step(
+                head,
+                batch,
+                min(count, head.slots),
+                context,
+                context_rows=count + 1,
+                beam=beam,
+                kv_bytes=kv_bytes,
+            )
+            drafts[batch, count] = draft.seconds(chip)
+            steps[batch, count] = verify(count + 1) + drafts[batch, count]
     return combine(plain, steps, drafts, tokens_per_step)

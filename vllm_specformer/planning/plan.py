@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig
 
+from vllm_specformer.candidates import BEAM
 from vllm_specformer.config import HeadFields, SpecFormerConfig, read_head_config
 from vllm_specformer.data.openings import read_prompts
 from vllm_specformer.environment import hardware, versions
@@ -18,12 +20,13 @@ from vllm_specformer.pairing import check_pair, check_weights
 from vllm_specformer.places import lasting, named_target
 from vllm_specformer.planning.acceptance import from_evaluation, from_shares
 from vllm_specformer.planning.chips import Chip, find_chip
-from vllm_specformer.planning.choose import combine
+from vllm_specformer.planning.choose import PlanRow, combine
 from vllm_specformer.planning.from_bench import rows_from_bench
 from vllm_specformer.planning.measure import Machine, Settings
 from vllm_specformer.planning.paper import rows_on_paper
 from vllm_specformer.planning.plan_file import Plan
 from vllm_specformer.planning.settings import PlanSettings
+from vllm_specformer.planning.trees import Costs, Trees, costs_by_rows, trees_of
 from vllm_specformer.shapes import HeadShape, TargetShape
 from vllm_specformer.target.files import find_target
 from vllm_specformer.target.model import read_target_config
@@ -58,7 +61,8 @@ def _under_load(options: PlanSettings, bench: Path) -> Plan:
     rows, about = rows_from_bench(bench)
     source = f"measured under load by `specformer bench` ({bench}, {about['rounds']} rounds)"
     kept = {name: about[name] for name in ("target", "head", "versions", "hardware")}
-    return Plan.of(rows, kept | {"costs": source}, options.margin)
+    trees = _trees(options, rows, partial(costs_by_rows, rows))
+    return Plan.of(rows, kept | {"costs": source}, options.margin, trees)
 
 
 def _on_paper(options: PlanSettings, chip: Chip) -> Plan:
@@ -80,15 +84,16 @@ def _on_paper(options: PlanSettings, chip: Chip) -> Plan:
         raise SpecFormerError(
             "--chip: needs --eval or --accepted, since nothing runs that could show acceptance"
         )
-    rows = rows_on_paper(
+    costs = partial(
+        rows_on_paper,
         chip.derated(options.bandwidth, options.arithmetic),
         target,
         head,
         options.batch,
-        accepted,
-        options.context,
+        context=options.context,
         weight_bytes=options.weight_bytes,
     )
+    rows = costs(accepted)
     shares = f"{options.bandwidth:.0%} of its bandwidth, {options.arithmetic:.0%} of its arithmetic"
     about = {
         "target": lasting(name),
@@ -97,7 +102,8 @@ def _on_paper(options: PlanSettings, chip: Chip) -> Plan:
         "costs": f"on paper: {chip.name} at {shares}; {options.context} tokens of context; "
         f"{chip.source}",
     }
-    return Plan.of(rows, about, options.margin)
+    trees = _trees(options, rows, partial(costs, beam=BEAM))
+    return Plan.of(rows, about, options.margin, trees)
 
 
 def _configuration(name: str, revision: str | None) -> dict[str, Any]:
@@ -127,6 +133,11 @@ def _given_acceptance(options: PlanSettings, counts: Sequence[int]) -> dict[int,
     if options.eval is not None:
         return from_evaluation(options.eval, counts, options.temperature)
     return from_shares(options.accepted, counts) if options.accepted else None
+
+
+def _trees(options: PlanSettings, rows: Sequence[PlanRow], costs: Costs) -> list[Trees]:
+    """Trees beside these chains, where --eval has any."""
+    return [] if options.eval is None else trees_of(options.eval, options.temperature, rows, costs)
 
 
 def _measured(
@@ -173,4 +184,5 @@ def _measured(
         "hardware": hardware(),
         "engine_args": dict(options.engine_args),
     }
-    return Plan.of(rows, about, options.margin)
+    trees = _trees(options, rows, partial(costs_by_rows, rows))
+    return Plan.of(rows, about, options.margin, trees)

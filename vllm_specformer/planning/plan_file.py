@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from vllm_specformer.planning.choose import (
     PlanRow,
     between,
     cut_schedule,
+    rows_from_json,
+    rows_to_json,
     schedule,
     thresholds,
 )
 from vllm_specformer.planning.load import seconds_under_load
+from vllm_specformer.planning.trees import Trees
 
 KIND = "specformer plan"
 
@@ -27,17 +30,25 @@ KIND = "specformer plan"
 class Plan:
     """What to draft at which batch size; `rows` are empty for a schedule written by hand.
 
-    `margin` is what drafting has to gain over K = 0, as a share.
+    `margin` is what drafting has to gain over K = 0, as a share; `trees` are trees beside chains,
+    the first at the temperature that the plan is for.
     """
 
     schedule: list[list[int]]
     rows: list[PlanRow] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
     margin: float = MARGIN
+    trees: list[Trees] = field(default_factory=list)
 
     @classmethod
-    def of(cls, rows: list[PlanRow], about: dict[str, Any], margin: float) -> Plan:
-        return cls(schedule(rows, margin), rows, about, margin)
+    def of(
+        cls,
+        rows: list[PlanRow],
+        about: dict[str, Any],
+        margin: float,
+        trees: Sequence[Trees] = (),
+    ) -> Plan:
+        return cls(schedule(rows, margin), rows, about, margin, list(trees))
 
     @property
     def pays(self) -> bool:
@@ -106,6 +117,19 @@ class Plan:
             "draft_confidence_threshold": thresholds(self.rows),
         }
 
+    def tree_config(self, head: str) -> dict[str, Any] | None:
+        """The same for the V2 runner with trees; None where they are not known to pay."""
+        if not self.trees or not self.trees[0].pays(self.margin):
+            return None
+        return self.trees[0].config(head, self.margin)
+
+    def with_trees(self, config: Mapping[str, Any]) -> Plan | None:
+        """What a speculative config with trees should bring; None where no tree was looked at."""
+        if not self.trees:
+            return None
+        ranges = config.get("tree_nodes_per_batch_size") or [[1, 1, config["tree_nodes"]]]
+        return Plan(ranges, self.trees[0].rows)
+
     def to_json(self, head: str) -> dict[str, Any]:
         return {
             "kind": KIND,
@@ -113,7 +137,9 @@ class Plan:
             "margin": self.margin,
             "speculative_config": self.speculative_config(head) if self.pays else None,
             "confident_config": self.confident_config(head) if self.pays else None,
-            "rows": [asdict(row) | {"ratio": round(row.ratio, 4)} for row in self.rows],
+            "tree_config": self.tree_config(head),
+            "rows": rows_to_json(self.rows),
+            "trees": [trees.to_json() for trees in self.trees],
             "about": self.about,
         }
 
@@ -143,9 +169,14 @@ def read_plan(path: Path) -> Plan:
             f"--schedule {path}: expected what `specformer plan --json` writes, or a schedule such "
             "as [[1, 8, 4], [9, 64, 0]]"
         )
-    rows = [PlanRow(**{k: v for k, v in row.items() if k != "ratio"}) for row in content["rows"]]
     ranges = checked_schedule(content["schedule"], f"--schedule {path}")
-    return Plan(ranges, rows, content["about"], content.get("margin", MARGIN))
+    return Plan(
+        ranges,
+        rows_from_json(content["rows"]),
+        content["about"],
+        content.get("margin", MARGIN),
+        [Trees.from_json(trees) for trees in content.get("trees", [])],
+    )
 
 
 def checked_schedule(value: Any, source: str) -> list[list[int]]:

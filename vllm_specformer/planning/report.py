@@ -18,9 +18,16 @@ _WIDTH = 110
 def print_plan(plan: Plan, head: str) -> None:
     console = Console(width=_WIDTH, highlight=False)
     console.print(_table(plan))
-    if not plan.pays:
-        console.print("Speculation pays at none of these batch sizes: serve without it.")
-        return
+    if plan.pays:
+        _print_chains(plan, head, console)
+    else:
+        what, it = ("Chains pay", "them") if plan.trees else ("Speculation pays", "it")
+        console.print(f"{what} at none of these batch sizes: serve without {it}.")
+    if plan.trees:
+        _print_trees(plan, head, console)
+
+
+def _print_chains(plan: Plan, head: str, console: Console) -> None:
     losing = [str(batch) for batch, gain in plan.gains().items() if gain < 1]
     if losing:
         console.print(
@@ -33,6 +40,39 @@ def print_plan(plan: Plan, head: str) -> None:
     console.print("or, on the V1 runner, with drafts cut where the head is not sure", style="bold")
     config = json.dumps(plan.confident_config(head))
     console.print(f"--speculative-config {shlex.quote(config)}", markup=False, soft_wrap=True)
+
+
+def _print_trees(plan: Plan, head: str, console: Console) -> None:
+    console.print(_trees_table(plan))
+    tree = plan.tree_config(head)
+    if tree is None:
+        console.print("Trees gain no more than chains at any of these batch sizes.")
+        return
+    console.print("Serve with trees, on the V2 runner", style="bold")
+    config = json.dumps(tree)
+    console.print(f"--speculative-config {shlex.quote(config)}", markup=False, soft_wrap=True)
+
+
+def _trees_table(plan: Plan) -> Table:
+    table = Table(
+        title="expected tokens/s over no speculation, the best chain and the best tree of n nodes",
+        title_justify="left",
+    )
+    table.add_column("requests", justify="right")
+    for trees in plan.trees:
+        for name in ("chain", "tree"):
+            table.add_column(f"{name}, temperature {trees.temperature:g}", justify="right")
+    for batch in sorted({row.batch for row in plan.rows}):
+        cells = []
+        for trees in plan.trees:
+            chain, tree = trees.best(batch, plan.margin)
+            pays = trees.pays_at(batch, plan.margin)
+            named = ((f"K={chain.count}", chain, not pays), (f"n={tree.count}", tree, pays))
+            for name, row, is_better in named:
+                text = f"{name}: {row.ratio:.2f}"
+                cells.append(f"[bold]{text}[/]" if is_better else text)
+        table.add_row(str(batch), *cells)
+    return table
 
 
 def _table(plan: Plan) -> Table:

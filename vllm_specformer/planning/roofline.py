@@ -108,14 +108,16 @@ def draft_step(
     context: int,
     *,
     context_rows: int | None = None,
+    beam: int = 1,
     weight_bytes: float = 2,
     kv_bytes: float = 2,
 ) -> Step:
-    """One draft pass: `slots` tokens for each of `batch` requests; 0 stores K/V and no more.
+    """One draft pass over `slots` for each of `batch` requests; 0 stores K/V and no more.
 
     Args:
         context_rows: new context tokens of each request; `slots` + 1 unless said, the rows that
             the target has just verified.
+        beam: nodes of a slot that may have children in a tree, each with logits; 1 for chains.
     """
     new = batch * (slots + 1 if context_rows is None else context_rows)
     size, drafted = head.hidden, batch * slots
@@ -143,5 +145,5 @@ def draft_step(
         parts["slot attention"] = seen.times(head.slot_layers)
     parts["logits"] = linear(drafted, size, head.scored)
     if head.markov_rank:
-        parts["markov"] = linear(batch, head.markov_rank, head.scored).times(slots)
+        parts["markov"] = linear(batch * beam, head.markov_rank, head.scored).times(slots)
     return Step(parts)

@@ -64,7 +64,11 @@ class PlanSettings(CommandSettings):
         (2, 4, 8), description="Drafted tokens to choose from, besides none."
     )
 
-    eval: File | None = Field(None, description="What `specformer eval --json` wrote.")
+    eval: File | None = Field(
+        None,
+        description="What `specformer eval --json` wrote; trees are planned where it has them "
+        "(--tree-nodes).",
+    )
     accepted: tuple[Share, ...] = Field(
         (), description="Instead: the share of drafts accepted up to position 1, 2, ..."
     )
