@@ -114,6 +114,7 @@ class Replays:
     def __init__(self, ours: Any) -> None:
         self.ours = ours
         self.replays = Counter[tuple[int, int]]()  # by requests and rows
+        self._dispatched = 0
 
     def dispatch(self, manager: Any, requests: int, num_rows: int, **kwargs: Any) -> Any:
         """In place of vLLM's `dispatch_cg_and_sync_dp`."""
@@ -124,10 +125,11 @@ class Replays:
         assert num_rows == requests
         assert kwargs["uniform_token_count"] == 1
         padded = min(-(-requests // self.PADDED) * self.PADDED, self.ours.max_num_reqs)
-        self.replays[requests, padded] += 1
+        self._dispatched = requests
         return BatchExecutionDescriptor(CUDAGraphMode.FULL, padded, padded), None
 
     def run_fullgraph(self, desc: Any) -> None:
+        self.replays[self._dispatched, desc.num_reqs] += 1
         self.ours._prepare_graph_forward(desc.num_reqs)
         self.ours._generate_draft(desc.num_reqs, desc.num_reqs)
 
