@@ -334,6 +334,10 @@ class SpecFormerSpeculator(DFlashSpeculator):
         self._run(requests, tokens, wanted, dp_sync_state, is_profile)
         return self.draft_tokens[:requests]
 
+    def admit_request(self, state: int, params: Any, sampler: Any) -> None:
+        """A state row's new tenant, with vLLM's sampling parameters; see `patches/new_requests`."""
+        self.best_rows.add_request(state, params)
+
     def _observe(self, batch: Any, num_rejected: Tensor) -> None:
         self.monitor.observe(batch.num_draft_tokens, num_rejected)
 

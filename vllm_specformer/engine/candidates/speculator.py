@@ -15,6 +15,7 @@ from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 
 from vllm_specformer.candidates import draft_tree
 from vllm_specformer.engine.candidates.attention import TreeAttention
+from vllm_specformer.engine.candidates.chains import depends_on_rows_before, has_other_processors
 from vllm_specformer.engine.candidates.checks import check_layers, check_trees
 from vllm_specformer.engine.candidates.kv_layers import TargetLayers, slots_of
 from vllm_specformer.engine.candidates.trees import CandidateTrees
@@ -53,6 +54,11 @@ class CandidateSpeculator(SpecFormerSpeculator):
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn(*args, **kwargs)
         self._layers = TargetLayers(self.vllm_config, self.kv_cache_config.kv_cache_groups)
+
+    def admit_request(self, state: int, params: Any, sampler: Any) -> None:
+        super().admit_request(state, params, sampler)
+        needs_chain = depends_on_rows_before(params) or has_other_processors(sampler)
+        self.trees.admit(state, needs_chain)
 
     @torch.inference_mode()
     def warm_up(self) -> None:

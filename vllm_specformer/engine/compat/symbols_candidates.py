@@ -31,24 +31,20 @@ TREES: tuple[Reliance, ...] = (
         "vllm.v1.worker.gpu.input_batch:InputBatch",
         CANDIDATES,
         "where a request's rows and drafts lie",
-        "num_reqs query_start_loc query_start_loc_np cu_num_logits idx_mapping seq_lens positions "
-        "num_draft_tokens num_draft_tokens_per_req",
-    ),
-    *members(
-        "vllm.v1.worker.gpu.states:RequestState",
-        CANDIDATES,
-        "a new request's state row",
-        "req_id_to_index",
+        "query_start_loc_np cu_num_logits seq_lens num_draft_tokens_per_req",
     ),
     *members(
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
         CANDIDATES,
         "where batches meet speculator and sampler",
-        "speculator rejection_sampler req_states model_config",
+        "speculator rejection_sampler sampler req_states",
     ),
     *members(_SAMPLER, CANDIDATES, "samplers of their own noise", "use_flashinfer use_xpu_sampler"),
     *members(
-        _SAMPLER, CANDIDATES, "who wants log-probabilities", "sampling_states return_sampling_mask"
+        _SAMPLER,
+        CANDIDATES,
+        "who wants log-probabilities, who changes logits",
+        "sampling_states return_sampling_mask logits_processors",
     ),
     call(
         "vllm.v1.worker.gpu.sample.states:SamplingStates.max_num_logprobs",
@@ -60,7 +56,6 @@ TREES: tuple[Reliance, ...] = (
         "vllm.sampling_params:SamplingParams",
         CANDIDATES,
         "requests that need chains",
-        "presence_penalty frequency_penalty repetition_penalty bad_words structured_outputs "
-        "thinking_token_budget",
+        "presence_penalty frequency_penalty repetition_penalty bad_words thinking_token_budget",
     ),
 )

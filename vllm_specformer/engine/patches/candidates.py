@@ -12,27 +12,6 @@ _GUARD = 'acts only on "tree_nodes" in a SpecFormer speculative config'
 
 
 @construct(
-    "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator",
-    "vllm_specformer.engine.candidates.speculator:CandidateSpeculator",
-    why="builds the speculator that drafts trees",
-    guard=_GUARD,
-    bases=("DraftModelSpeculator",),
-)
-def drafts_trees(vllm_config: Any = None, *_: Any, **__: Any) -> bool:
-    return tree_settings(getattr(vllm_config, "speculative_config", None)) is not None
-
-
-@construct(
-    "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler",
-    "vllm_specformer.engine.candidates.sampler:CandidateSampler",
-    why="vLLM verifies chains only: builds our sampler, which walks down trees",
-    guard=_GUARD,
-)
-def walks_trees(sampler: Any = None, spec_config: Any = None, *_: Any, **__: Any) -> bool:
-    return tree_settings(spec_config) is not None
-
-
-@construct(
     "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl",
     "vllm_specformer.engine.candidates.flash_attention:TreeFlashAttentionImpl",
     why="vLLM's attention is causal among the rows of a request: builds our subclass, in which a "
@@ -62,43 +41,6 @@ def prepare_attn(original: Callable[..., Any], self: Any, input_batch: Any) -> A
         sampler.trees = trees
         trees.place(input_batch)
     return prepared
-
-
-@patch(
-    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.add_requests",
-    why="a state row's tree dies with its tenant: the scheduler may give a new request rows of "
-    "placeholders at once",
-    guard=_GUARD,
-)
-def add_requests(original: Callable[..., None], self: Any, scheduler_output: Any) -> None:
-    original(self, scheduler_output)
-    trees = getattr(self.speculator, "trees", None)
-    if trees is None:
-        return
-    # Also those that packages bring along, which no configuration names.
-    processors = any(
-        not type(processor).__module__.startswith("vllm.v1.worker.gpu.sample.")
-        for processor in self.sampler.logits_processors
-    )
-    for request in scheduler_output.scheduled_new_reqs:
-        state = self.req_states.req_id_to_index[request.req_id]
-        trees.admit(state, processors or depends_on_rows_before(request.sampling_params))
-
-
-def depends_on_rows_before(params: Any) -> bool:
-    """Whether a row's logits are changed by the tokens of the rows before it.
-
-    vLLM takes all rows of the request up to a row for its history, which they are in a chain only.
-    """
-    if params is None:
-        return False
-    penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty)
-    return (
-        penalties != (0.0, 0.0, 1.0)
-        or bool(params.bad_words)
-        or params.structured_outputs is not None
-        or params.thinking_token_budget is not None
-    )
 
 
 @patch(

@@ -31,20 +31,26 @@ def drafts_on_v1(vllm_config: Any = None, *_: Any, **__: Any) -> bool:
 @construct(
     "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator",
     "vllm_specformer.engine.speculator_v2:SpecFormerSpeculator",
-    why="the same on the V2 runner: builds our subclass instead",
+    why="the same on the V2 runner: builds our subclass instead, or the one that drafts trees",
     guard="acts only when the draft architecture is SpecFormerDraftModel",
     bases=("DraftModelSpeculator",),
 )
-def drafts_on_v2(vllm_config: Any = None, *_: Any, **__: Any) -> bool:
+def drafts_on_v2(vllm_config: Any = None, *_: Any, **__: Any) -> bool | str:
     speculative = getattr(vllm_config, "speculative_config", None)
-    return drafts_with_head(speculative) and tree_settings(speculative) is None
+    if tree_settings(speculative) is not None:
+        return "vllm_specformer.engine.candidates.speculator:CandidateSpeculator"
+    return drafts_with_head(speculative)
 
 
 @construct(
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler:RejectionSampler",
     "vllm_specformer.engine.coupled:CoupledSampler",
-    why="vLLM has no way to choose another verification: builds our sampler (V2 runner)",
-    guard='acts only on "verification": "coupled" in a SpecFormer speculative config',
+    why="vLLM has no way to choose another verification, and verifies chains only: builds our "
+    "sampler, or the one that walks down trees (V2 runner)",
+    guard='acts only on "verification": "coupled" or "tree_nodes" in a SpecFormer speculative '
+    "config",
 )
-def verifies_on_v2(sampler: Any = None, spec_config: Any = None, *_: Any, **__: Any) -> bool:
-    return verifies_coupled(spec_config) and tree_settings(spec_config) is None
+def verifies_on_v2(sampler: Any = None, spec_config: Any = None, *_: Any, **__: Any) -> bool | str:
+    if tree_settings(spec_config) is not None:
+        return "vllm_specformer.engine.candidates.sampler:CandidateSampler"
+    return verifies_coupled(spec_config)

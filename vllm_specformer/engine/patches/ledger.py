@@ -42,7 +42,7 @@ SUBJECTS = (
     "draftless_steps",
     "late_store",
     "requests",
-    "drawn_drafts",
+    "new_requests",
     "kv_groups",
     "candidates",
     "worker",
@@ -163,6 +163,8 @@ class Ledger(importlib.abc.MetaPathFinder):
     ) -> Callable[[_F], _F]:
         """Let a class build `ours` where the decorated function is true of the arguments.
 
+        The function may name another of our subclasses instead, "module:Class".
+
         Args:
             target: the class, "module:Class".
             ours: our subclass, "module:Class"; imported when it is built.
@@ -175,8 +177,10 @@ class Ledger(importlib.abc.MetaPathFinder):
                 own = base.__new__ if "__new__" in vars(base) else None
 
                 def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-                    if cls is base and wanted(*args, **kwargs):
-                        module, _, name = ours.partition(":")
+                    found = cls is base and wanted(*args, **kwargs)
+                    if found:
+                        chosen = found if isinstance(found, str) else ours
+                        module, _, name = chosen.partition(":")
                         cls = getattr(import_module(module), name)
                     build = own or super(base, cls).__new__
                     return build(cls) if build is object.__new__ else build(cls, *args, **kwargs)

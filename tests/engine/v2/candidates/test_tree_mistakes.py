@@ -19,7 +19,6 @@ from support.v2.trees import differing, watching_trees
 from vllm_specformer.engine.candidates import speculator
 from vllm_specformer.engine.candidates.kv_layers import AlikeLayers
 from vllm_specformer.engine.candidates.trees import CandidateTrees
-from vllm_specformer.engine.patches import candidates as patches
 
 TOKENS = 32
 Mistake = Callable[[pytest.MonkeyPatch], None]
@@ -93,7 +92,7 @@ def test_a_tree_for_a_request_with_penalties_changes_its_text(
     params = greedy(TOKENS, repetition_penalty=1.3, presence_penalty=1.0)
     with engine() as llm:
         expected = token_ids(llm.generate(TEXTS[:8], params, use_tqdm=False))
-    monkeypatch.setattr(patches, "depends_on_rows_before", lambda params: False)
+    monkeypatch.setattr(speculator, "depends_on_rows_before", lambda params: False)
     with engine(drafting(8, tree_nodes=16)) as llm:
         found = token_ids(llm.generate(TEXTS[:8], params, use_tqdm=False))
     assert found != expected

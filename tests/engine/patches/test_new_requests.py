@@ -1,26 +1,28 @@
-"""V2's speculator is told of the requests that want the best tokens."""
+"""V2's speculator is told of new requests."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import torch
 from vllm import SamplingParams
 
-from vllm_specformer.engine.draws.batch_v2 import BestRows
-from vllm_specformer.engine.patches.drawn_drafts import add_requests
+from vllm_specformer.engine.patches.new_requests import add_requests
 
 NEW = [
     SimpleNamespace(req_id="a", sampling_params=SamplingParams(temperature=1)),
     SimpleNamespace(req_id="b", sampling_params=SamplingParams(temperature=1, top_k=1)),
 ]
+SAMPLER = object()
 
 
 def added(speculator: Any) -> None:
     """State rows are known only after vLLM's own function."""
-    runner = SimpleNamespace(speculator=speculator, req_states=SimpleNamespace(req_id_to_index={}))
+    runner = SimpleNamespace(
+        speculator=speculator,
+        sampler=SAMPLER,
+        req_states=SimpleNamespace(req_id_to_index={}),
+    )
 
     def original(self: Any, output: Any) -> None:
         rows = {request.req_id: 5 - row for row, request in enumerate(output.scheduled_new_reqs)}
@@ -31,11 +33,9 @@ def added(speculator: Any) -> None:
 
 
 def test_by_state_row() -> None:
-    best = BestRows(8, torch.device("cpu"))
-    added(SimpleNamespace(best_rows=best))
-    found = best.of(np.arange(8), torch.arange(8))
-    assert found is not None
-    assert found.nonzero().tolist() == [[4]]
+    told: list[tuple[Any, ...]] = []
+    added(SimpleNamespace(admit_request=lambda *request: told.append(request)))
+    assert told == [(5, NEW[0].sampling_params, SAMPLER), (4, NEW[1].sampling_params, SAMPLER)]
 
 
 def test_other_speculators_are_left_alone() -> None:

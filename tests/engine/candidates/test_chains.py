@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from vllm_specformer.engine.patches.candidates import depends_on_rows_before
+from vllm_specformer.engine.candidates.chains import depends_on_rows_before, has_other_processors
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,10 @@ def test_rows_before_make_no_difference(changes: dict[str, Any]) -> None:
 
 def test_pooling_requests_have_no_drafts() -> None:
     assert not depends_on_rows_before(None)
+
+
+def test_processors_of_packages_are_seen() -> None:
+    built_in = type("Own", (), {"__module__": "vllm.v1.worker.gpu.sample.penalties"})()
+    plugin = type("Plugin", (), {"__module__": "some_package"})()
+    assert not has_other_processors(SimpleNamespace(logits_processors=[built_in]))
+    assert has_other_processors(SimpleNamespace(logits_processors=[built_in, plugin]))
