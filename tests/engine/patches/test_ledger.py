@@ -344,6 +344,21 @@ def test_our_class_is_built_however_the_arguments_are_given(
     assert (built.config, built.device) == ("head", "cpu")
 
 
+def test_another_of_our_classes_may_be_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module(name)
+    other = type("Other", (module.Drafter,), {})
+    monkeypatch.setattr(sys.modules[__name__], "OurDrafter", other)
+    ledger = Ledger()
+
+    @ledger.construct(f"{name}:Drafter", "nowhere:Nothing", why="ours", guard="ours")
+    def wanted(config: Any = None, *_: Any, **__: Any) -> bool | str:
+        return f"{__name__}:OurDrafter" if config == "head" else False
+
+    install(ledger)
+    assert type(module.Drafter("head")) is other
+    assert type(module.Drafter("eagle")) is module.Drafter
+
+
 def test_other_constructions_are_as_before(drafters: tuple[Any, type, Ledger]) -> None:
     module, ours, ledger = drafters
     install(ledger)
