@@ -11,15 +11,9 @@ SHORT = {
         "test_greedy_text[16]",
         "test_requests_of_all_kinds_in_one_batch",
         "test_requests_that_come_and_go",
-        "test_a_schedule_of_nodes",
-        "test_a_dummy_step_after_a_batch_of_trees",
     ),
     "test_tree_drafts.py": ("test_trees_of_greedy_and_sampled_requests[8]",),
-    "test_tree_on_device.py": ("test_no_step_waits_for_the_device",),
-    "test_tree_personalities.py": (
-        "test_personality[asynchronous]",
-        "test_personality[pages-of-16]",
-    ),
+    "test_tree_personalities.py": ("test_personality[asynchronous]",),
 }
 
 
