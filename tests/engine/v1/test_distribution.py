@@ -161,7 +161,7 @@ def test_greedy_drafts(laws: dict[int, Law], prompt: Tokens) -> None:
         pytest.param("no-markov", marks=pytest.mark.slow),
         "markov-vocabulary",
         "trained",
-        "cut",
+        pytest.param("cut", marks=pytest.mark.slow),
     ],
 )
 def test_sampled_drafts(
