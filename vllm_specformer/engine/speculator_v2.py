@@ -63,6 +63,10 @@ def _without_draft_logits(vllm_config: VllmConfig) -> VllmConfig:
 
 class SpecFormerSpeculator(DFlashSpeculator):
     _speculator_name = "SpecFormer"
+    # Of the step's requests those that want the best tokens; None: no such request.
+    _best: Tensor | None = None
+    # What `_kept_rows` gives for the rows is a kernel's variant: a dummy step runs the same.
+    _dummy_rows: Tensor | None = None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_patches()
@@ -88,14 +92,11 @@ class SpecFormerSpeculator(DFlashSpeculator):
         self._aux_staging = None  # a buffer of DFlash's own graph (0.33) that we never read
         # Among sampled requests with drawn drafts, those that want the best ones all the same.
         self.best_rows = BestRows(self.max_num_reqs, device)
-        self._best: Tensor | None = None
         # One query row per request: its last accepted token.
         self.num_query_per_req = 1
         self.monitor = AcceptanceMonitor(device)
         self.clock = DraftClock(device, vllm_config.parallel_config)
         self.inputs = self._input_buffers()
-        # What `_kept_rows` gives for the rows is a kernel's variant: a dummy step runs the same.
-        self._dummy_rows: Tensor | None = None
         self._block_table: Tensor | None = None
 
     def _input_buffers(self) -> DraftBuffers:
