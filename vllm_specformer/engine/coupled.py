@@ -10,10 +10,26 @@ accepted as often as under vLLM's rule; see docs/kernels.md for sampled ones.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
-from specformer_kernels.verify import follow
+from specformer_kernels.verify import Verification, follow
 from torch import Tensor
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+
+class SampledRows(NamedTuple):
+    """N rows of R requests, each with the token that the target has sampled there."""
+
+    sampled: Tensor  # int64 [N]
+    input_ids: Tensor  # [N], what the rows were run with; -1 for placeholders
+    drafts: Tensor  # [N], the same, and -1 for what a grammar refuses
+    starts: Tensor  # int32 [R + 1], first row of each request, then N
+    states: Tensor  # int64 [R], state row of each request
+    states_np: np.ndarray  # the same
+    row_states: Tensor  # [N], state row of each row
+    row_places: Tensor  # int32 [N], place of each row in its request
+    logits: tuple[Tensor, Tensor]  # [N, V], as the target gave them, and processed
 
 
 class CoupledSampler(RejectionSampler):
@@ -47,7 +63,22 @@ class CoupledSampler(RejectionSampler):
             expanded_local_pos,
             seq_lens_upper_bound_np,
         )
-        verified = follow(
-            sampled, verify_draft_sampled, cu_num_logits, self.num_speculative_steps + 1
+        verified = self._accept(
+            SampledRows(
+                sampled,
+                draft_sampled,
+                verify_draft_sampled,
+                cu_num_logits,
+                idx_mapping,
+                idx_mapping_np,
+                expanded_idx_mapping,
+                expanded_local_pos,
+                (logits, processed_logits),
+            )
         )
         return processed_logits, verified.tokens, verified.num_tokens
+
+    def _accept(self, rows: SampledRows) -> Verification:
+        """Follow each request's chain while its drafts equal what was sampled."""
+        most = self.num_speculative_steps + 1
+        return follow(rows.sampled, rows.drafts, rows.starts, most)

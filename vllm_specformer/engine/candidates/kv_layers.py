@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from vllm_specformer.engine.head_pages import target_layers
 class AlikeLayers:
     """Layers whose caches have one shape and whose slots are the same."""
 
-    names: tuple[str, ...]
+    name: str  # of the first one
     caches: tuple[Tensor, ...]
     addresses: Tensor
     impl: Any  # of the first one's attention
@@ -42,7 +42,7 @@ class TargetLayers:
     def alike(self) -> list[AlikeLayers]:
         """The layers in as few groups as their slots and shapes allow."""
         bound = [layer.kv_cache for layer in self._layers.values()]
-        same = len(bound) == len(self._bound) and all(map(_is, bound, self._bound))
+        same = len(bound) == len(self._bound) and all(map(operator.is_, bound, self._bound))
         if not same:
             self._bound, self._alike = bound, self._grouped()
         return self._alike
@@ -56,16 +56,7 @@ class TargetLayers:
         alike = []
         for names in found.values():
             caches = tuple(self._layers[name].kv_cache for name in names)
-            impl = self._layers[names[0]].impl
-            group = self._group_of[names[0]]
-            alike.append(AlikeLayers(tuple(names), caches, cache_addresses(caches), impl, group))
+            first = names[0]
+            impl, group = self._layers[first].impl, self._group_of[first]
+            alike.append(AlikeLayers(first, caches, cache_addresses(caches), impl, group))
         return alike
-
-
-def slots_of(layers: AlikeLayers, slot_mappings: Mapping[str, Tensor]) -> Tensor:
-    """The slots [T] of a step's rows in these layers."""
-    return slot_mappings[layers.names[0]]
-
-
-def _is(one: Tensor, other: Tensor) -> bool:
-    return one is other

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from specformer_kernels.verify import follow
+from specformer_kernels.verify import Verification, follow
 from torch import Tensor
 from vllm.v1.worker.gpu.sample.states import NO_LOGPROBS
 
 from vllm_specformer.engine.candidates.trees import CandidateTrees
-from vllm_specformer.engine.coupled import CoupledSampler
+from vllm_specformer.engine.coupled import CoupledSampler, SampledRows
 
 
 class CandidateSampler(CoupledSampler):
@@ -30,43 +30,20 @@ class CandidateSampler(CoupledSampler):
         # Fused samplers draw from noise of their own, which no candidate has met.
         self.sampler.use_flashinfer = self.sampler.use_xpu_sampler = False
 
-    def _verify(
-        self,
-        logits: Tensor,
-        draft_logits: Tensor | None,
-        draft_sampled: Tensor,
-        pos: Tensor,
-        cu_num_logits: Tensor,
-        idx_mapping: Tensor,
-        idx_mapping_np: np.ndarray,
-        expanded_idx_mapping: Tensor,
-        expanded_local_pos: Tensor,
-        seq_lens_upper_bound_np: np.ndarray,
-        verify_draft_sampled: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `CoupledSampler._verify`; rows that were not walked may be left in any order."""
-        sampled, processed_logits = self.sampler.sample(
-            logits,
-            expanded_idx_mapping,
-            idx_mapping,
-            idx_mapping_np,
-            pos,
-            draft_sampled,
-            expanded_local_pos,
-            seq_lens_upper_bound_np,
-        )
-        tokens, parents = self.trees.candidates(expanded_idx_mapping, expanded_local_pos)
+    def _accept(self, rows: SampledRows) -> Verification:
+        """Walk down each request's tree; the logits of rows off its path may end in any order."""
+        tokens, parents = self.trees.candidates(rows.row_states, rows.row_places)
         # A grammar has refused these, and what comes after them.
-        tokens = torch.where(verify_draft_sampled == draft_sampled, tokens, -1)
+        tokens = torch.where(rows.drafts == rows.input_ids, tokens, -1)
         most = self.num_speculative_steps + 1
-        verified = follow(sampled, tokens, cu_num_logits, most, parents)
-        nodes = verified.rows - cu_num_logits[:-1, None]
-        self.trees.accept(idx_mapping, torch.where(verified.rows < 0, -1, nodes))
-        if self._returns_logits(idx_mapping_np):
-            path = self.trees.table.paths[idx_mapping]
-            for tensor in {id(t): t for t in (logits, processed_logits)}.values():
-                _put_paths_first(tensor, path, cu_num_logits[:-1].long())
-        return processed_logits, verified.tokens, verified.num_tokens
+        verified = follow(rows.sampled, tokens, rows.starts, most, parents)
+        nodes = verified.rows - rows.starts[:-1, None]
+        self.trees.accept(rows.states, torch.where(verified.rows < 0, -1, nodes))
+        if self._returns_logits(rows.states_np):
+            path = self.trees.table.paths[rows.states]
+            for tensor in {id(tensor): tensor for tensor in rows.logits}.values():
+                _put_paths_first(tensor, path, rows.starts[:-1].long())
+        return verified
 
     def _returns_logits(self, idx_mapping_np: np.ndarray) -> bool:
         wanted = self.sampler.sampling_states.max_num_logprobs(idx_mapping_np)

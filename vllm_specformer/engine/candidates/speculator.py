@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from specformer_kernels.place_trees import place_trees
-from specformer_kernels.tree_paths import tree_paths
+from specformer_kernels.tree_paths import TreePaths, tree_paths
 from specformer_kernels.verify import follow
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -17,7 +17,7 @@ from vllm_specformer.candidates import draft_tree
 from vllm_specformer.engine.candidates.attention import TreeAttention
 from vllm_specformer.engine.candidates.chains import depends_on_rows_before, has_other_processors
 from vllm_specformer.engine.candidates.checks import check_layers, check_trees
-from vllm_specformer.engine.candidates.kv_layers import TargetLayers, slots_of
+from vllm_specformer.engine.candidates.kv_layers import TargetLayers
 from vllm_specformer.engine.candidates.trees import CandidateTrees
 from vllm_specformer.engine.speculative_config import tree_settings
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
@@ -83,14 +83,25 @@ class CandidateSpeculator(SpecFormerSpeculator):
     ) -> tuple[Tensor, Tensor | None]:
         """Move the accepted paths' K and V of the target; where the head's belong and begin."""
         assert self._layers is not None
-        requests = (batch.query_start_loc, batch.idx_mapping, num_rejected[: batch.num_reqs])
+
+        def follow_in(layer: str) -> TreePaths:
+            return tree_paths(
+                self.trees.table,
+                batch.query_start_loc,
+                batch.idx_mapping,
+                num_rejected[: batch.num_reqs],
+                slot_mappings[layer],
+            )
+
+        # Layers of one KV-cache group have the same slots, and the head's are in a target's group.
+        by_group: dict[int, TreePaths] = {self.group: follow_in(self.model.attn.layer_name)}
         for layers in self._layers.alike():
-            paths = tree_paths(self.trees.table, *requests, slots_of(layers, slot_mappings))
-            layers.move(paths.source_slots, paths.target_slots)
+            if layers.group not in by_group:
+                by_group[layers.group] = follow_in(layers.name)
+            layers.move(*by_group[layers.group][:2])
         self.trees.forget_batch()
-        own = slot_mappings[self.model.attn.layer_name]
-        paths = tree_paths(self.trees.table, *requests, own)
-        return paths.row_slots, paths.last_rows
+        own = by_group[self.group]
+        return own.row_slots, own.last_rows
 
     def _observe(self, batch: Any, num_rejected: Tensor) -> None:
         """Judge acceptance by a tree's depth: most of its nodes are alternatives."""
