@@ -30,9 +30,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.target.hidden_states import HookedTarget
-from vllm_specformer.training.packed_head import IGNORED, Objective, PackedHead, Rows
+from vllm_specformer.training.packed_head import HookedRows, Objective, PackedHead
 from vllm_specformer.training.packing import Batch, Budget, collate, plan_epoch
 from vllm_specformer.training.settings import SLOT_DECAY
+from vllm_specformer.training.slot_loss import IGNORED
 from vllm_specformer.training.texts import Text, Texts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,13 +107,13 @@ class Case:
         self.batches["plain"] = [[index] for row in packed for index in row]
         self.tokens = int(self.texts.lengths[[i for row in packed for i in row]].sum())
 
-    def rows(self, batch: Batch) -> Rows:
+    def rows(self, batch: Batch) -> HookedRows:
         rng = np.random.default_rng(0)
         fields = collate(self.texts, batch, self.anchors, rng)
         fields = {name: value.to(self.device) for name, value in fields.items()}
         with torch.no_grad():
             states, last = self.target(fields["input_ids"], fields["position_ids"])
-        return Rows(states, last, **fields)
+        return HookedRows(states, last, **fields)
 
     def step(self, arm: str) -> None:
         self.head.zero_grad(set_to_none=True)
@@ -128,7 +129,7 @@ class Case:
 
 
 def plain_loss(
-    head: PackedHead, rows: Rows, target: HookedTarget, objective: Objective
+    head: PackedHead, rows: HookedRows, target: HookedTarget, objective: Objective
 ) -> torch.Tensor:
     """The same loss, written down as it is defined."""
     num_slots = len(objective.slot_weights)

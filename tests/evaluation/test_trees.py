@@ -20,7 +20,7 @@ from vllm_specformer.evaluation.trees import (
     noise_given,
     share_error,
 )
-from vllm_specformer.training.packed_head import IGNORED
+from vllm_specformer.training.slot_loss import IGNORED
 from vllm_specformer.training.texts import Texts
 
 

@@ -12,8 +12,9 @@ from support.training_texts import make_texts
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.hidden_states import HookedTarget
-from vllm_specformer.training.packed_head import IGNORED, HookedRows, Objective, PackedHead
+from vllm_specformer.training.packed_head import HookedRows, Objective, PackedHead
 from vllm_specformer.training.packing import collate
+from vllm_specformer.training.slot_loss import IGNORED, Mix
 from vllm_specformer.training.texts import Texts
 
 # Losses are summed in float32, as in training; everything else here is float64.
@@ -122,11 +123,11 @@ def test_it_is_the_published_head_on_single_texts(head: PackedHead, target: Hook
         torch.testing.assert_close(got[name], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("kl_weight", [0.0, 0.4])
-def test_packed_is_unpacked(head: PackedHead, target: HookedTarget, kl_weight: float) -> None:
+@pytest.mark.parametrize("mix", [Mix(), Mix(0.4), Mix(0.1, 0.6)], ids=str)
+def test_packed_is_unpacked(head: PackedHead, target: HookedTarget, mix: Mix) -> None:
     """Sums over packed rows equal the sums over the same texts, each in a row of its own."""
     texts = make_texts(7, 40)
-    objective = Objective(WEIGHTS, kl_weight)
+    objective = Objective(WEIGHTS, mix)
     packed = rows_of(target, texts, [[0, 1, 2], [3, 4], [5, 6]])
     alone = [rows_of(target, texts, [[i]]) for i in range(7)]
     counts = torch.stack([head._labels(r, 3).counts for r in alone])
@@ -141,7 +142,7 @@ def test_packed_is_unpacked(head: PackedHead, target: HookedTarget, kl_weight: f
         share = (counts[:, slot] / counts[:, slot].sum()).double()
         means = []
         for rows, part in zip(alone, share, strict=True):
-            one, each = head(rows, target, 3, Objective(only, kl_weight))
+            one, each = head(rows, target, 3, Objective(only, mix))
             weight = WEIGHTS[slot] / sum(WEIGHTS)
             (one * part * weight).backward()
             expected += one.detach() * part * weight
@@ -158,7 +159,7 @@ def test_packed_is_unpacked(head: PackedHead, target: HookedTarget, kl_weight: f
 def test_the_rest_of_the_vocabulary_plays_no_part(head: PackedHead, target: HookedTarget) -> None:
     """Neither in the cross entropy nor in the divergence; nor does it matter who leaves it out."""
     rows = rows_of(target, make_texts(3, 40), [[0, 1], [2]])
-    objective = Objective(WEIGHTS, kl_weight=0.5)
+    objective = Objective(WEIGHTS, Mix(0.5))
     loss, per_slot = head(rows, target, 3, objective)
     target.score_only(SCORED)
     narrowed, same = head(rows, target, 3, objective)

@@ -108,6 +108,18 @@ def test_the_same_seed_gives_the_same_head(pair: Path, finished: Path, tmp_path:
     assert other["result"]["weights"]["sha256_of_last_step"] != first["sha256_of_last_step"]
 
 
+def test_a_training_begins_with_another_head(pair: Path, finished: Path, tmp_path: Path) -> None:
+    """Its weights, shape and draft vocabulary, told by nothing but --init."""
+    begun, out = tmp_path / "begun", tmp_path / "out"
+    train(pair, begun, draft_vocab=20, max_steps=1)
+    still: dict[str, Any] = {"learning_rate": 1e-12, "max_steps": 1, "slots": None}
+    provenance = train(pair, out, init=begun, markov_rank=None, seed=5, **still)
+    assert provenance["settings"]["init"] == str(begun)
+    expected = load_file(begun / "model.safetensors")
+    for name, value in load_file(out / "model.safetensors").items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from support.file_limits import file_limit
+from support.paths import HEAD
 from support.training_runs import ENVIRONMENT, command, refusal, train
 from support.training_texts import make_texts, write_distilled
 from vllm_specformer.cli.main import main
@@ -296,6 +297,13 @@ def test_damaged_and_unfinished_data(
         ({"kl_weight": 2}, "--kl-weight 2: "),
         ({"hooks": "4,0"}, "must be strictly increasing"),
         ({"eval_share": 0.99999}, "leaves none of the 60 texts to train on"),
+        ({"kl_weight": 0.6, "tv_weight": 0.5}, "they are shares of one loss, together at most 1"),
+        ({"init": "/nowhere"}, "SpecFormer head /nowhere: config.json is missing"),
+        ({"init": HEAD}, "python-specformer: its num_draft_slots is 8, 3 was asked for"),
+        (
+            {"init": HEAD, "slots": None, "markov_rank": None},
+            "python-specformer: it is for another target (vocab_size ",
+        ),
         ({"device": "cuda"}, "--device cuda: PyTorch sees no GPU"),
         ({"target": "/nowhere"}, "target /nowhere"),
     ],

@@ -25,8 +25,9 @@ from vllm_specformer.candidates import BEAM, draft_lists
 from vllm_specformer.data.files import write_atomic
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.heldout import run_target
-from vllm_specformer.training.packed_head import DEFAULT_MEMORY, IGNORED, HookedRows, PackedHead
+from vllm_specformer.training.packed_head import DEFAULT_MEMORY, HookedRows, PackedHead
 from vllm_specformer.training.packing import Budget, collate, plan_all
+from vllm_specformer.training.slot_loss import IGNORED
 from vllm_specformer.training.texts import Texts
 
 BATCH_TOKENS = 4096

@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.hidden_states import HookedTarget
+from vllm_specformer.training.slot_loss import IGNORED, Mix, TargetProbs, slot_loss
 
 DEFAULT_MEMORY = 256 << 20
-IGNORED = -100  # the label of a slot that has none
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,12 @@ class Objective:
     """What the head is trained for.
 
     `slot_weights`: one weight per slot; in a step they are normalised over the slots that have
-    labels. `kl_weight`: share of the divergence from the target's own distribution (over the draft
-    vocabulary, renormalised), the rest is cross entropy. `memory`: bytes that logits and slot
-    activations may take, about.
+    labels. `mix`: the losses of a slot; the target's distribution is the one over the draft
+    vocabulary, renormalised. `memory`: bytes that logits and slot activations may take, about.
     """
 
     slot_weights: tuple[float, ...]
-    kl_weight: float = 0.0
+    mix: Mix = field(default_factory=Mix)
     memory: int = DEFAULT_MEMORY
 
 
@@ -207,14 +205,17 @@ class PackedHead(SpecFormerHead):
         scales = weights / (torch.where(total > 0, total, 1) * counts.clamp(min=1))
         losses = torch.zeros(2, num_slots, device=device)
         markov = self._markov_parameters()
-        logits = 8 if objective.kl_weight else 4
+        logits = 4 + 3 * objective.mix.needs_target
+        if objective.mix.needs_target:
+            logits += 2 * math.ceil(_positions_per_anchor(rows, num_slots))
         for part in self._parts(rows, num_slots, logits, objective.memory):
             slots = self.slot_states(context, rows, target, part, num_slots)
+            probs, places = self._target_probs(rows, target, part, num_slots, objective.mix)
             slot_gradients = []
             for slot, scale in enumerate(scales):
                 states = slots[:, :, slot].detach().requires_grad_()
                 mixed, cross_entropy = self._slot_loss(
-                    states, slot, rows, target, labels, part, objective.kl_weight
+                    states, slot, target, labels, part, objective.mix, probs, places
                 )
                 losses[:, slot] += torch.stack([mixed, cross_entropy]).detach()
                 gradient, *rest = torch.autograd.grad(mixed * scale, [states, *markov])
@@ -228,34 +229,42 @@ class PackedHead(SpecFormerHead):
             return []
         return [self.markov_embed.weight, self.markov_lm_head.weight]
 
+    @torch.no_grad()
+    def _target_probs(
+        self, rows: HookedRows, target: HookedTarget, part: slice, num_slots: int, mix: Mix
+    ) -> tuple[TargetProbs | None, Tensor | None]:
+        """The target's distributions at what the slots of some anchors predict.
+
+        Slots of neighbouring anchors look at the same positions, so each is computed once.
+
+        Returns:
+            The distributions, and where each slot finds its own, int64 [rows, part, K].
+        """
+        if not mix.needs_target:
+            return None, None
+        # The state that has seen the text up to the label decides the label's distribution.
+        found, places = _predicted(rows, part, num_slots).unique(return_inverse=True)
+        seen = rows.last_states.flatten(0, 1)[found]
+        return TargetProbs.of(self.scored(target.lm_head(seen))), places
+
     def _slot_loss(
         self,
         states: Tensor,
         slot: int,
-        rows: HookedRows,
         target: HookedTarget,
         labels: _Labels,
         part: slice,
-        kl_weight: float,
+        mix: Mix,
+        probs: TargetProbs | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sums over one slot of some anchors: the loss that is trained, and its cross entropy."""
-        own = labels.indices[:, part, slot]
         logits = self.scored(target.logits(states))
         if self.config.markov_rank:
             logits = logits + self.markov_logits(labels.previous[:, part, slot])
-        log_q = logits.float().log_softmax(-1)
-        cross_entropy = F.nll_loss(
-            log_q.flatten(0, 1), own.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        if not kl_weight:
-            return cross_entropy, cross_entropy
-        # The state that has seen the text up to the label decides the label's distribution.
-        seen = rows.at(rows.last_states, rows.after_anchors(1 + slot)[:, part])
-        with torch.no_grad():
-            log_p = self.scored(target.lm_head(seen)).float().log_softmax(-1)
-        divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-        divergence = divergence.masked_fill(own == IGNORED, 0).sum()
-        return (1 - kl_weight) * cross_entropy + kl_weight * divergence, cross_entropy
+        own = labels.indices[:, part, slot].flatten()
+        at = None if places is None else places[:, :, slot].flatten()
+        return slot_loss(logits.flatten(0, 1), own, mix, probs, at)
 
     @torch.no_grad()
     def drafts(
@@ -276,7 +285,7 @@ class PackedHead(SpecFormerHead):
             slots = self.slot_states(context, rows, target, part, running)[:, :, :wanted]
             for slot in range(wanted):
                 losses[slot] += self._slot_loss(
-                    slots[:, :, slot], slot, rows, target, labels, part, 0.0
+                    slots[:, :, slot], slot, target, labels, part, Mix()
                 )[1]
             found.append(self.draft(target.logits(slots), rows.bonus_tokens[:, part]))
         return torch.cat(found, dim=1), losses, labels.counts
@@ -338,6 +347,24 @@ class PackedHead(SpecFormerHead):
         q = _log_prob(logits.float() / temperature, own.clamp(min=0))
         p = _log_prob(keep(target.lm_head(seen).float() / temperature), tokens)
         return (q - p).exp().clamp(max=1).masked_fill(own == IGNORED, 0)
+
+
+def _predicted(rows: HookedRows, part: slice, num_slots: int) -> Tensor:
+    """Where the target predicts what the slots of some anchors do, int64 [rows, part, K].
+
+    Numbered through all rows.
+    """
+    length = rows.input_ids.shape[1]
+    slots = torch.arange(num_slots, device=rows.anchors.device)
+    positions = (rows.anchors[:, part].unsqueeze(-1) + 1 + slots).clamp(max=length - 1)
+    starts = length * torch.arange(len(positions), device=slots.device)
+    return positions + starts[:, None, None]
+
+
+def _positions_per_anchor(rows: HookedRows, num_slots: int) -> float:
+    """Different positions that the slots predict: 1 if anchors lie close, at most one per slot."""
+    positions = _predicted(rows, slice(None), num_slots)
+    return positions.unique().numel() / rows.anchors.numel()
 
 
 def _log_prob(scores: Tensor, tokens: Tensor) -> Tensor:

@@ -156,7 +156,11 @@ def about(
         dtype: of the weights that are served.
     """
     counted, settings = inputs.counts, inputs.settings
-    places = {"target": lasting(settings.target), "data": [lasting(d) for d in settings.data]}
+    places: dict[str, Any] = {
+        "target": lasting(settings.target),
+        "data": [lasting(d) for d in settings.data],
+        "init": settings.init and lasting(settings.init),
+    }
     return {
         "target": inputs.target.model_dump(),
         "data": {

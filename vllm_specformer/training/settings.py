@@ -13,9 +13,10 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from vllm_specformer.config import MAX_SLOT_LAYERS, MAX_SLOTS
 from vllm_specformer.settings import CommandSettings, Directory, Flag, Revision
+from vllm_specformer.training.slot_loss import Mix
 
 # They may move between the beginning of a run and its continuation.
-PLACES = ("target", "data", "out", "finish")
+PLACES = ("target", "data", "out", "finish", "init")
 SLOT_DECAY = 0.85
 COSINE_FLOOR = 0.02  # of the highest rate: 5e-4 falls to 1e-5, as in the paper
 DECAY_SHARE = 0.5  # of the steps of a trapezoid
@@ -25,6 +26,18 @@ LEARNING_RATES = {"adamw": 5e-4, "muon": 0.02}
 # Per text. A CPU spends most of a step on the target's pass, so it makes more of each.
 GPU_ANCHORS, CPU_ANCHORS = 32, 128
 EVAL_TEXTS = 64
+# Options about the head's shape, and the fields of its configuration that they decide.
+_SHAPE_FIELDS = {
+    "slots": "num_draft_slots",
+    "slot_layers": "num_slot_layers",
+    "markov_rank": "markov_rank",
+    "draft_vocab": "draft_vocab_size",
+    "hooks": "aux_hidden_state_layer_ids",
+    "slot_mask": "slot_mask",
+    "bonus_embedding": "use_bonus_embedding",
+    "nested_slots": "nested_slots",
+    "intermediate_size": "intermediate_size",
+}
 
 
 def _list(value: Any) -> Any:
@@ -67,6 +80,11 @@ class TrainSettings(CommandSettings):
         False, description="Train on what an unfinished distillation has written so far."
     )
 
+    init: Directory | None = Field(
+        None,
+        description="Begin with the weights of this head, of the same target, instead of random "
+        "ones; its shape and draft vocabulary are kept.",
+    )
     preset: Literal["default", "paper"] = Field("default", description="Kind of head.")
     slots: int = Field(8, ge=1, le=MAX_SLOTS, description="K, tokens drafted in one pass.")
     slot_layers: int | None = Field(
@@ -146,7 +164,14 @@ class TrainSettings(CommandSettings):
         ge=0,
         le=1,
         description="Share of the divergence from the target's distribution in the loss; default: "
-        "0.5, 0 for the paper's head.",
+        "0.5, 0 for the paper's head and beside --tv-weight.",
+    )
+    tv_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the total variation from the target's distribution, the chance that "
+        "a sampled draft is rejected; what these two leave is cross entropy.",
     )
 
     eval_share: float = Field(0.05, ge=0, lt=1, description="Share of the texts held out.")
@@ -182,6 +207,11 @@ class TrainSettings(CommandSettings):
                 if not getattr(self, name):
                     raise ValueError(f"{self.written(name)}: needed")
         self.weights()
+        if (self.kl_weight or 0.0) + self.tv_weight > 1:
+            raise ValueError(
+                f"--kl-weight {self.kl_weight}, --tv-weight {self.tv_weight}: they are shares of "
+                "one loss, together at most 1"
+            )
         if self.slot_counts is not None:
             _within("--slot-counts", self.slot_counts, self.slots)
         return self
@@ -231,29 +261,37 @@ class TrainSettings(CommandSettings):
         """The scheduler in force."""
         return self.scheduler or ("trapezoid" if self.optimizer == "muon" else "cosine")
 
+    def with_slots(self, slots: int) -> TrainSettings:
+        """The same with so many slots, unless their number was given.
+
+        Raises:
+            ValueError: another option does not suit them.
+        """
+        if "slots" in self.model_fields_set:
+            return self
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return TrainSettings(**given | {"slots": slots})
+
+    def shape_options(self) -> dict[str, Any]:
+        """Options that were given about the head's shape: field of its configuration -> value."""
+        given = {_SHAPE_FIELDS[name] for name in self.model_fields_set if name in _SHAPE_FIELDS}
+        return {name: value for name, value in self.head_fields().items() if name in given}
+
     @property
-    def divergence(self) -> float:
-        """The share of the loss that is divergence, the rest being cross entropy."""
-        if self.kl_weight is not None:
-            return self.kl_weight
-        return KL_WEIGHT if self.preset == "default" else 0.0
+    def mix(self) -> Mix:
+        """The losses of a slot."""
+        divergence = self.kl_weight
+        if divergence is None:
+            divergence = KL_WEIGHT if self.preset == "default" and not self.tv_weight else 0.0
+        return Mix(divergence, self.tv_weight)
 
     def head_fields(self) -> dict[str, Any]:
         """Fields of the head's configuration that differ from the preset's."""
         rank = self.markov_rank
         if rank is None and self.preset == "default":
             rank = MARKOV_RANK
-        fields = {
-            "num_draft_slots": self.slots,
-            "num_slot_layers": self.slot_layers,
-            "markov_rank": rank,
-            "draft_vocab_size": self.draft_vocab,
-            "aux_hidden_state_layer_ids": self.hooks,
-            "slot_mask": self.slot_mask,
-            "use_bonus_embedding": self.bonus_embedding,
-            "nested_slots": self.nested_slots,
-            "intermediate_size": self.intermediate_size,
-        }
+        fields = {field: getattr(self, name) for name, field in _SHAPE_FIELDS.items()}
+        fields["markov_rank"] = rank
         return {name: value for name, value in fields.items() if value is not None}
 
 

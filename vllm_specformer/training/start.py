@@ -1,4 +1,4 @@
-"""Where a head begins: at logits that are nearly equal, so that its first loss is near ln(V).
+"""Where a head begins: at another head, or at logits that are nearly equal (loss near ln V).
 
 The slots of a new head have random states. The target's final norm scales them to the length of its
 own, and its lm_head makes confident, wrong words of them: the loss begins at twice ln(V), and the
@@ -8,16 +8,80 @@ makes the least difference between tokens, several times as long as what is rand
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
+from vllm_specformer.config import HeadConfigError, HeadFields, SpecFormerConfig, read_head_config
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.hidden_states import HookedTarget
+from vllm_specformer.target.model import head_config
 
 _TOKENS = 8192  # of the vocabulary, evenly spread, that stand for all
 _ROWS = 256  # states at a time
 _TIMES = 4.0  # the length of a bias, in lengths of the random part of a slot
 _INIT_STD = 0.02  # of a head's weights, see SpecFormerHead._init_weights
+_NAMES = ("target_name_or_path", "tree_ranking")
+# Choices that a target leaves open; what it decides must be the same in both heads.
+_OPEN = (
+    "num_draft_slots",
+    "num_slot_layers",
+    "markov_rank",
+    "draft_vocab_size",
+    "aux_hidden_state_layer_ids",
+    "slot_mask",
+    "use_bonus_embedding",
+    "nested_slots",
+    "intermediate_size",
+    *_NAMES,
+)
+
+
+def config_of_start(
+    start: Path, target: PreTrainedConfig, name: str, asked: Mapping[str, Any]
+) -> SpecFormerConfig:
+    """The configuration of a head that begins with another one's weights: that head's own shape.
+
+    Args:
+        start: directory of the other head.
+        target, name: the target, and where the new head finds it.
+        asked: fields of the shape that the user gave.
+
+    Raises:
+        HeadConfigError: it is no head, is of another shape than asked for, or for another target.
+    """
+    begun = read_head_config(start)
+    for field, value in asked.items():
+        has = getattr(begun, field)
+        if (list(value) if isinstance(value, tuple) else value) != has:
+            raise HeadConfigError(
+                f"--init {start}: its {field} is {has}, {value} was asked for",
+                "leave that option out, or begin without --init",
+            )
+    own = SpecFormerConfig.preset("default", target, name)
+    for field in HeadFields.model_fields:
+        old, new = getattr(begun, field), getattr(own, field)
+        if old != new and field not in _OPEN:
+            raise HeadConfigError(
+                f"--init {start}: it is for another target ({field} {old}, here {new})",
+                "begin with a head of this target, or without --init",
+            )
+    shape = {field: getattr(begun, field) for field in _OPEN if field not in _NAMES}
+    return head_config("default", target, name, **shape)
+
+
+def start_from(head: SpecFormerHead, start: Path) -> None:
+    """Take over all weights of the head in a directory, and its draft vocabulary.
+
+    Raises:
+        OSError: its weights are not there or cannot be read.
+    """
+    other = SpecFormerHead.from_pretrained(start, dtype=torch.float32)
+    head.load_state_dict(other.state_dict())
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import transformers
 from accelerate import PartialState
 from transformers.trainer_callback import PrinterCallback
 
-from vllm_specformer.config import SpecFormerConfig
+from vllm_specformer.config import SpecFormerConfig, read_head_config
 from vllm_specformer.data.files import directory_lock
 from vllm_specformer.data.manifest import read_manifest
 from vllm_specformer.data.shards import read_shards
@@ -40,7 +40,7 @@ from vllm_specformer.training.packing import Batch, Batches, Budget, plan_all
 from vllm_specformer.training.result import Inputs, about, write_json, write_result
 from vllm_specformer.training.run_directory import RunDirectory, disk_errors
 from vllm_specformer.training.settings import EVAL_TEXTS, TrainSettings
-from vllm_specformer.training.start import start_flat
+from vllm_specformer.training.start import config_of_start, start_flat, start_from
 from vllm_specformer.training.texts import Texts, read_texts, split
 from vllm_specformer.training.trainer import (
     HeadTrainer,
@@ -69,6 +69,8 @@ def train(
         SpecFormerError: anything the user can put right, before long work where possible.
         KeyboardInterrupt: `stop` said so.
     """
+    if settings.init is not None:
+        settings = settings.with_slots(read_head_config(settings.init).num_draft_slots)
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,14 +149,23 @@ def _run(
     settings, device, main = inputs.settings, processes.device, processes.is_main_process
     target_config = read_target_config(inputs.directory)
     name = settings.target_name or lasting(settings.target)
-    config = head_config(settings.preset, target_config, name, **settings.head_fields())
+    if settings.init is None:
+        config = head_config(settings.preset, target_config, name, **settings.head_fields())
+    else:
+        config = config_of_start(settings.init, target_config, name, settings.shape_options())
     texts, trained, held_out = _read_texts(inputs, config.max_position_embeddings)
 
     model = load_target(inputs.directory, _DTYPES[inputs.dtype], device)
     transformers.utils.logging.disable_progress_bar()  # one bar is enough from here on
     target = HookedTarget(model, config.aux_hidden_state_layer_ids)
     check_parts(target, settings.target)
-    vocabulary = _draft_vocabulary(inputs, config, texts, trained)
+    torch.manual_seed(settings.seed)
+    head = PackedHead(config)
+    if settings.init is not None:
+        start_from(head, settings.init)
+    vocabulary = head.draft_token_ids
+    if vocabulary is not None and settings.init is None:
+        vocabulary.copy_(_draft_vocabulary(inputs, config, texts, trained))
     if vocabulary is not None:
         target.score_only(vocabulary)
     packed = settings.batch_size is None and can_pack(target)
@@ -180,7 +191,6 @@ def _run(
         if config.draft_vocab_size == 0 and settings.draft_vocab is None:
             for note in suggestion(texts, trained, config):
                 _say(note)
-    torch.manual_seed(settings.seed)
     limit = settings.max_hours and settings.max_hours * 3600
     clock = Clock(limit, lambda number: _of_first(number, processes))
     steps_per_evaluation = len(held_out) * work.evaluated_text / work.step
@@ -189,8 +199,7 @@ def _run(
     )
     default = _GPU_MEMORY if device.type == "cuda" else _CPU_MEMORY
     checkpoint = directory.last_checkpoint()
-    head = _new_head(config, vocabulary)
-    if checkpoint is None:
+    if checkpoint is None and settings.init is None:
         start_flat(head, target)
     trainer = HeadTrainer(
         head,
@@ -305,20 +314,11 @@ def _batches(
 
 def _draft_vocabulary(
     inputs: Inputs, config: SpecFormerConfig, texts: Texts, trained: np.ndarray
-) -> torch.Tensor | None:
-    """The tokens the head is to score, int64 [N], if not all; held-out texts have no say in it."""
-    if not config.draft_vocab_size:
-        return None
+) -> torch.Tensor:
+    """The tokens the head is to score, int64 [N]; held-out texts have no say in it."""
     ends = end_token_ids(inputs.directory)
     chosen = choose_tokens(texts, trained, config.draft_vocab_size, config.vocab_size, ends)
     return torch.from_numpy(chosen)
-
-
-def _new_head(config: SpecFormerConfig, vocabulary: torch.Tensor | None) -> PackedHead:
-    head = PackedHead(config)
-    if head.draft_token_ids is not None and vocabulary is not None:
-        head.draft_token_ids.copy_(vocabulary)
-    return head
 
 
 def _evaluation_batches(

@@ -124,7 +124,7 @@ class HeadTrainer(Trainer):
         self.packed, self.memory, self.save_dtype = packed, memory, save_dtype
         self.texts, self.held_out = batches.texts, held_out
         self.clock, self.quiet = clock, quiet
-        self.objective = Objective(settings.weights(), settings.divergence, memory)
+        self.objective = Objective(settings.weights(), settings.mix, memory)
         self.loss_is_scaled_for_ga = False
         super().__init__(
             model=head,
