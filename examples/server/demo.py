@@ -1,6 +1,7 @@
-"""`make demo`: serve the bundled pair with vLLM, talk to it, and compare it with no speculation.
+"""`make demo`: serve a model with its head by vLLM, talk to it, compare it with no speculation.
 
-Greedy first, then the same prompts at temperature 1, where the head's drafts are drawn.
+Greedy first, then the same prompts sampled, where the head's drafts are drawn. `--pair smollm2` is
+a language model of 135M parameters, `--pair bundled` the tests' small model, which writes Python.
 
 Two servers run the same target, one with the SpecFormer head and one without. They are measured in
 turn, never at the same time: a waiting vLLM server uses about 1% of a core, so the one that
@@ -20,12 +21,13 @@ import signal
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from load import PairedRounds, complete, in_pairs, read_prompts, stream
+from load import PairedRounds, Service, complete, in_pairs, read_prompts, stream
 from rich.console import Console
 from rich.table import Table
 
@@ -33,19 +35,66 @@ from vllm_specformer.serving.counts import DraftCounts, read_draft_counts
 from vllm_specformer.serving.server import Server, ServerError, serving
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGET = "examples/models/python-target"
-HEAD = "examples/models/python-specformer"
-PROMPTS = ROOT / "examples" / "server" / "prompts.jsonl"
-CONCURRENT = 16
+MODELS = "examples/models"
+PROMPTS = ROOT / "examples" / "server"
 # fmt: off
 SERVE_OPTIONS = [
-    TARGET, "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", str(CONCURRENT),
-    "--kv-cache-memory-bytes", "256M",
+    "--dtype", "float32", "--kv-cache-memory-bytes", "256M",
     "--enforce-eager",  # no compilation while two servers start
     "--no-enable-prefix-caching",  # so that a repeated round does the whole work again
     "--disable-uvicorn-access-log",
 ]
 # fmt: on
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target, its head, and what the demo asks of them.
+
+    `together` is the second number of requests at a time that is measured, beside one; `sampled`
+    the temperature; `prompts` and `alone_prompts` how many prompts a round has at `together` and
+    at one at a time.
+    """
+
+    target: str
+    head: str
+    questions: str
+    chat: bool
+    together: int
+    sampled: float
+    prompts: int
+    alone_prompts: int
+    max_tokens: int
+
+    @property
+    def together_key(self) -> str:
+        """Ends the names of results at `together` requests."""
+        return f"_{self.together}"
+
+    @property
+    def sampled_key(self) -> str:
+        """Ends the names of results of sampled requests."""
+        return f"_temperature_{self.sampled:g}"
+
+    @property
+    def options(self) -> list[str]:
+        limits = ["--max-model-len", "512", "--max-num-seqs", str(self.together)]
+        return [self.target, *SERVE_OPTIONS, *limits]
+
+    def on(self, server: Server) -> Service:
+        return Service(server.url, self.target, self.chat, self.max_tokens)
+
+
+PAIRS = {
+    "smollm2": Pair(
+        f"{MODELS}/smollm2-target", f"{MODELS}/smollm2-specformer", "chats.jsonl",
+        chat=True, together=4, sampled=0.7, prompts=12, alone_prompts=4, max_tokens=96,
+    ),
+    "bundled": Pair(
+        f"{MODELS}/python-target", f"{MODELS}/python-specformer", "prompts.jsonl",
+        chat=False, together=16, sampled=1.0, prompts=32, alone_prompts=6, max_tokens=128,
+    ),
+}  # fmt: skip
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -71,40 +120,58 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pair", choices=sorted(PAIRS), default="bundled")
     parser.add_argument("--num-speculative-tokens", type=int, default=4, metavar="K")
     parser.add_argument("--rounds", type=int, default=3, help="measured pairs per concurrency")
-    parser.add_argument("--prompts", type=int, default=32, help="prompts per round of 16 at a time")
-    parser.add_argument("--sequential-prompts", type=int, default=6, help="... of one at a time")
+    parser.add_argument("--prompts", type=int, help="prompts per round of several at a time")
+    parser.add_argument("--sequential-prompts", type=int, help="prompts per round of one at a time")
     parser.add_argument("--out", type=Path, default=Path("build/demo.json"))
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    prompts = read_prompts(PROMPTS)[: args.prompts]
+    pair = PAIRS[args.pair]
+    pair = replace(
+        pair,
+        prompts=args.prompts or pair.prompts,
+        alone_prompts=args.sequential_prompts or pair.alone_prompts,
+    )
+    prompts = read_prompts(PROMPTS / pair.questions)[: pair.prompts]
     speculative = {
         "method": "specformer",
-        "model": HEAD,
+        "model": pair.head,
         "num_speculative_tokens": args.num_speculative_tokens,
     }
     with contextlib.ExitStack() as stack:
-        drafting = start(stack, "with", ["--speculative-config", json.dumps(speculative)])
-        show_requests(drafting, prompts)
-        plain = start(stack, "without", [])
-        counts, (alone, together) = counted(
-            drafting, partial(measure, args, drafting, plain, prompts)
-        )
-        drawn, sampled = counted(
-            drafting, partial(measure, args, drafting, plain, prompts, temperature=1.0)
-        )
-    results = as_results(counts, alone, together) | sampled_results(drawn, *sampled)
-    print_table(results, alone, together, sampled)
+        options = ["--speculative-config", json.dumps(speculative)]
+        drafting = start(stack, "with", [*pair.options, *options])
+        show_requests(pair, pair.on(drafting), prompts)
+        plain = start(stack, "without", pair.options)
+        warn_if_busy()
+        send = partial(measure, args.rounds, pair, pair.on(drafting), pair.on(plain), prompts)
+        counts, greedy = counted(drafting, send)
+        drawn, sampled = counted(drafting, partial(send, temperature=pair.sampled))
+    results = as_results(pair, counts, *greedy) | sampled_results(pair, drawn, *sampled)
+    print_table(pair, results, greedy, sampled)
     return results | {
+        "pair": args.pair,
         "start_up_s": [round(server.started_in_s, 1) for server in (drafting, plain)],
         "commands": [without_machine_paths(server.command) for server in (drafting, plain)],
         "rounds": args.rounds,
         "cpu": {"cores": os.cpu_count(), "machine": platform.machine()},
         "versions": versions(),
     }
+
+
+def warn_if_busy() -> None:
+    """Say so where other programs take the machine's time."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores:
+        console.print(
+            f"\nwarning: the machine is busy (load {load:.1f} on {cores} cores), so the times "
+            "below say little",
+            style="yellow",
+        )
 
 
 def start(stack: contextlib.ExitStack, name: str, options: list[str]) -> Server:
@@ -121,33 +188,36 @@ def start(stack: contextlib.ExitStack, name: str, options: list[str]) -> Server:
             reported = int(seconds)
             console.print(f"  loading, {reported} s")
 
-    server = stack.enter_context(serving([*SERVE_OPTIONS, *options], log, on_wait=on_wait))
+    server = stack.enter_context(serving(options, log, on_wait=on_wait))
     console.print(f"  {server.command}", markup=False)
     console.print(f"  answered /health after {server.started_in_s:.0f} s")
     return server
 
 
-def show_requests(server: Server, prompts: list[str]) -> None:
-    """One streamed completion, then 16 at once, printing text as it comes."""
+def show_requests(pair: Pair, service: Service, prompts: list[str]) -> None:
+    """One streamed answer, then several at once, printing text as it comes."""
 
     def show(text: str, style: str = "", end: str = "") -> None:
         console.print(text, style=style, markup=False, end=end)
 
-    console.print("\n[bold]One completion, streamed[/] (the prompt is dimmed)")
-    show(prompts[0], "dim")
-    stream(server.url, TARGET, prompts[0], show)
+    def ask(prompt: str) -> None:
+        show(prompt, "dim", end="\n\n" if pair.chat else "")
 
-    console.print(f"\n\n[bold]{CONCURRENT} at once[/], in the order in which they finish")
+    console.print("\n[bold]One answer, streamed[/] (the prompt is dimmed)")
+    ask(prompts[0])
+    stream(service, prompts[0], show)
+
+    console.print(f"\n\n[bold]{pair.together} at once[/], in the order in which they finish")
     finished = 0
 
     def on_completion(completion: Any) -> None:
         nonlocal finished
         finished += 1
-        console.print(f"# {finished} of {CONCURRENT}", style="cyan")
-        show(completion.prompt, "dim")
+        console.print(f"# {finished} of {pair.together}", style="cyan")
+        ask(completion.prompt)
         show(completion.text, end="\n")
 
-    complete(server.url, TARGET, prompts[:CONCURRENT], CONCURRENT, on_completion)
+    complete(service, prompts[: pair.together], pair.together, on_completion)
 
 
 Pairs = tuple[PairedRounds, PairedRounds]
@@ -161,86 +231,91 @@ def counted(server: Server, work: Callable[[], Pairs]) -> tuple[DraftCounts, Pai
 
 
 def measure(
-    args: argparse.Namespace,
-    drafting: Server,
-    plain: Server,
+    rounds: int,
+    pair: Pair,
+    drafting: Service,
+    plain: Service,
     prompts: list[str],
     temperature: float = 0.0,
 ) -> Pairs:
-    """Paired rounds at concurrency 1 and 16, after a warm-up of both servers."""
+    """Paired rounds of one request and of several at a time, after a warm-up of both servers."""
     measured = []
     send = partial(complete, temperature=temperature)
-    for server in (drafting, plain):
-        send(server.url, TARGET, prompts[:CONCURRENT], CONCURRENT)
-    for concurrency, used in ((1, prompts[: args.sequential_prompts]), (CONCURRENT, prompts)):
+    for service in (drafting, plain):
+        send(service, prompts[: pair.together], pair.together)
+    for concurrency, used in ((1, prompts[: pair.alone_prompts]), (pair.together, prompts)):
         console.print(
-            f"\n[bold]Measuring[/] {args.rounds} pairs of rounds at temperature {temperature:g}: "
+            f"\n[bold]Measuring[/] {rounds} pairs of rounds at temperature {temperature:g}: "
             f"{len(used)} prompts, {concurrency} at a time"
         )
         measured.append(
             in_pairs(
-                partial(send, drafting.url, TARGET, used, concurrency),
-                partial(send, plain.url, TARGET, used, concurrency),
-                args.rounds,
+                partial(send, drafting, used, concurrency),
+                partial(send, plain, used, concurrency),
+                rounds,
             )
         )
     return measured[0], measured[1]
 
 
-def as_results(counts: DraftCounts, alone: PairedRounds, together: PairedRounds) -> dict[str, Any]:
+def as_results(
+    pair: Pair, counts: DraftCounts, alone: PairedRounds, together: PairedRounds
+) -> dict[str, Any]:
     differing = sorted({*alone.differing_prompts(), *together.differing_prompts()})
-    return {
+    found = {
         "tokens_per_step": round(counts.tokens_per_step, 3),
         "acceptance_per_position": [round(a, 3) for a in counts.acceptance_per_position],
-        "tokens_per_second_with": round(alone.tokens_per_second[0], 1),
-        "tokens_per_second_without": round(alone.tokens_per_second[1], 1),
-        "ratio": round(statistics.median(alone.ratios), 3),
-        "tokens_per_second_with_16": round(together.tokens_per_second[0], 1),
-        "tokens_per_second_without_16": round(together.tokens_per_second[1], 1),
-        "ratio_16": round(statistics.median(together.ratios), 3),
+    }
+    for suffix, pairs in (("", alone), (pair.together_key, together)):
+        with_drafts, without = pairs.tokens_per_second
+        found |= {
+            f"tokens_per_second_with{suffix}": round(with_drafts, 1),
+            f"tokens_per_second_without{suffix}": round(without, 1),
+            f"ratio{suffix}": round(statistics.median(pairs.ratios), 3),
+        }
+    return found | {
         "identical_greedy_outputs": not differing,
         "differing_prompts": differing,
     }
 
 
-SAMPLED = "_temperature_1"
-
-
 def sampled_results(
-    counts: DraftCounts, alone: PairedRounds, together: PairedRounds
+    pair: Pair, counts: DraftCounts, alone: PairedRounds, together: PairedRounds
 ) -> dict[str, Any]:
-    """The same figures at temperature 1, where texts differ from round to round."""
-    found = as_results(counts, alone, together)
+    """The same figures for sampled requests, whose texts differ from round to round."""
+    found = as_results(pair, counts, alone, together)
     texts = ("identical_greedy_outputs", "differing_prompts")
-    return {f"{name}{SAMPLED}": value for name, value in found.items() if name not in texts}
+    return {name + pair.sampled_key: value for name, value in found.items() if name not in texts}
 
 
-def print_table(
-    results: dict[str, Any], alone: PairedRounds, together: PairedRounds, sampled: Pairs
-) -> None:
+def print_table(pair: Pair, results: dict[str, Any], greedy: Pairs, sampled: Pairs) -> None:
     table = Table("", "with SpecFormer", "without", "ratio (min-max of the pairs)")
-    for concurrency, suffix, pairs in (
-        (1, "", alone),
-        (CONCURRENT, "_16", together),
-        (1, SAMPLED, sampled[0]),
-        (CONCURRENT, f"_16{SAMPLED}", sampled[1]),
-    ):
-        at = ", temperature 1" if suffix.endswith(SAMPLED) else ""
-        table.add_row(
-            f"tokens/s, {concurrency} at a time{at}",
-            f"{results['tokens_per_second_with' + suffix]:.0f}",
-            f"{results['tokens_per_second_without' + suffix]:.0f}",
-            f"{results['ratio' + suffix]:.2f} ({min(pairs.ratios):.2f}-{max(pairs.ratios):.2f})",
-        )
-    for suffix, at in (("", ""), (SAMPLED, ", temperature 1")):
-        steps = f"{results['tokens_per_step' + suffix]:.2f}"
-        table.add_row(f"tokens per step{at}", steps, "1", "")
-        accepted = "  ".join(f"{a:.2f}" for a in results["acceptance_per_position" + suffix])
+    temperatures = {"": "", pair.sampled_key: f", temperature {pair.sampled:g}"}
+    for (kind, at), measured in zip(temperatures.items(), (greedy, sampled), strict=True):
+        sizes = {"": 1, pair.together_key: pair.together}
+        for (name, concurrency), pairs in zip(sizes.items(), measured, strict=True):
+            suffix = name + kind
+            table.add_row(
+                f"tokens/s, {concurrency} at a time{at}",
+                f"{results['tokens_per_second_with' + suffix]:.0f}",
+                f"{results['tokens_per_second_without' + suffix]:.0f}",
+                f"{results['ratio' + suffix]:.2f} "
+                f"({min(pairs.ratios):.2f}-{max(pairs.ratios):.2f})",
+            )
+    for kind, at in temperatures.items():
+        table.add_row(f"tokens per step{at}", f"{results['tokens_per_step' + kind]:.2f}", "1", "")
+        accepted = "  ".join(f"{a:.2f}" for a in results["acceptance_per_position" + kind])
         table.add_row(f"acceptance per position{at}", accepted, "", "")
     identical = "yes" if results["identical_greedy_outputs"] else "NO"
     table.add_row("identical greedy outputs", identical, "", "")
     console.print()
     console.print(table)
+    if any(pairs.is_noisy for pairs in (*greedy, *sampled)):
+        console.print(
+            "warning: pairs of rounds differ by more than half, so other programs had part of the "
+            "machine; the ratios say little",
+            style="yellow",
+        )
     for prompt in results["differing_prompts"]:
         console.print(f"outputs differ for the prompt {prompt!r}", style="red", markup=False)
 

@@ -9,11 +9,33 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from openai import AsyncOpenAI, OpenAI
 
-MAX_TOKENS = 128
 REQUEST_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """A model behind a server, and how it is asked: by chat, or to continue a text."""
+
+    url: str
+    model: str
+    chat: bool
+    max_tokens: int = 128
+
+    def question(self, prompt: str) -> dict[str, Any]:
+        """The request without how it is sampled."""
+        asked = {"messages": [{"role": "user", "content": prompt}]}
+        return {
+            "model": self.model,
+            "max_tokens": self.max_tokens,
+            **(asked if self.chat else {"prompt": prompt}),
+        }
+
+    def endpoint(self, client: Any) -> Any:
+        return client.chat.completions if self.chat else client.completions
 
 
 @dataclass(frozen=True)
@@ -59,6 +81,11 @@ class PairedRounds:
             for a, b in zip(self.with_drafts, self.without, strict=True)
         ]
 
+    @property
+    def is_noisy(self) -> bool:
+        """Whether ratios lie more than half apart: something else took the machine's time."""
+        return max(self.ratios) > 1.5 * min(self.ratios)
+
     def differing_prompts(self) -> list[str]:
         """Prompts whose tokens are not the same in every round of both servers."""
         outputs: dict[str, set[tuple[int, ...]]] = {}
@@ -72,59 +99,63 @@ def read_prompts(path: Path) -> list[str]:
     return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
 
 
-def stream(url: str, model: str, prompt: str, on_text: Callable[[str], None]) -> None:
-    """One greedy completion; `on_text` gets each piece as it arrives."""
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=REQUEST_TIMEOUT_S, max_retries=0)
-    with client:
-        for chunk in client.completions.create(
-            model=model, prompt=prompt, max_tokens=MAX_TOKENS, temperature=0, stream=True
+def stream(service: Service, prompt: str, on_text: Callable[[str], None]) -> None:
+    """One greedy answer; `on_text` gets each piece as it arrives."""
+    with OpenAI(**_client_options(service)) as client:
+        for chunk in service.endpoint(client).create(
+            **service.question(prompt), temperature=0, stream=True
         ):
-            on_text(chunk.choices[0].text)
+            choice = chunk.choices[0]
+            on_text((choice.delta.content or "") if service.chat else choice.text)
 
 
 def complete(
-    url: str,
-    model: str,
+    service: Service,
     prompts: Sequence[str],
     concurrency: int,
     on_completion: Callable[[Completion], None] = lambda completion: None,
     temperature: float = 0.0,
 ) -> Round:
-    """Complete all prompts, at most `concurrency` at a time; timed as a whole."""
-    return asyncio.run(_complete(url, model, prompts, concurrency, on_completion, temperature))
+    """Answer all prompts, at most `concurrency` at a time; timed as a whole."""
+    return asyncio.run(_complete(service, prompts, concurrency, on_completion, temperature))
 
 
 async def _complete(
-    url: str,
-    model: str,
+    service: Service,
     prompts: Sequence[str],
     concurrency: int,
     on_completion: Callable[[Completion], None],
     temperature: float,
 ) -> Round:
     slots = asyncio.Semaphore(concurrency)
-    async with AsyncOpenAI(
-        base_url=f"{url}/v1", api_key="none", timeout=REQUEST_TIMEOUT_S, max_retries=0
-    ) as client:
+    async with AsyncOpenAI(**_client_options(service)) as client:
 
         async def one(prompt: str) -> Completion:
             async with slots:
-                answer = await client.completions.create(
-                    model=model,
-                    prompt=prompt,
-                    max_tokens=MAX_TOKENS,
+                answer = await service.endpoint(client).create(
+                    **service.question(prompt),
                     temperature=temperature,
                     extra_body={"return_token_ids": True},
                 )
             choice = answer.choices[0]
             token_ids = tuple((choice.model_extra or {})["token_ids"])
-            completion = Completion(prompt, choice.text, token_ids)
+            text = choice.message.content if service.chat else choice.text
+            completion = Completion(prompt, text, token_ids)
             on_completion(completion)
             return completion
 
         started = time.perf_counter()
         completions = await asyncio.gather(*(one(prompt) for prompt in prompts))
         return Round(time.perf_counter() - started, tuple(completions))
+
+
+def _client_options(service: Service) -> dict[str, Any]:
+    return {
+        "base_url": f"{service.url}/v1",
+        "api_key": "none",
+        "timeout": REQUEST_TIMEOUT_S,
+        "max_retries": 0,
+    }
 
 
 def in_pairs(

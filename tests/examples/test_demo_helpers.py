@@ -49,7 +49,8 @@ def test_differing_outputs_are_found() -> None:
 
 def test_results_have_the_promised_keys(capsys: pytest.CaptureFixture[str]) -> None:
     pairs = load.PairedRounds((rounds_of(1.0),), (rounds_of(1.8),))
-    results = demo.as_results(DraftCounts(10, 40, 17, (9, 5, 2, 1)), pairs, pairs)
+    pair = demo.PAIRS["bundled"]
+    results = demo.as_results(pair, DraftCounts(10, 40, 17, (9, 5, 2, 1)), pairs, pairs)
     assert json.loads(json.dumps(results)) == results
     assert results["tokens_per_step"] == 2.7
     assert results["acceptance_per_position"] == [0.9, 0.5, 0.2, 0.1]
@@ -58,16 +59,41 @@ def test_results_have_the_promised_keys(capsys: pytest.CaptureFixture[str]) -> N
     assert results["ratio"] == results["ratio_16"] == 1.8
     assert results["identical_greedy_outputs"] is True
     slower = load.PairedRounds((rounds_of(1.0),), (rounds_of(1.25),))
-    sampled = demo.sampled_results(DraftCounts(10, 40, 12, (7, 3, 1, 1)), slower, pairs)
+    sampled = demo.sampled_results(pair, DraftCounts(10, 40, 12, (7, 3, 1, 1)), slower, pairs)
     assert not sampled.keys() & results.keys()
     assert sampled["tokens_per_step_temperature_1"] == 2.2
     assert sampled["acceptance_per_position_temperature_1"] == [0.7, 0.3, 0.1, 0.1]
     assert sampled["ratio_temperature_1"] == 1.25
     assert sampled["ratio_16_temperature_1"] == 1.8
-    demo.print_table(results | sampled, pairs, pairs, (slower, pairs))
+    demo.print_table(pair, results | sampled, (pairs, pairs), (slower, pairs))
     printed = capsys.readouterr().out
     assert "temperature 1" in printed
+    assert "warning" not in printed
     assert "1.25 (1.25-1.25)" in printed
+
+
+def test_noisy_measurements_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    pair, still = demo.PAIRS["smollm2"], rounds_of(1.0)
+    quiet = load.PairedRounds((still, still), (rounds_of(1.0), rounds_of(1.4)))
+    noisy = load.PairedRounds((still, still), (rounds_of(1.0), rounds_of(1.6)))
+    assert not quiet.is_noisy
+    assert noisy.is_noisy
+    counts = DraftCounts(10, 40, 17, (9, 5, 2, 1))
+    results = demo.as_results(pair, counts, quiet, noisy)
+    results |= demo.sampled_results(pair, counts, quiet, quiet)
+    assert results["ratio_4_temperature_0.7"] == results["ratio"]
+    demo.print_table(pair, results, (quiet, noisy), (quiet, quiet))
+    assert "warning: pairs of rounds differ by more than half" in capsys.readouterr().out
+
+
+def test_a_busy_machine_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for load_of_machine, warned in ((1.0, False), (3.0, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load_of_machine: (load, 0.0, 0.0))
+        monkeypatch.setattr(os, "cpu_count", lambda: 2)
+        demo.warn_if_busy()
+        assert ("warning: the machine is busy" in capsys.readouterr().out) is warned
 
 
 def test_recorded_command_names_no_path_of_this_machine() -> None:
@@ -75,16 +101,29 @@ def test_recorded_command_names_no_path_of_this_machine() -> None:
     assert demo.without_machine_paths(".venv/bin/python a.py") == ".venv/bin/python a.py"
 
 
-def test_prompts_are_distinct_and_leave_the_body_open() -> None:
-    prompts = load.read_prompts(demo.PROMPTS)
-    assert len(prompts) == len(set(prompts)) >= 2 * demo.CONCURRENT
-    assert all(p.startswith("def ") and p.endswith('"""') for p in prompts)
+def test_prompts_are_distinct_and_enough() -> None:
+    for pair in demo.PAIRS.values():
+        prompts = load.read_prompts(demo.PROMPTS / pair.questions)
+        assert len(prompts) == len(set(prompts)) >= max(pair.prompts, 2 * pair.together)
+        if not pair.chat:
+            assert all(p.startswith("def ") and p.endswith('"""') for p in prompts)
 
 
 @pytest.mark.slow
 def test_demo_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "demo.json"
-    small = ["--rounds", "1", "--prompts", "16", "--sequential-prompts", "2", "--out", str(out)]
+    small = [
+        "--rounds",
+        "1",
+        "--prompts",
+        "16",
+        "--sequential-prompts",
+        "2",
+        "--out",
+        str(out),
+        "--pair",
+        "bundled",
+    ]
     finished = subprocess.run(
         [sys.executable, str(ROOT / "examples" / "server" / "demo.py"), *small],
         cwd=ROOT,

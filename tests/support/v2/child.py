@@ -1,6 +1,6 @@
 """Runs tests of `tests/engine/v2` in a process of their own; see its conftest for why.
 
-The child's whole output is shown when it fails, its summary always.
+The child's whole output is shown when it fails; its summary, and what took it long, always.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ MATRIX = FOLDER / "test_matrix_v2.py"  # with `make test-matrix`
 ADAPTERS = FOLDER / "test_adapters_v2.py"  # likewise
 CANDIDATES = FOLDER / "candidates"  # by tests/engine/test_v2_candidates.py
 LIMIT_SECONDS = 1800
+LONG_SECONDS = 15
+_DURATION = re.compile(r"[\d.]+s (setup|call|teardown) ")
 
 
 def run_child(capfd: pytest.CaptureFixture[str], arguments: list[str], at_least: int) -> None:
-    command = [sys.executable, "-m", "pytest", *arguments, "-rP", "-p", "no:cacheprovider"]
+    options = ["-rP", "-p", "no:cacheprovider", "--durations=0", f"--durations-min={LONG_SECONDS}"]
+    command = [sys.executable, "-m", "pytest", *arguments, *options]
     environment = os.environ | {"SPECFORMER_V2_TESTS": "1", "PYTHONUNBUFFERED": "1"}
     child = subprocess.run(
         command,
@@ -39,6 +42,7 @@ def run_child(capfd: pytest.CaptureFixture[str], arguments: list[str], at_least:
     summary = lines[-1] if lines else "no output"
     with capfd.disabled():
         print(f"\n[V2 runner, child process] {summary}")
+        print(*filter(_DURATION.match, lines), sep="\n")
     if child.returncode:
         pytest.fail(f"the child exited with {child.returncode}:\n{child.stdout}", pytrace=False)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", summary)}
