@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from vllm_specformer.data.files import write_atomic
 from vllm_specformer.distill.encode import load_encoder
+from vllm_specformer.evaluation.questions import from_files
 from vllm_specformer.evaluation.simulate import COUPLED, DETERMINISTIC, WITH, WITHOUT, Arm, simulate
 from vllm_specformer.evaluation.trees import share_error
 from vllm_specformer.head import SpecFormerHead
@@ -31,7 +33,12 @@ RESULT = HERE / "results" / "candidates.json"
 DOCUMENT = HERE.parent / "docs" / "candidates.md"
 PLOT = HERE.parent / "docs" / "figures" / "candidates.png"
 BEGIN, END = "<!-- made by benchmarks/candidates.py: begin -->", "<!-- end -->"
-BUNDLED = ("bundled", str(MODELS / "python-target"), str(MODELS / "python-specformer"))
+CHATS = HERE.parent / "examples" / "server" / "chats.jsonl"
+PAIRS = (
+    ("bundled", str(MODELS / "python-target"), str(MODELS / "python-specformer")),
+    ("smollm2", str(MODELS / "smollm2-target"), str(MODELS / "smollm2-specformer")),
+)
+LONGEST = 160  # tokens of a prompt
 
 SAMPLING = ((0.0, 1.0), (0.6, 1.0), (1.0, 1.0), (1.5, 1.0), (1.0, 0.95))
 FIRST, CHAIN, TREE = "first slot", "chain", "tree"
@@ -64,20 +71,39 @@ def kind_of(prompt: str) -> str:
     return "after a signature" if prompt.count("\n") < 2 else "inside a body"
 
 
+def programs(target: Path) -> dict[str, list[list[int]]]:
+    """Prompts that the bundled ranking was not fitted on, by where in a function they end."""
+    encoder = load_encoder(target, chats=False)
+    found: dict[str, list[list[int]]] = {}
+    for line in (HERE / "prompts-load.jsonl").read_text().splitlines()[48:]:
+        prompt = json.loads(line)["prompt"]
+        found.setdefault(kind_of(prompt), []).append(encoder.text(prompt))
+    return found
+
+
+def chats(target: Path) -> dict[str, list[list[int]]]:
+    """Questions to a model that follows instructions, by their kind."""
+    questions = from_files(
+        [CHATS], partial(load_encoder, target, None, None),
+        context=2 * LONGEST, max_tokens=LONGEST, max_prompts=None, max_bad_lines=0, seed=0,
+        say=print,
+    )  # fmt: skip
+    found: dict[str, list[list[int]]] = {}
+    for number, ids in questions.prompts.items():
+        found.setdefault(questions.kinds[number], []).append(ids)
+    return found
+
+
 def measure(args: argparse.Namespace) -> None:
     done: list[Row] = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     names = ("target", "kind", "temperature", "top_p", "rule", "shape")
     known = {tuple(row[name] for name in names) for row in done}
-    lines = (HERE / "prompts-load.jsonl").read_text().splitlines()[48:]
-    by_kind: dict[str, list[str]] = {}
-    for line in lines:
-        prompt = json.loads(line)["prompt"]
-        by_kind.setdefault(kind_of(prompt), []).append(prompt)
-    for name, place, head_place in [BUNDLED, *map(tuple, args.pair)]:
+    for name, place, head_place in [*PAIRS, *map(tuple, args.pair)]:
         model = load_target(Path(place), torch.float32, torch.device("cpu"))
         head = SpecFormerHead.from_pretrained(head_place, dtype=torch.float32).eval()
         target = HookedTarget(model, head.config.aux_hidden_state_layer_ids)
-        encoder, ends = load_encoder(Path(place), chats=False), end_token_ids(Path(place))
+        ends = end_token_ids(Path(place))
+        by_kind = programs(Path(place)) if name == PAIRS[0][0] else chats(Path(place))
         # Temperature 1 first: the tables are of use before all is done.
         jobs = [
             (kind, *sampling, *arm)
@@ -89,8 +115,7 @@ def measure(args: argparse.Namespace) -> None:
             key = (name, kind, temperature, top_p, arm.rule, shape)
             if key in known:
                 continue
-            prompts = [encoder.text(text) for text in by_kind[kind]]
-            prompts = [ids for ids in prompts if len(ids) <= 160][: args.prompts]
+            prompts = [ids for ids in by_kind[kind] if len(ids) <= LONGEST][: args.prompts]
             found = simulate(
                 target, head, prompts, arm, temperature=temperature, top_p=top_p,
                 max_tokens=args.tokens, end_ids=ends, seed=1,
@@ -194,22 +219,25 @@ def document(rows: list[Row]) -> str:
 def plot(rows: list[Row]) -> bytes:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for place, temperature in zip(axes, (0.6, 1.0, 1.5), strict=True):
-        for rule, title in RULES.items():
-            found = [
-                row for row in rows
-                if (row["shape"], row["rule"], row["temperature"], row["top_p"])
-                == (FIRST, rule, temperature, 1.0)
-            ]  # fmt: skip
-            if found:
-                values = [acceptance(found, count) for count in range(1, 9)]
-                place.plot(range(1, 9), values, marker="o", markersize=3, label=title)
-        place.set(title=f"temperature {temperature:g}", xlabel="candidates", ylim=(0, 1))
-        place.grid(alpha=0.3)
-    axes[0].set_ylabel("first slot accepted")
-    axes[0].legend(fontsize=7, loc="lower right")
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    figure = Figure(figsize=(10, 0.6 + 3 * len(targets)), layout="constrained")
+    axes = figure.subplots(len(targets), 3, squeeze=False)
+    for line, target in zip(axes, targets, strict=True):
+        for place, temperature in zip(line, (0.6, 1.0, 1.5), strict=True):
+            for rule, title in RULES.items():
+                found = [
+                    row for row in rows
+                    if (row["target"], row["shape"], row["rule"], row["temperature"], row["top_p"])
+                    == (target, FIRST, rule, temperature, 1.0)
+                ]  # fmt: skip
+                if found:
+                    values = [acceptance(found, count) for count in range(1, 9)]
+                    place.plot(range(1, 9), values, marker="o", markersize=3, label=title)
+            title = f"{target}, temperature {temperature:g}"
+            place.set(title=title, xlabel="candidates", ylim=(0, 1))
+            place.grid(alpha=0.3)
+        line[0].set_ylabel("first slot accepted")
+    axes[0][0].legend(fontsize=7, loc="lower right")
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=110, metadata={"Software": None})
     return content.getvalue()

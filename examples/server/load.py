@@ -96,7 +96,9 @@ class PairedRounds:
 
 
 def read_prompts(path: Path) -> list[str]:
-    return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    """Texts to be continued, or what a user asks first in each chat."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row["prompt"] if "prompt" in row else row["messages"][0]["content"] for row in rows]
 
 
 def stream(service: Service, prompt: str, on_text: Callable[[str], None]) -> None:
