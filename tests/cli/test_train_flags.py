@@ -55,6 +55,7 @@ DEFAULTS = {
     "dtype": "auto",
     "device": "auto",
     "memory": None,
+    "cache_states": None,
 }
 
 

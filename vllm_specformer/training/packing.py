@@ -230,7 +230,8 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.seed, 1, number))
-        batch = collate(self.texts, self.batch(number), self.per_text, rng)
+        batch = self.batch(number)
+        fields = collate(self.texts, batch, self.per_text, rng)
         slots = draw_slots(self.slot_counts, self.seed, number // self.per_step)
-        tokens = int(self.texts.lengths[[i for row in self.batch(number) for i in row]].sum())
-        return batch | {"num_slots": slots, "num_tokens": tokens}
+        tokens = int(self.texts.lengths[[i for row in batch for i in row]].sum())
+        return fields | {"num_slots": slots, "num_tokens": tokens, "texts": batch}

@@ -16,7 +16,7 @@ from vllm_specformer.settings import CommandSettings, Directory, Flag, Revision
 from vllm_specformer.training.slot_loss import Mix
 
 # They may move between the beginning of a run and its continuation.
-PLACES = ("target", "data", "out", "finish", "init")
+PLACES = ("target", "data", "out", "finish", "init", "cache_states")
 SLOT_DECAY = 0.85
 COSINE_FLOOR = 0.02  # of the highest rate: 5e-4 falls to 1e-5, as in the paper
 DECAY_SHARE = 0.5  # of the steps of a trapezoid
@@ -26,6 +26,7 @@ LEARNING_RATES = {"adamw": 5e-4, "muon": 0.02}
 # Per text. A CPU spends most of a step on the target's pass, so it makes more of each.
 GPU_ANCHORS, CPU_ANCHORS = 32, 128
 EVAL_TEXTS = 64
+CPU_CACHE_GIB = 16.0
 # Options about the head's shape, and the fields of its configuration that they decide.
 _SHAPE_FIELDS = {
     "slots": "num_draft_slots",
@@ -200,6 +201,14 @@ class TrainSettings(CommandSettings):
         None, ge=1, description="MiB for logits and slots; default: 2048 on a GPU, 256 on a CPU."
     )
 
+    cache_states: float | None = Field(
+        None,
+        ge=0,
+        description="GiB of disk, beside --out, for the target's states of each process, so that "
+        "it runs once per text instead of once per epoch; default: 16 on a CPU, 0 on a GPU, and "
+        "never more than a quarter of what is free.",
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
         if self.finish is None:
@@ -250,6 +259,12 @@ class TrainSettings(CommandSettings):
         if self.anchors_per_text == "all":
             return None
         return self.anchors_per_text or (CPU_ANCHORS if device == "cpu" else GPU_ANCHORS)
+
+    def cache_bytes(self, device: str) -> int:
+        """What the target's states may take of the disk on this kind of device."""
+        default = CPU_CACHE_GIB if device == "cpu" else 0.0
+        gib = default if self.cache_states is None else self.cache_states
+        return int(gib * 2**30) if self.epochs > 1 or self.max_steps else 0
 
     @property
     def rate(self) -> float:

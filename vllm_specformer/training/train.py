@@ -41,6 +41,7 @@ from vllm_specformer.training.result import Inputs, about, write_json, write_res
 from vllm_specformer.training.run_directory import RunDirectory, disk_errors
 from vllm_specformer.training.settings import EVAL_TEXTS, TrainSettings
 from vllm_specformer.training.start import config_of_start, start_flat, start_from
+from vllm_specformer.training.state_cache import StateCache
 from vllm_specformer.training.texts import Texts, read_texts, split
 from vllm_specformer.training.trainer import (
     HeadTrainer,
@@ -220,6 +221,7 @@ def _run(
         memory=(settings.memory or default) << 20,
         save_dtype=_save_dtype(target_config),
         clock=clock,
+        cache=_state_cache(inputs, directory, texts),
         callbacks=[reporter],
         quiet=quiet,
     )
@@ -319,6 +321,11 @@ def _draft_vocabulary(
     ends = end_token_ids(inputs.directory)
     chosen = choose_tokens(texts, trained, config.draft_vocab_size, config.vocab_size, ends)
     return torch.from_numpy(chosen)
+
+
+def _state_cache(inputs: Inputs, directory: RunDirectory, texts: Texts) -> StateCache | None:
+    limit = inputs.settings.cache_bytes(inputs.device)
+    return StateCache(directory.path, limit, texts) if limit else None
 
 
 def _evaluation_batches(

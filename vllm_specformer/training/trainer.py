@@ -29,6 +29,7 @@ from vllm_specformer.training.packing import Batch, Batches
 from vllm_specformer.training.result import save_head
 from vllm_specformer.training.run_directory import RunDirectory, disk_errors
 from vllm_specformer.training.settings import COSINE_FLOOR, DECAY_SHARE, TrainSettings
+from vllm_specformer.training.state_cache import StateCache
 
 
 class DivergedError(SpecFormerError):
@@ -99,6 +100,7 @@ class HeadTrainer(Trainer):
         packed: whether the target keeps texts of one row apart by their positions.
         held_out: batches of the texts that are evaluated.
         save_dtype: of the weights that are served.
+        cache: keeps the target's states of the texts that are trained on, if given.
         clock: counts the run's time; with a limit it decides the learning rate, too.
         quiet: show no progress.
     """
@@ -117,13 +119,14 @@ class HeadTrainer(Trainer):
         memory: int,
         save_dtype: torch.dtype,
         clock: Clock,
+        cache: StateCache | None,
         callbacks: list[TrainerCallback],
         quiet: bool = False,
     ) -> None:
         self.target, self.settings, self.directory = target, settings, directory
         self.packed, self.memory, self.save_dtype = packed, memory, save_dtype
         self.texts, self.held_out = batches.texts, held_out
-        self.clock, self.quiet = clock, quiet
+        self.clock, self.cache, self.quiet = clock, cache, quiet
         self.objective = Objective(settings.weights(), settings.mix, memory)
         self.loss_is_scaled_for_ga = False
         super().__init__(
@@ -181,9 +184,14 @@ class HeadTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        slots, tokens = inputs.pop("num_slots"), inputs.pop("num_tokens")
+        slots, tokens, batch = (inputs.pop(name) for name in ("num_slots", "num_tokens", "texts"))
         self._since = self._since or time.perf_counter()
-        loss, per_slot = model(self.rows(inputs), self.target, slots, self.objective)
+        rows = (
+            self.rows(inputs)
+            if self.cache is None
+            else self.cache.rows(self.target, inputs, batch, self.packed)
+        )
+        loss, per_slot = model(rows, self.target, slots, self.objective)
         known = per_slot.isfinite()
         self._slot_sums[0, :slots] += per_slot.nan_to_num(0.0, 0.0, 0.0)
         self._slot_sums[1, :slots] += known
