@@ -27,7 +27,7 @@ REPLAY = "replay"
 
 
 def rows(report: Metrics) -> list[dict[str, Any]]:
-    """The file's rows out of an evaluation."""
+    """The file's rows out of an evaluation of answers of at most so many tokens."""
     found = []
     for group in report["offline"].values():
         rule = "coupled" if group["temperature"] else "greedy"
@@ -40,6 +40,7 @@ def rows(report: Metrics) -> list[dict[str, Any]]:
                     "tokens_per_step": row["tokens_per_step"],
                     "stderr": row["stderr"],
                     "where": REPLAY,
+                    "max_tokens": report["max_tokens"],
                 }
             )
     return found
@@ -48,12 +49,15 @@ def rows(report: Metrics) -> list[dict[str, Any]]:
 def merged(path: Path, new: list[dict[str, Any]]) -> dict[str, Any]:
     """The file's content with our rows new and all others as they were."""
     old = json.loads(path.read_text())["rows"] if path.exists() else []
-    return {"rows": [*new, *(row for row in old if row["where"] != REPLAY)]}
+    length = new[0]["max_tokens"]
+    kept = (row for row in old if row["where"] != REPLAY or row["max_tokens"] != length)
+    return {"rows": [*new, *kept]}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--fit", action="store_true", help="fit the head's ranking first")
+    parser.add_argument("--tokens", type=int, default=128, help="longest answer; the engine's: 72")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args(arguments)
     lines = PROMPTS.read_text().splitlines(keepends=True)
@@ -67,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "dtype": "float32",
         "num_speculative_tokens": (8,),
         "temperature": (0.0, 0.6, 1.0),
+        "max_tokens": args.tokens,
     }
     if args.fit:
         evaluate(EvalSettings(prompts=(held / "fitted.jsonl",), fit_tree_ranking=True, **common))

@@ -17,10 +17,24 @@ from specformer_kernels.select_tree import Tree, extend_beam, select_tree
 from specformer_kernels.tree_candidates import tree_candidates
 from torch import Tensor
 
+from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
 
 BEAM = 4  # nodes of a slot that may have children; twice as many change nothing that is measurable
 LIST = 8  # children that are looked at, of every one
+
+
+class Ranking(NamedTuple):
+    """Temperature per slot at which scores of a tree's nodes rank: `config.tree_ranking`."""
+
+    greedy: tuple[float, ...]
+    sampled: tuple[float, ...]
+
+    @classmethod
+    def of(cls, config: SpecFormerConfig) -> Ranking:
+        """A head's, in full."""
+        greedy = tuple(config.tree_ranking) or (1.0,) * config.num_draft_slots
+        return cls(greedy, tuple(config.tree_ranking_sampled) or greedy)
 
 
 class Lists(NamedTuple):
@@ -84,7 +98,7 @@ def draft_lists(
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
     chains: Tensor | None = None,
-    ranking: tuple[float, ...] | None = None,
+    ranking: Ranking | None = None,
 ) -> Lists:
     """The beam that `draft_tree` selects from; arguments as there, `ranking` instead of the head's.
 
@@ -92,7 +106,7 @@ def draft_lists(
     """
     scored = head.scored(logits)
     requests, slots = scored.shape[:2]
-    taus = ranking or head.config.tree_ranking or [1.0] * slots
+    ranking = ranking or Ranking.of(head.config)
     decided: tuple[Tensor | None, ...] = (None,) * slots
     if positions is not None:
         ahead = torch.arange(1, slots + 1, device=positions.device)
@@ -107,7 +121,8 @@ def draft_lists(
             temperature=temperature,
             seeds=seeds,
             positions=decided[slot],
-            ranking=taus[slot],
+            ranking=ranking.greedy[slot],
+            drawn_ranking=ranking.sampled[slot],
             token_ids=head.draft_token_ids,
             chains=chains,
         )

@@ -125,6 +125,9 @@ class HeadFields(BaseModel):
         "nodes of several slots compare well; empty: 1 everywhere. It decides what is drafted, "
         "never what is emitted. `specformer eval --fit-tree-ranking` finds and writes it.",
     )
+    tree_ranking_sampled: tuple[float, ...] = Field(
+        (), description="The same for requests with a temperature; empty: `tree_ranking`."
+    )
     target_architecture: str = Field(min_length=1, description="Target's architecture name.")
     target_num_layers: int = Field(
         ge=MIN_TARGET_LAYERS,
@@ -149,17 +152,18 @@ class HeadFields(BaseModel):
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
             )
-        taus = self.tree_ranking
-        if taus and len(taus) != self.num_draft_slots:
-            raise ValueError(
-                f"tree_ranking={list(taus)} must have num_draft_slots={self.num_draft_slots} "
-                "temperatures, one per slot, or none"
-            )
-        if not all(MIN_RANKING <= tau <= MAX_RANKING for tau in taus):
-            raise ValueError(
-                f"tree_ranking={list(taus)} must lie in {MIN_RANKING:g}..{MAX_RANKING:g}; "
-                "1 leaves scores as they are"
-            )
+        for name in ("tree_ranking", "tree_ranking_sampled"):
+            taus = getattr(self, name)
+            if taus and len(taus) != self.num_draft_slots:
+                raise ValueError(
+                    f"{name}={list(taus)} must have num_draft_slots={self.num_draft_slots} "
+                    "temperatures, one per slot, or none"
+                )
+            if not all(MIN_RANKING <= tau <= MAX_RANKING for tau in taus):
+                raise ValueError(
+                    f"{name}={list(taus)} must lie in {MIN_RANKING:g}..{MAX_RANKING:g}; "
+                    "1 leaves scores as they are"
+                )
         ids = self.aux_hidden_state_layer_ids
         if list(ids) != sorted(set(ids)):
             raise ValueError(

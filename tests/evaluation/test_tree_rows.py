@@ -10,23 +10,24 @@ import trees as script
 
 def test_rows_of_the_engine_stay(tmp_path: Path) -> None:
     path = tmp_path / "trees.json"
-    assert script.merged(path, [{"where": "replay", "nodes": 8}])["rows"] == [
-        {"where": "replay", "nodes": 8}
-    ]
-    engine = {"where": "engine", "nodes": 16}
-    path.write_text(json.dumps({"rows": [{"where": "replay", "nodes": 4}, engine]}))
-    new = {"where": "replay", "nodes": 8}
-    assert script.merged(path, [new])["rows"] == [new, engine]
+    new = {"where": "replay", "nodes": 8, "max_tokens": 128}
+    assert script.merged(path, [new])["rows"] == [new]
+    engine = {"where": "engine", "nodes": 16, "max_tokens": 128}
+    short, old = new | {"max_tokens": 72}, new | {"nodes": 4}
+    path.write_text(json.dumps({"rows": [old, short, engine]}))
+    assert script.merged(path, [new])["rows"] == [new, short, engine]
 
 
 def test_rows_of_a_report() -> None:
     row = {"tokens_per_step": 3.0, "stderr": 0.1}
     report = {
+        "max_tokens": 72,
         "offline": {
             "greedy": {"temperature": 0.0, "trees": {"chain K=8": row, "n=16": row}},
             "temperature_1": {"temperature": 1.0, "trees": {"n=16": row}},
-        }
+        },
     }
+    assert {r["max_tokens"] for r in script.rows(report)} == {72}
     found = [(r["rule"], r["temperature"], r["nodes"], r["where"]) for r in script.rows(report)]
     assert found == [
         ("chain, greedy drafts", 0.0, 8, "replay"),

@@ -9,7 +9,7 @@ from specformer_kernels.select_tree import Tree, select_tree
 from torch import Tensor
 
 from support.answered_pair import Pair
-from vllm_specformer.candidates import draft_lists
+from vllm_specformer.candidates import Ranking, draft_lists
 from vllm_specformer.evaluation.replay import draft_texts, replay_tree
 from vllm_specformer.evaluation.trees import (
     GRID,
@@ -78,7 +78,7 @@ def test_noise_given_a_text_is_gumbel_noise_under_which_the_text_is_sampled() ->
 def test_replay_of_one_text(pair: Pair, temperature: float) -> None:
     """Against a tree drafted at every anchor by itself from dense slot logits."""
     served = super(type(pair.head), pair.head)
-    replay = TreeReplay((3, 16), seed=5, ranking=(0.8,) * 8)
+    replay = TreeReplay((3, 16), seed=5, ranking=Ranking((0.8,) * 8, (0.9,) * 8))
     compared = 0
     for answer in pair.answers[temperature][:3]:
         texts = Texts.collect([answer], 512)
@@ -97,8 +97,10 @@ def test_replay_of_one_text(pair: Pair, temperature: float) -> None:
                 own = logits[position : position + 1].clone()
                 if noise is not None:
                     own += temperature * noise[position + 1 : position + 1 + count]
+                # Greedy scores, as the noise is in them.
+                ranking = Ranking(((0.9 if temperature else 0.8),) * 8, (9.0,) * 8)
                 lists = draft_lists(
-                    pair.head, own, bonus[0, position : position + 1], ranking=replay.ranking
+                    pair.head, own, bonus[0, position : position + 1], ranking=ranking
                 )
                 tree = select_tree(*lists, nodes)
                 ahead = text.tokens[position + 2 : end][:count]

@@ -19,7 +19,7 @@ from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
 
 VOCAB, SLOTS = 40, 5
-RANKING = (0.7, 0.7, 0.85, 1.0, 1.2)
+RANKING, SAMPLED = (0.7, 0.7, 0.85, 1.0, 1.2), (0.9, 1.1, 1.0, 0.8, 0.7)
 # A path of the root's descendants, and what it weighs.
 Paths = dict[tuple[int, ...], float]
 
@@ -31,7 +31,8 @@ def make(**changes: Any) -> SpecFormerHead:
         architectures=["Qwen3ForCausalLM"],
     )  # fmt: skip
     torch.manual_seed(0)
-    fields = {"num_draft_slots": SLOTS, "tree_ranking": RANKING} | changes
+    rankings = {"tree_ranking": RANKING, "tree_ranking_sampled": SAMPLED}
+    fields = {"num_draft_slots": SLOTS} | rankings | changes
     head = SpecFormerHead(SpecFormerConfig.preset("default", target, "t", **fields))
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter)
@@ -46,7 +47,7 @@ HEADS = pytest.mark.parametrize(
         {"markov_rank": 3},
         {"markov_rank": 3, "draft_vocab_size": 25},
         {"draft_vocab_size": 25},
-        {"tree_ranking": ()},
+        {"tree_ranking": (), "tree_ranking_sampled": ()},
     ],
     ids=["markov", "markov, draft vocabulary", "draft vocabulary", "plain"],
 )
@@ -87,7 +88,8 @@ class Oracle:
             position = self.anchor + 1 + slot
             noise = gumbel(self.seed, position, ids, Stream.TARGET, torch.float64)
             scores = (scores / self.heat + noise) * self.heat
-        tau = (head.config.tree_ranking or [1.0] * SLOTS)[slot]
+        ranking = candidates.Ranking.of(head.config)
+        tau = (ranking.sampled if self.heat > 0 else ranking.greedy)[slot]
         best = (scores / tau).log_softmax(-1).sort(descending=True)
         values, places = best.values[: candidates.LIST].tolist(), best.indices.tolist()
         return [(value, int(ids[place])) for value, place in zip(values, places, strict=False)]

@@ -130,6 +130,10 @@ def test_file_states_every_field_once(tmp_path: Path) -> None:
         ({"draft_vocab_size": -1}, r"'draft_vocab_size' with value -1"),
         ({"draft_vocab_size": 51}, r"draft_vocab_size=51 must be at most vocab_size=50"),
         ({"tree_ranking": [1.0] * 7}, r"must have num_draft_slots=8 temperatures, one per slot"),
+        (
+            {"tree_ranking_sampled": [1.0] * 7},
+            r"tree_ranking_sampled=\[.*\] must have num_draft_slots=8",
+        ),
         ({"tree_ranking": [1.0] * 7 + [0]}, r"0\.0\] must lie in 0\.01\.\.100; 1 leaves scores"),
         ({"tree_ranking": [1.0] * 7 + [float("nan")]}, r"'tree_ranking\.7' with value nan"),
         ({"rope_theta": 0}, r"'rope_theta' with value 0"),
@@ -163,7 +167,8 @@ def test_missing_field_is_named(name: str) -> None:
 
 def test_files_without_later_fields_are_read(tmp_path: Path) -> None:
     """Heads written before a field was there are what they were."""
-    assert {"num_slot_layers", "draft_vocab_size", "tree_ranking"} == OPTIONAL
+    later = {"num_slot_layers", "draft_vocab_size", "tree_ranking", "tree_ranking_sampled"}
+    assert later == OPTIONAL
     config = read_head_config(edited(tmp_path, **dict.fromkeys(OPTIONAL)))
     assert fields_of(config) == fields_of(head())
 

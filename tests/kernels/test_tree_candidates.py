@@ -68,6 +68,7 @@ def scores_of(
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
     ranking: float = 1.0,
+    drawn_ranking: float | None = None,
     token_ids: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
@@ -81,7 +82,8 @@ def scores_of(
             key = seeds[request], positions[request]
             if heat > 0:
                 rows = rows + heat * gumbel(*key, ids, Stream.TARGET, torch.float64)
-        found.append(rows / ranking)
+        is_drawn = temperature is not None and float(temperature[request]) > 0
+        found.append(rows / (drawn_ranking if is_drawn and drawn_ranking else ranking))
     return torch.stack(found)
 
 
@@ -129,6 +131,8 @@ def test_largest_scores(scored: int, count: int, dtype: torch.dtype, kernel_devi
         {"ranking": 0.7},
         noise,
         noise | {"ranking": 1.3, "token_ids": token_ids},
+        noise | {"ranking": 0.6, "drawn_ranking": 1.3},
+        {"ranking": 0.7, "drawn_ranking": 1.3},
         noise | {"chains": torch.tensor([False, True, True, False])},
     ):
         for own in (bias, None):
@@ -318,6 +322,7 @@ def test_any_rows(
         ("num_candidates", 0),
         ("num_candidates", 17),
         ("ranking", 0.0),
+        ("drawn_ranking", -1.0),
         ("ranking", math.nan),
         ("ranking", math.inf),
         ("temperature", torch.ones(2)),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vllm_specformer.candidates import Ranking
 from vllm_specformer.config import SpecFormerConfig, read_head_config
 from vllm_specformer.data.manifest import TargetRecord
 from vllm_specformer.distill.encode import Encoder, load_encoder
@@ -147,7 +148,8 @@ class _Evaluation:
             "device": self.device,
             "max_tokens": self.options.max_tokens,
             "seed": self.options.seed,
-            "tree_ranking": list(ranking),
+            "tree_ranking": list(ranking.greedy),
+            "tree_ranking_sampled": list(ranking.sampled),
             "versions": versions(),
             "offline": offline,
             "engine": compared,
@@ -240,15 +242,18 @@ class _Evaluation:
             for temperature in self.temperatures
         }
 
-    def _ranking(self, loaded: _Loaded, texts: Sequence[Texts]) -> tuple[float, ...]:
+    def _ranking(self, loaded: _Loaded, texts: Sequence[Texts]) -> Ranking:
         """The head's temperatures of a tree's nodes, found anew if that was asked for."""
         if not self.options.fit_tree_ranking:
-            return tuple(self.config.tree_ranking) or (1.0,) * self.config.num_draft_slots
+            return Ranking.of(self.config)
         found = fit_ranking(
             loaded.head, loaded.target, texts, loaded.packed, self.options.seed, loaded.memory
         )
         write_ranking(self.head, found)
-        self.say(f"tree_ranking {list(found)} written to {self.head / 'config.json'}")
+        self.say(
+            f"tree_ranking {list(found.greedy)}, for sampled requests {list(found.sampled)}, "
+            f"written to {self.head / 'config.json'}"
+        )
         return found
 
     def _collect(self, texts: Sequence[Text]) -> Texts:

@@ -74,8 +74,8 @@ def of_kinds(
 ) -> Metrics:
     """The same for each kind of prompt, as `by_kind`, where there are several.
 
-    With the mean over the kinds of the head's tokens per step, in which each weighs as much as
-    another, and of those of the better lookup in each.
+    With the mean over the kinds of the head's tokens per step, by the drafts that are served, in
+    which each kind weighs as much as another, and of those of the better lookup in each.
     """
     groups: dict[str, list[DraftedText]] = {}
     for text in texts:
@@ -85,8 +85,9 @@ def of_kinds(
     found = {kind: of_texts(groups[kind], budgets, end_ids, slots) for kind in sorted(groups)}
     mean = {}
     for k in (f"K={count}" for count in budgets):
-        heads = [group[ALL][HEAD][k]["tokens_per_step"] for group in found.values()]
-        lookups = [better_lookup(group[ALL], k) for group in found.values()]
+        parts = [group[ALL] for group in found.values()]
+        heads = [part[served_method(part)][k]["tokens_per_step"] for part in parts]
+        lookups = [better_lookup(part, k) for part in parts]
         mean[k] = {
             "head": round(sum(heads) / len(heads), 3),
             "better_lookup": round(sum(lookups) / len(lookups), 3),

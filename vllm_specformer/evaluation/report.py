@@ -99,7 +99,7 @@ def _kinds_table(name: str, metrics: Metrics) -> Table:
         cells = []
         for k in shown:
             for part in (group[ALL], group[HALF]):
-                cells.append(f"{part[HEAD][k]['tokens_per_step']:.2f}")
+                cells.append(f"{part[served_method(part)][k]['tokens_per_step']:.2f}")
                 cells.append(f"{better_lookup(part, k):.2f}")
         table.add_row(kind, str(group["texts"]), *cells)
     means = [metrics["mean_over_kinds"][k] for k in shown]

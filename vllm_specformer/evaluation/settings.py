@@ -70,7 +70,7 @@ class EvalSettings(CommandSettings):
     fit_tree_ranking: bool = Field(
         False,
         description="Find the temperatures by which a tree's nodes rank, per slot, on these "
-        "answers of all temperatures together, and write them to the head's config.json.",
+        "answers, for greedy and for sampled ones, and write them to the head's config.json.",
     )
     max_tokens: Positive = Field(128, description="Longest answer, in tokens.")
     seed: Whole = Field(0, description="Decides which prompts and answers are drawn.")

@@ -21,7 +21,7 @@ from specformer_kernels.noise import Stream, gumbel
 from specformer_kernels.select_tree import Tree, select_tree
 from torch import Tensor
 
-from vllm_specformer.candidates import BEAM, draft_lists
+from vllm_specformer.candidates import BEAM, Ranking, draft_lists
 from vllm_specformer.data.files import write_atomic
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.heldout import run_target
@@ -45,12 +45,12 @@ class TreeReplay:
     Attributes:
         nodes: drafted nodes of each tree.
         seed: of the noise of sampled texts.
-        ranking: temperature per slot, in place of the head's own.
+        ranking: in place of the head's own.
     """
 
     nodes: tuple[int, ...]
     seed: int = 0
-    ranking: tuple[float, ...] | None = None
+    ranking: Ranking | None = None
 
     def accepted(
         self,
@@ -65,6 +65,9 @@ class TreeReplay:
         A tree of n nodes is drafted from as many slots as the engine would run, min(n, K).
         """
         slots = head.config.num_draft_slots
+        ranking = self.ranking or Ranking.of(head.config)
+        # The scores have the texts' noise already, so they are drafted from as greedy ones.
+        ranking = Ranking(*[ranking.sampled if temperature > 0 else ranking.greedy] * 2)
         by_slots: dict[int, list[int]] = {}
         for index, nodes in enumerate(self.nodes):
             by_slots.setdefault(min(nodes, slots), []).append(index)
@@ -78,7 +81,7 @@ class TreeReplay:
                     head,
                     part.scores.flatten(0, 1),
                     part.bonus_tokens.flatten(),
-                    ranking=self.ranking,
+                    ranking=ranking,
                 )
                 for index in sizes:
                     tree = select_tree(*lists, self.nodes[index])
@@ -225,27 +228,37 @@ def fit_ranking(
     packed: bool,
     seed: int,
     memory: int = DEFAULT_MEMORY,
-) -> tuple[float, ...]:
-    """The temperature of each slot that suits all texts best, label by label; each of one T."""
-    fit = RankingFit(head.config.num_draft_slots)
+) -> Ranking:
+    """The temperatures that suit greedy texts best, and those for sampled ones, label by label.
+
+    Each of `texts` was written at one temperature. Without greedy texts, or without sampled ones,
+    one fit stands for both.
+    """
+    slots = head.config.num_draft_slots
+    fits = {False: RankingFit(slots), True: RankingFit(slots)}
     for each in texts:
         for batch in plan_all(each.lengths, Budget(BATCH_TOKENS, packed=packed)):
             rows = run_target(target, collate(each, batch, None, None), packed)
             temperature = float(each.temperatures[batch[0][0]])
-            slots = head.config.num_draft_slots
             for part in scored_parts(head, target, rows, slots, temperature, seed, memory):
-                fit.add(head, part)
-    return fit.ranking
+                fits[temperature > 0].add(head, part)
+    known = {is_sampled: fit.ranking for is_sampled, fit in fits.items() if fit.losses.any()}
+    some = next(iter(known.values()), (1.0,) * slots)
+    return Ranking(known.get(False, some), known.get(True, some))
 
 
-def write_ranking(head: Path, ranking: Sequence[float]) -> None:
+def write_ranking(head: Path, ranking: Ranking) -> None:
     """Put the temperatures into a head's config.json; its weights are left alone.
 
     Raises:
         DiskFullError: the file cannot be written; it is what it was.
     """
     path = head / "config.json"
-    content = json.loads(path.read_text(encoding="utf-8")) | {"tree_ranking": list(ranking)}
+    fields = {
+        "tree_ranking": list(ranking.greedy),
+        "tree_ranking_sampled": list(ranking.sampled),
+    }
+    content = json.loads(path.read_text(encoding="utf-8")) | fields
     write_atomic(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 

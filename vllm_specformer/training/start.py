@@ -25,7 +25,7 @@ _TOKENS = 8192  # of the vocabulary, evenly spread, that stand for all
 _ROWS = 256  # states at a time
 _TIMES = 4.0  # the length of a bias, in lengths of the random part of a slot
 _INIT_STD = 0.02  # of a head's weights, see SpecFormerHead._init_weights
-_NAMES = ("target_name_or_path", "tree_ranking")
+_NAMES = ("target_name_or_path", "tree_ranking", "tree_ranking_sampled")
 # Choices that a target leaves open; what it decides must be the same in both heads.
 _OPEN = (
     "num_draft_slots",

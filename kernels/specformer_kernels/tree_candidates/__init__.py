@@ -19,6 +19,7 @@ def tree_candidates(
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
     ranking: float = 1.0,
+    drawn_ranking: float | None = None,
     token_ids: Tensor | None = None,
     chains: Tensor | None = None,
 ) -> Candidates:
@@ -43,13 +44,14 @@ def tree_candidates(
             the slot with, the root's plus the slot.
         ranking: tau, what scores are divided by at last, above 0. It leaves the order alone; it
             says how much the log-probabilities differ, by which nodes of several slots compete.
+        drawn_ranking: the same for requests with a temperature above 0. None: `ranking`.
         token_ids: [N] int64, target ids of the places in N, which noise is keyed by and which are
             returned. None: places are target ids.
         chains: [R] bool, requests whose rows get their best candidate only. None: no request.
 
     Returns:
         Candidates, both fields [R, w, c]; log-probabilities under the softmax of all N scores,
-        noise and `ranking` included. Where a row has fewer than c candidates, the remaining places
+        noise and ranking included. Where a row has fewer than c candidates, the remaining places
         hold token -1 and log-probability -inf. So does a whole row that holds NaN or +inf.
 
     Raises:
@@ -69,6 +71,7 @@ def tree_candidates(
         seeds=seeds,
         positions=positions,
         ranking=ranking,
+        drawn_ranking=drawn_ranking,
         token_ids=token_ids,
         chains=chains,
     )

@@ -29,6 +29,7 @@ def check_arguments(
     seeds: Tensor | None,
     positions: Tensor | None,
     ranking: float,
+    drawn_ranking: float | None,
     token_ids: Tensor | None,
     chains: Tensor | None,
 ) -> None:
@@ -56,8 +57,9 @@ def check_arguments(
             )
     if not 1 <= num_candidates <= MAX_CANDIDATES:
         raise ValueError(f"num_candidates: expected 1 to {MAX_CANDIDATES}, found {num_candidates}")
-    if not 0 < ranking < math.inf:
-        raise ValueError(f"ranking: expected a finite number above 0, found {ranking}")
+    for name, tau in (("ranking", ranking), ("drawn_ranking", drawn_ranking)):
+        if tau is not None and not 0 < tau < math.inf:
+            raise ValueError(f"{name}: expected a finite number above 0, found {tau}")
     for name, tensor, length, dtype in (
         ("temperature", temperature, requests, torch.float32),
         ("seeds", seeds, requests, torch.int64),
@@ -86,6 +88,7 @@ def tree_candidates(
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
     ranking: float = 1.0,
+    drawn_ranking: float | None = None,
     token_ids: Tensor | None = None,
     chains: Tensor | None = None,
 ) -> Candidates:
@@ -95,8 +98,9 @@ def tree_candidates(
     float32, or in float64 for float64 logits. Noise is drawn for the requests that need it.
     """
     check_arguments(
-        logits, bias, num_candidates, temperature, seeds, positions, ranking, token_ids, chains
-    )
+        logits, bias, num_candidates, temperature, seeds, positions, ranking, drawn_ranking,
+        token_ids, chains,
+    )  # fmt: skip
     dtype = torch.promote_types(logits.dtype, torch.float32)
     scores = logits.to(dtype)[:, None]
     scores = scores.clone() if bias is None else scores + bias.to(dtype)  # [R, w, N]
@@ -109,7 +113,10 @@ def tree_candidates(
                 seeds[drawn, None], positions[drawn, None], ids, Stream.TARGET, dtype
             )  # [drawn, N]
             scores[drawn] += (temperature[drawn, None] * noise)[:, None]
-    scores = scores / ranking
+    taus = scores.new_full((len(scores), 1, 1), ranking)
+    if temperature is not None and drawn_ranking is not None:
+        taus.masked_fill_((temperature > 0)[:, None, None], drawn_ranking)
+    scores = scores / taus
     is_reported = ~(scores < math.inf).all(dim=-1, keepdim=True)
     scores = scores.masked_fill(is_reported, -math.inf)
 

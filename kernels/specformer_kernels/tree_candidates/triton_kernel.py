@@ -42,6 +42,7 @@ def _score_chunks_kernel(
     positions_ptr,  # [R] int64
     token_ids_ptr,  # [N] int64
     ranking,
+    drawn_ranking,
     num_scored,
     beam,
     logits_stride_r,
@@ -83,6 +84,7 @@ def _score_chunks_kernel(
             # Drawn once for all rows: siblings and cousins at a position share it.
             b_noise = noise.gumbel(seed, position, b_token, _TARGET)
             b_score = b_score + (temperature * b_noise)[None, :]
+        ranking = tl.where(temperature > 0.0, drawn_ranking, ranking)
     b_score = b_score / ranking
 
     # NaN fails the comparison too. A maximum of +inf tells the second kernel to report the row.
@@ -166,6 +168,7 @@ def tree_candidates(
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
     ranking: float = 1.0,
+    drawn_ranking: float | None = None,
     token_ids: Tensor | None = None,
     chains: Tensor | None = None,
 ) -> Candidates:
@@ -175,8 +178,9 @@ def tree_candidates(
     MAX_SCORED and float64 is refused.
     """
     check_arguments(
-        logits, bias, num_candidates, temperature, seeds, positions, ranking, token_ids, chains
-    )
+        logits, bias, num_candidates, temperature, seeds, positions, ranking, drawn_ranking,
+        token_ids, chains,
+    )  # fmt: skip
     requests, scored = logits.shape
     for name, tensor in (("logits", logits), ("bias", bias)):
         if tensor is not None and tensor.dtype == torch.float64:
@@ -208,6 +212,7 @@ def tree_candidates(
             positions,
             token_ids,
             float(ranking),
+            float(ranking if drawn_ranking is None else drawn_ranking),
             scored,
             beam,
             logits.stride(0),

@@ -82,11 +82,12 @@ def measure(
         "tokens_per_step": round(mean, 3),
         "stderr": round(error, 4),
         "where": "engine",
+        "max_tokens": tokens,
     }
 
 
 def keep(row: dict[str, Any]) -> None:
-    names = ("rule", "temperature", "nodes", "where")
+    names = ("rule", "temperature", "nodes", "where", "max_tokens")
     old = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
     others = [r for r in old if any(r[name] != row[name] for name in names)]
     write_atomic(RESULT, (json.dumps({"rows": [*others, row]}, indent=1) + "\n").encode())
