@@ -32,7 +32,7 @@ PROMPTS = ROOT / "benchmarks" / "prompts-load.jsonl"
 RESULT = ROOT / "benchmarks" / "results" / "trees.json"
 FITTED = 48  # the first prompts, which the ranking of trees is fitted on
 SLOTS = 8
-CASES = ((1.0, 16), (0.0, 16), (1.0, 8), (0.0, 8), (0.6, 16))
+CASES = ((0.0, 16), (1.0, 16), (0.6, 16), (0.0, 8), (1.0, 8))
 WIDE = {"max_num_seqs": 16, "max_num_batched_tokens": 1024, "kv_cache_memory_bytes": 256 << 20}
 
 
