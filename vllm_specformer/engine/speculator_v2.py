@@ -36,7 +36,7 @@ from vllm_specformer.engine.head_pages import check_cache
 from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
 from vllm_specformer.engine.model import keep_through_sleep
-from vllm_specformer.engine.speculative_config import verifies_coupled
+from vllm_specformer.engine.speculative_config import ADAPTIVE, verifies_coupled
 
 
 def drafts_by_batch_size(vllm_config: VllmConfig) -> list[int]:
@@ -67,6 +67,8 @@ class SpecFormerSpeculator(DFlashSpeculator):
     _best: Tensor | None = None
     # What `_kept_rows` gives for the rows is a kernel's variant: a dummy step runs the same.
     _dummy_rows: Tensor | None = None
+    # Whether vLLM wants to know how sure the head is of its drafts.
+    _is_adaptive = False
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_patches()
@@ -79,6 +81,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         # Before the base class, which asks for the sizes of graphs in 0.33.
         self._scheduled_drafts = drafts_by_batch_size(vllm_config)
         self._graph_drafts: dict[int, int] = {}
+        self._is_adaptive = bool(getattr(vllm_config.speculative_config, ADAPTIVE, False))
         # Sampled drafts that share the target's noise agree with it far more often, and coupled
         # verification asks for no draft probabilities: the cache of draft logits is not needed.
         speculative = vllm_config.speculative_config
@@ -421,7 +424,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         Beside drawn drafts adaptive verification is told of those that would be the best.
         """
         head, requests, slots = self.model.head, len(logits), logits.shape[1]
-        has_best = self.acceptance_estimator is not None and self.draft_logits is not None
+        has_best = self._is_adaptive and self.draft_logits is not None
         previous = best = bonus_tokens
         for slot, own in enumerate(logits.unbind(1)):
             at = slice(slot, slot + 1)
@@ -486,7 +489,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         the tokens drawn before it do: vLLM takes a step's budget from the confidences of an earlier
         step, whose drafts met the same noise at the same positions.
         """
-        if self.acceptance_estimator is None:
+        if not self._is_adaptive:
             return
         count = slots.stop - slots.start
         requests = self._of_slots(self.sample_idx_mapping, num_reqs, slots)

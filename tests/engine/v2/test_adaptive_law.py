@@ -67,6 +67,8 @@ CROWDED = Setting(0.5, ((0.95, 0.2, 0.2), (0.97, 0.97, 0.97)))
 class ToySpeculator(SpecFormerSpeculator):
     """Our drafting alone; tokens are drawn as the test says."""
 
+    _is_adaptive = True
+
     def __init__(self, draws: Text, draws_apart: bool = True) -> None:
         self.draws = draws
         self.num_speculative_steps = K

@@ -219,8 +219,7 @@ RUNNER_V2: tuple[Reliance, ...] = (
         "vllm_config speculative_config draft_model_config device dtype num_speculative_steps "
         "max_num_reqs max_num_tokens max_model_len draft_max_seq_len input_buffers idx_mapping "
         "temperature seeds draft_tokens draft_logits dp_size dp_rank model attn_groups "
-        "attn_cg_support block_tables kv_cache_config draft_attn_layer_names supports_mm_inputs "
-        "acceptance_estimator",
+        "attn_cg_support block_tables kv_cache_config draft_attn_layer_names supports_mm_inputs",
     ),
     *members(
         "vllm.config.model:ModelConfig",
