@@ -12,9 +12,13 @@ from support.v2.child import ADAPTERS, CANDIDATES, FOLDER, MATRIX, run_child
 FAMILIES = FOLDER / "test_family_groups.py"  # with `make test-families`
 DISTRIBUTION = FOLDER / "test_distribution.py"  # with `make test-slow`
 SLEEP = FOLDER / "test_sleep.py"  # likewise
+ADAPTIVE = FOLDER / "test_adaptive_more.py"  # likewise
 WARM_UP = FOLDER / "test_warm_up.py"  # likewise
 BLOCK_RULE = FOLDER / "test_vllm_block_rule.py"  # with `make test-statistics`
-APART = (FAMILIES, MATRIX, ADAPTERS, BLOCK_RULE, DISTRIBUTION, SLEEP, WARM_UP, CANDIDATES)
+APART = (
+    *(FAMILIES, MATRIX, ADAPTERS, BLOCK_RULE, DISTRIBUTION),
+    *(SLEEP, ADAPTIVE, WARM_UP, CANDIDATES),
+)
 # Fewer would mean that tests vanished, for example because a file is no longer collected.
 MIN_PASSED = 40
 
@@ -55,7 +59,9 @@ def test_parity_beside_an_fp8_cache(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("file", "least"), [(DISTRIBUTION, 2), (SLEEP, 4), (WARM_UP, 1)])
+@pytest.mark.parametrize(
+    ("file", "least"), [(DISTRIBUTION, 2), (SLEEP, 4), (ADAPTIVE, 9), (WARM_UP, 1)]
+)
 def test_what_takes_long(file: Path, least: int, capfd: pytest.CaptureFixture[str]) -> None:
     run_child(capfd, [str(file)], least)
 

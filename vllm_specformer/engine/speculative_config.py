@@ -18,6 +18,7 @@ SCHEDULE = "num_speculative_tokens_per_batch_size"
 CONFIDENCE = "draft_confidence_threshold"
 TREE = "tree_nodes"
 TREE_SCHEDULE = "tree_nodes_per_batch_size"
+ADAPTIVE = "enable_adaptive_verification"
 MAX_TREE_NODES = 63  # the root and they are the bits of a word
 
 # vLLM's rules of accepting a draft: the lossless one, and the one that measures at a chosen
@@ -61,10 +62,6 @@ _WITHOUT_EFFECT: dict[str, tuple[tuple[Any, ...], str]] = {
     "disable_padded_drafter_batch": (
         (None, False),
         "vLLM drafts for the whole, padded batch with every method that drafts in one pass",
-    ),
-    "enable_adaptive_verification": (
-        (None, False),
-        f"vLLM documents it for its method 'dspark' alone; {SCHEDULE!r} adapts drafts to load",
     ),
 }
 
@@ -120,6 +117,7 @@ def _tree_nodes(speculative: dict[str, Any]) -> int | None:
         "verification": (speculative.get("verification", "coupled") != "coupled", "coupled"),
         SCHEDULE: (speculative.get(SCHEDULE) is not None, f"{TREE_SCHEDULE}"),
         CONFIDENCE: (speculative.get(CONFIDENCE) is not None, f"{TREE_SCHEDULE}"),
+        ADAPTIVE: (bool(speculative.get(ADAPTIVE)), f"{TREE_SCHEDULE}"),
         "draft_sample_method": (speculative.get("draft_sample_method") == "greedy", ""),
     }
     for field, (is_given, instead) in refused.items():
@@ -249,6 +247,11 @@ def check_fields(speculative: dict[str, Any]) -> None:
                 f"SpecFormer head ({reason})",
                 "leave it out",
             )
+    adaptive = speculative.get(ADAPTIVE)
+    if adaptive is not None and not isinstance(adaptive, bool):
+        raise SpeculativeConfigError(
+            f"speculative config: {ADAPTIVE}={reprlib.repr(adaptive)} must be true or false"
+        )
     _check_schedule(speculative.get(SCHEDULE))
 
 

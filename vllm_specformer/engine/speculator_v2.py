@@ -36,7 +36,7 @@ from vllm_specformer.engine.head_pages import check_cache
 from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
 from vllm_specformer.engine.model import keep_through_sleep
-from vllm_specformer.engine.speculative_config import verifies_coupled
+from vllm_specformer.engine.speculative_config import ADAPTIVE, verifies_coupled
 
 
 def drafts_by_batch_size(vllm_config: VllmConfig) -> list[int]:
@@ -67,6 +67,8 @@ class SpecFormerSpeculator(DFlashSpeculator):
     _best: Tensor | None = None
     # What `_kept_rows` gives for the rows is a kernel's variant: a dummy step runs the same.
     _dummy_rows: Tensor | None = None
+    # Whether vLLM wants to know how sure the head is of its drafts.
+    _is_adaptive = False
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_patches()
@@ -79,6 +81,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
         # Before the base class, which asks for the sizes of graphs in 0.33.
         self._scheduled_drafts = drafts_by_batch_size(vllm_config)
         self._graph_drafts: dict[int, int] = {}
+        self._is_adaptive = bool(getattr(vllm_config.speculative_config, ADAPTIVE, False))
         # Sampled drafts that share the target's noise agree with it far more often, and coupled
         # verification asks for no draft probabilities: the cache of draft logits is not needed.
         speculative = vllm_config.speculative_config
@@ -399,6 +402,7 @@ class SpecFormerSpeculator(DFlashSpeculator):
             bonus = self.inputs.bonus_tokens[:num_reqs]
             self._sample_in_order(logits.unflatten(0, (num_reqs, -1)), bonus)
         else:
+            self._predict_acceptance(logits, num_reqs, slice(0, wanted))
             sampled = self._sample(logits, num_reqs, slice(0, wanted))
             self.draft_tokens[:num_reqs, :wanted] = sampled.view(num_reqs, -1)
 
@@ -415,12 +419,22 @@ class SpecFormerSpeculator(DFlashSpeculator):
         return self.model.compute_logits(states.flatten(0, 1))
 
     def _sample_in_order(self, logits: Tensor, bonus_tokens: Tensor) -> None:
-        """Slot by slot, each biased by the token chosen before it; logits [R, n, V or N]."""
-        requests = len(logits)
-        previous = bonus_tokens
+        """Slot by slot, each biased by the token chosen before it; logits [R, n, V or N].
+
+        Beside drawn drafts adaptive verification is told of those that would be the best.
+        """
+        head, requests, slots = self.model.head, len(logits), logits.shape[1]
+        has_best = self._is_adaptive and self.draft_logits is not None
+        previous = best = bonus_tokens
         for slot, own in enumerate(logits.unbind(1)):
-            biased = own + self.model.head.markov_logits(previous)
-            previous = self._sample(biased, requests, slice(slot, slot + 1))
+            at = slice(slot, slot + 1)
+            biased = likeliest = own + head.markov_logits(previous)
+            if has_best and slot:
+                likeliest = own + head.markov_logits(best)
+            self._predict_acceptance(likeliest, requests, at)
+            if has_best and slot + 1 < slots:
+                best = head.to_tokens(likeliest.argmax(-1))
+            previous = self._sample(biased, requests, at)
             self.draft_tokens[:requests, slot] = previous
 
     def _of_slots(self, buffer: Tensor, num_reqs: int, slots: slice) -> Tensor:
@@ -446,7 +460,6 @@ class SpecFormerSpeculator(DFlashSpeculator):
             for buffer in (self.sample_idx_mapping, self.sample_pos, self.sample_col)
         )
         if self.draws_with_target:
-            self._maybe_predict_acceptance(logits, requests, columns)
             return gumbel_sample(
                 logits,
                 requests,
@@ -467,6 +480,31 @@ class SpecFormerSpeculator(DFlashSpeculator):
             self.draft_logits,
         )
         return sampled if is_drawn else head.to_tokens(sampled)
+
+    def _predict_acceptance(self, logits: Tensor, num_reqs: int, slots: slice) -> None:
+        """Tell adaptive verification how sure the head is of some slots; nothing without it.
+
+        By logits [num_reqs * slots, V or N] that are a function of the text alone, not of what was
+        drawn. A slot must not be verified or left out because of the token drawn in it. Nor will
+        the tokens drawn before it do: vLLM takes a step's budget from the confidences of an earlier
+        step, whose drafts met the same noise at the same positions.
+        """
+        if not self._is_adaptive:
+            return
+        count = slots.stop - slots.start
+        requests = self._of_slots(self.sample_idx_mapping, num_reqs, slots)
+        predict = super()._maybe_predict_acceptance
+        if count == self.num_speculative_steps:
+            predict(logits, requests, self._of_slots(self.sample_col, num_reqs, slots))
+            return
+        # Rows that bring their slots with them are to vLLM all the slots of a request.
+        for n in range(count):
+            predict(logits[n::count], requests[n::count], self.sample_col[slots.start + n])
+
+    def _maybe_predict_acceptance(
+        self, logits: Tensor, idx_mapping: Tensor, draft_step: Tensor
+    ) -> None:
+        """Nothing: `sample_draft` calls it with what is drawn from, see `_predict_acceptance`."""
 
     def compute_draft_logits(self, hidden_states: Tensor, spec_step_idx: int = 0) -> Tensor:
         """`sample_draft` asks for logits of hidden states; we hand it logits already."""

@@ -10,6 +10,7 @@ import pytest
 from support.configs import SLOTS, asking, configured
 from support.paths import HEAD
 from vllm_specformer.engine.speculative_config import (
+    ADAPTIVE,
     CONFIDENCE,
     MAX_TREE_NODES,
     SCHEDULE,
@@ -62,6 +63,7 @@ def test_numbers_of_nodes(nodes: Any) -> None:
         ({"verification": "vllm"}, "verification='vllm' cannot be had with tree_nodes; leave"),
         ({SCHEDULE: [[1, 4, 2]]}, f"{SCHEDULE}=.* cannot be had .*'{TREE_SCHEDULE}'"),
         ({CONFIDENCE: 0.5}, f"{CONFIDENCE}=0.5 cannot be had .*'{TREE_SCHEDULE}'"),
+        ({ADAPTIVE: True}, f"{ADAPTIVE}=True cannot be had .*'{TREE_SCHEDULE}'"),
         ({"draft_sample_method": "greedy"}, "draft_sample_method='greedy' cannot be had"),
         ({"rejection_sample_method": "synthetic"}, "rejection_sample_method='synthetic' is a rule"),
         ({TREE_SCHEDULE: [[1, 4, 17]]}, "has 17 for its nodes; write ranges .* at most tree_nodes"),

@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from support.configs import SLOTS, asking, configured
 from support.paths import HEAD, TARGET
-from vllm_specformer.engine.speculative_config import SCHEDULE, confidence_ranges
+from vllm_specformer.engine.speculative_config import ADAPTIVE, SCHEDULE, confidence_ranges
 from vllm_specformer.errors import SpeculativeConfigError
 
 
@@ -41,7 +41,8 @@ def test_number_of_drafts(tokens: Any) -> None:
         ({"quantization": "fp8"}, "quantization='fp8' has no meaning for a SpecFormer head .*; le"),
         ({"use_local_argmax_reduction": True}, "use_local_argmax_reduction=True has no meaning"),
         ({"disable_padded_drafter_batch": True}, "disable_padded_drafter_batch=True has no mean"),
-        ({"enable_adaptive_verification": True}, "enable_adaptive_verification=True has no mean"),
+        ({ADAPTIVE: 1}, "enable_adaptive_verification=1 must be true or false"),
+        ({ADAPTIVE: "yes"}, "enable_adaptive_verification='yes' must be true or false"),
         ({SCHEDULE: []}, r"per_batch_size=\[\]: it is no list of ranges; write ranges"),
         ({SCHEDULE: [[1, 4]]}, r"\[1, 4\] is not \[first, last, tokens\]"),
         ({SCHEDULE: [[1, 4, 2.5]]}, "has 2.5 for its tokens"),

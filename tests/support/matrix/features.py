@@ -309,7 +309,8 @@ ENGINES: tuple[Engine, ...] = (
         "`enable_adaptive_verification`",
         speculative={"enable_adaptive_verification": True},
         expected=REFUSED_ON_V1,
-        message="enable_adaptive_verification=True has no meaning",
+        message="Model Runner V1 does not support: adaptive draft verification",
+        note="by vLLM; on V2, where it wants CUDA graphs: `tests/engine/v2/test_adaptive.py`",
     ),
     Engine(
         "`pipeline_parallel_size=2`",

@@ -367,7 +367,7 @@ VERIFICATION: tuple[Reliance, ...] = (
     call(
         f"{_DRAFT_V2}._maybe_predict_acceptance",
         V2,
-        "keeps adaptive verification informed",
+        "tells adaptive verification how sure the head is; sample_draft's own call does nothing",
         "logits idx_mapping draft_step",
     ),
 )
