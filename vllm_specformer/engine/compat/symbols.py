@@ -277,7 +277,6 @@ LAYERS: tuple[Reliance, ...] = (
         "class of the target",
         "model_config",
     ),
-    *members("vllm.config.model:ModelConfig", CHECKS, "kind of positions", "uses_mrope"),
     call(
         "vllm.config.model:ModelConfig.using_transformers_backend",
         CHECKS,
