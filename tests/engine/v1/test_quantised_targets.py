@@ -61,7 +61,10 @@ def test_from_a_checkpoint_to_a_served_head(tmp_path: Path) -> None:
         *("--slots", 4, "--batch-tokens", 512, "--dtype", "float32", "--anchors-per-text", 32),
     )
     command("check", head, "--target", target)
-    command("eval", head, "--data", answers, "--dtype", "float32")
+    command(
+        *("eval", head, "--target", target, "--prompts", PROMPTS, "--max-prompts", 8),
+        *("--max-tokens", 24, "--dtype", "float32"),
+    )
     served(held_out(target, head), **KINDS["w4a16"]._asdict())
 
 
