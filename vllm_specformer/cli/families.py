@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 _ROOT = "vllm.model_executor.models."
-NOT_RUN = "families-not-run.csv"
+TRIED = "families-tried.csv"
 
 
 class FamiliesSettings(CommandSettings):
@@ -110,13 +110,13 @@ def as_text(families: Families, refused: bool) -> str:
 def updated(page: str, families: Families, results: Path) -> str:
     """The page with the results of `make test-families` and the lists between its marks.
 
-    Beside the results lies `families-not-run.csv`: architectures that were tried and not served,
+    Beside the results lies `families-tried.csv`: architectures that were tried and not served,
     and why.
     """
     header, *rows = _read(results)
     page = _replaced(page, "results", _markdown(header, rows))
     ran = {row[header.index("architecture")] for row in rows}
-    why = dict(row for row in _read(results.with_name(NOT_RUN))[1:])
+    why = dict(row for row in _read(results.with_name(TRIED))[1:])
     supported = [family for family in families.families if not family.refusal]
     table = _markdown(
         ["architecture", "model type", "vLLM's class", "default hooks", "here"],
@@ -146,7 +146,7 @@ def updated(page: str, families: Families, results: Path) -> str:
 
 
 def _by_shape(reason: str | None) -> str:
-    return f"by shape; not run: {reason}" if reason else "by shape"
+    return f"by shape; tried: {reason}" if reason else "by shape"
 
 
 def _read(path: Path) -> list[list[str]]:

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from support.paths import ROOT
-from vllm_specformer.cli.families import NOT_RUN, as_text, make_list, updated
+from vllm_specformer.cli.families import TRIED, as_text, make_list, updated
 from vllm_specformer.cli.main import main
 from vllm_specformer.engine.compat.target_classes import target_classes
 from vllm_specformer.engine.compat.versions import installed_vllm, vllm_root
@@ -111,7 +111,7 @@ def test_page_shows_lists_and_results(tmp_path: Path) -> None:
     parts = "".join(f"<!-- {n} -->\nold\n<!-- /{n} -->\n" for n in ("results", "refused", "list"))
     results = tmp_path / "results.csv"
     results.write_text("family,architecture,drafts\nllama,LlamaForCausalLM,10 (0)\n")
-    (tmp_path / NOT_RUN).write_text("architecture,why\nPhiForCausalLM,it is too small\n")
+    (tmp_path / TRIED).write_text("architecture,why\nPhiForCausalLM,it is too small\n")
 
     def family(name: str, served: bool = True) -> Family:
         architecture = f"{name.title()}ForCausalLM"
@@ -126,7 +126,7 @@ def test_page_shows_lists_and_results(tmp_path: Path) -> None:
     assert "registry, 1 of them served here." in text
     line = "| LlamaForCausalLM | llama | `llama:LlamaForCausalLM` | 0, L/2, L-1, L | served |"
     assert line in text
-    assert "| 0, L/2, L-1, L | by shape; not run: it is too small |" in text
+    assert "| 0, L/2, L-1, L | by shape; tried: it is too small |" in text
     assert (
         "| Qwen2ForCausalLM | qwen2 | `qwen2:Qwen2ForCausalLM` | 0, L/2, L-1, L | by shape |"
         in text

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from support.family_pairs import make_pair
-from support.family_targets import FAMILIES
+from support.family_targets import FAMILIES, TRIED
 from support.paths import ROOT
 from support.served_pairs import Outcome, served
 
@@ -69,6 +69,13 @@ def test_family(family: str, tmp_path: Path, table: list[Sequence[Any]]) -> None
     states, per_step = f"{outcome.states:.0e}", f"{outcome.tokens_per_step:.2f}"
     particular = FAMILIES[family].particular
     table.append((family, architecture, particular, states, "yes", drafts, per_step))
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", TRIED)
+def test_training_alone(family: str, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, family)
+    assert (pair.head / "model.safetensors").is_file()
 
 
 def check(family: str, folder: Path) -> Outcome:
