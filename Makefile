@@ -53,8 +53,14 @@ test-slow: setup  ## run the slow tests
 test-statistics: setup  ## sampling frequencies of the verification rules over many draws
 	$(BIN)/python -m pytest -q -m statistics
 
-test-families: setup  ## train a head for a tiny target of every family and serve it (build/families.csv)
-	$(BIN)/python -m pytest -q -m families
+# Models that read images want torchvision. Its wheel for a CPU torch is on no index that `setup` asks,
+# so they get the one for CUDA, beside what lets it be imported.
+TORCHVISION ?= 0.28.0
+build/torchvision: $(READY)
+	$(BIN)/python -m pip install -q --no-deps --target $@ torchvision==$(TORCHVISION)
+
+test-families: build/torchvision  ## train a head for a tiny target of every family and serve it (build/families.csv)
+	PYTHONPATH=tests/support/torchvision_ops:build/torchvision $(BIN)/python -m pytest -q -m families
 
 test-matrix: export OMP_NUM_THREADS = 1
 test-matrix: export VLLM_CPU_OMP_THREADS_BIND = nobind

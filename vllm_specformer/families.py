@@ -27,7 +27,7 @@ class Family:
         wraps_transformers: whether it runs the Transformers code.
         first_state, last_state: whether it hands out states 0 and L on every platform, see
             `hooks.HandedOut`.
-        model_type: of the causal language model Transformers has by this name, or None.
+        model_type: of the language model Transformers has by this name, or None.
         obstacle: why its states cannot be hooked in training; empty if they can.
     """
 
@@ -56,7 +56,7 @@ class Family:
         if not self.hands_out_states:
             return "vLLM's class cannot return hidden states (it lacks SupportsEagle3)"
         if self.model_type is None:
-            return "Transformers has no causal language model of this name"
+            return "Transformers has no language model of this name"
         return self.obstacle
 
 

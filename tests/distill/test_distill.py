@@ -30,6 +30,7 @@ from support.distill.fakes import (
 )
 from support.file_limits import file_limit
 from support.paths import ROOT
+from support.quantised import write_description
 from vllm_specformer.data.files import (
     DirectoryInUseError,
     DiskFullError,
@@ -46,6 +47,7 @@ from vllm_specformer.distill.encode import Encoder
 from vllm_specformer.distill.progress import ProgressBar
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.target.files import TargetError
+from vllm_specformer.target.unsupported import UnsupportedTargetError
 
 COUNT = 23  # six shards, the last one short
 KILL_POINTS = "support.distill.kill_points"
@@ -107,6 +109,21 @@ def test_a_complete_directory_starts_no_engine(target: Path, prompts: Path, tmp_
         raise AssertionError("the engine was started")
 
     assert distill(given, never, silent) == manifest
+
+
+def test_a_target_no_head_can_be_trained_for_starts_no_engine(
+    target: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """An hour of answers would be of no use; what is complete already is left alone."""
+
+    def never(*_: Any) -> FakeEngine:
+        raise AssertionError("the engine was started")
+
+    directory = shutil.copytree(target, tmp_path / "target")
+    write_description(directory, {"quant_method": "unheard-of"})
+    with pytest.raises(UnsupportedTargetError, match=r"quantised \(unheard-of\).*cannot unpack"):
+        distill(options(directory, prompts, tmp_path / "out"), never, silent)
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_hold_what_the_input_says_whatever_else_was_distilled(

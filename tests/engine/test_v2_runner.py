@@ -10,13 +10,14 @@ from support.personalities import FP8, NAMES
 from support.v2.child import ADAPTERS, CANDIDATES, FOLDER, MATRIX, run_child
 
 FAMILIES = FOLDER / "test_family_groups.py"  # with `make test-families`
+IMAGES = FOLDER / "test_images_v2.py"  # likewise
 DISTRIBUTION = FOLDER / "test_distribution.py"  # with `make test-slow`
 SLEEP = FOLDER / "test_sleep.py"  # likewise
 ADAPTIVE = FOLDER / "test_adaptive_more.py"  # likewise
 WARM_UP = FOLDER / "test_warm_up.py"  # likewise
 BLOCK_RULE = FOLDER / "test_vllm_block_rule.py"  # with `make test-statistics`
 APART = (
-    *(FAMILIES, MATRIX, ADAPTERS, BLOCK_RULE, DISTRIBUTION),
+    *(FAMILIES, IMAGES, MATRIX, ADAPTERS, BLOCK_RULE, DISTRIBUTION),
     *(SLEEP, ADAPTIVE, WARM_UP, CANDIDATES),
 )
 # Fewer would mean that tests vanished, for example because a file is no longer collected.
@@ -69,6 +70,12 @@ def test_what_takes_long(file: Path, least: int, capfd: pytest.CaptureFixture[st
 @pytest.mark.families
 def test_families_with_several_groups(capfd: pytest.CaptureFixture[str]) -> None:
     run_child(capfd, [str(FAMILIES)], 2)
+
+
+@pytest.mark.families
+def test_images(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision", reason="make test-families brings it")
+    run_child(capfd, [str(IMAGES)], 1)
 
 
 @pytest.mark.statistics

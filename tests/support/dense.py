@@ -6,20 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from support.paths import HEAD, TARGET
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.hidden_states import HookedTarget
+from vllm_specformer.target.model import load_target
 
 
 class DenseReference:
     """Target and head in plain PyTorch, fp32: what the engine's drafts must be."""
 
     def __init__(self, head: Path = HEAD, target: Path = TARGET) -> None:
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+        model = load_target(target, torch.float32, torch.device("cpu"))
         self.head = SpecFormerHead.from_pretrained(head, dtype=torch.float32).eval()
         self.target = HookedTarget(model, self.head.config.aux_hidden_state_layer_ids)
+
+    @torch.no_grad()
+    def states(self, ids: torch.Tensor) -> list[torch.Tensor]:
+        """The hooked states of tokens int64 [1, T]: G x [1, T, H]."""
+        return self.target(ids)[0]
 
     @torch.no_grad()
     def slot_logits(
@@ -32,7 +37,7 @@ class DenseReference:
         wanted = num_tokens or self.head.config.num_draft_slots
         ids = torch.tensor([list(text)])
         where = torch.tensor([list(anchors)])
-        states, _ = self.target(ids)
+        states = self.states(ids)
         bonus = self.target.embed(ids[0, where + 1])
         slots = self.head(states, where, bonus, self.head.slots_to_run(wanted))
         return self.target.logits(slots)[0]

@@ -72,7 +72,7 @@ def watching(oracle: Oracle | None = None) -> Iterator[Watch]:
     def propose(self: Any, num_speculative_tokens: int, *args: Any, **kwargs: Any) -> Any:
         drafts = original(self, num_speculative_tokens, *args, **kwargs)
         positions, bonus, last, common = (
-            kwargs["target_positions"],
+            self.runner.positions,
             kwargs["next_token_ids"],
             kwargs["token_indices_to_sample"],
             kwargs["common_attn_metadata"],

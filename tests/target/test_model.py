@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     BloomConfig,
     CohereConfig,
     DeepseekV3Config,
@@ -25,15 +24,19 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5Config,
     Qwen3_5MoeTextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3VLConfig,
     Starcoder2Config,
 )
 
+from support.family_targets import make_target
 from vllm_specformer.target.hidden_states import HookedTarget, logit_changes
 from vllm_specformer.target.model import (
     UnsupportedTargetError,
+    auto_class,
     can_pack,
     check_decoder,
     check_parts,
@@ -196,10 +199,33 @@ def test_default_hooks_are_handed_out(
     assert head_config(preset, config, "t").aux_hidden_state_layer_ids == hooks
 
 
-def test_positions_in_several_dimensions_are_refused() -> None:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-    with pytest.raises(UnsupportedTargetError, match=r"target q: .*M-RoPE"):
-        head_config("default", Qwen3Config(**SHAPE, rope_parameters=rope), "q")
+def test_positions_in_several_dimensions() -> None:
+    """The target gets positions of its own making; texts of one row stay apart."""
+    target = make_target("qwen3-vl")
+    config = head_config("default", target.config, "q")
+    assert (config.hidden_size, config.target_num_layers, config.vocab_size) == (64, 4, 331)
+    hooked = HookedTarget(target, config.aux_hidden_state_layer_ids)
+    check_parts(hooked, "q")
+    assert can_pack(hooked)
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "built"),
+    [
+        (Qwen3Config(), "Qwen3ForCausalLM", AutoModelForCausalLM),
+        (Qwen3VLConfig(), "Qwen3VLForConditionalGeneration", AutoModelForMultimodalLM),
+        (Qwen3_5Config(), "Qwen3_5ForConditionalGeneration", AutoModelForMultimodalLM),
+        (Qwen3_5Config(), "Qwen3_5ForCausalLM", AutoModelForCausalLM),
+        (Qwen3_5Config(), None, AutoModelForCausalLM),
+        (Qwen3Config(), "Unheard", AutoModelForCausalLM),
+    ],
+)
+def test_what_a_target_is_built_as(
+    config: PreTrainedConfig, architecture: str | None, built: Any
+) -> None:
+    assert auto_class(config, architecture) is built
+    config.architectures = architecture and [architecture]
+    assert auto_class(config) is built
 
 
 def test_decoders_that_keep_their_parts_elsewhere() -> None:
@@ -214,54 +240,10 @@ def test_decoders_that_keep_their_parts_elsewhere() -> None:
         check_decoder(bloom, "bloom")
 
 
-def quantised(directory: Path) -> dict[str, torch.Tensor]:
-    """A small Llama with 8-bit layers in compressed-tensors' format; what they stand for."""
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(FAMILIES["llama"]).save_pretrained(directory)
-    tensors, meant = load_file(directory / "model.safetensors"), {}
-    for name in [n for n in tensors if n.endswith("_proj.weight")]:
-        weight = tensors.pop(name)
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        rounded = (weight / scale).round()
-        tensors |= {name: rounded.to(torch.int8), f"{name}_scale": scale}
-        meant[name] = rounded * scale
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    eight = {"num_bits": 8, "type": "int", "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": eight | {"strategy": "channel", "dynamic": False},
-        "input_activations": eight | {"strategy": "token", "dynamic": True},
-    }
-    described = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    }
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] = described
-    (directory / "config.json").write_text(json.dumps(config))
-    return meant
-
-
-def test_weights_that_a_hook_of_the_whole_model_unpacks(tmp_path: Path) -> None:
-    """The head's training calls the decoder inside, past hooks of the outermost module."""
-    meant = quantised(tmp_path)
-    model = load_target(tmp_path, torch.float32, torch.device("cpu"))
-    found = model.state_dict()
-    for name, weight in meant.items():
-        torch.testing.assert_close(found[name], weight)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    target = HookedTarget(model, (0, 2, 3, 4))
-    check_parts(target, "quantised")
-    assert can_pack(target)
-
-
 def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "unheard-of", "architectures": ["X"]}')
     with pytest.raises(UnsupportedTargetError, match="cannot read its configuration"):
         read_target_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "vit", "architectures": ["ViTModel"]}')
-    with pytest.raises(UnsupportedTargetError, match="cannot load it as a causal language model"):
+    with pytest.raises(UnsupportedTargetError, match="cannot load it as a language model"):
         load_target(tmp_path, torch.float32, torch.device("cpu"))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 _ROOT = "vllm.model_executor.models."
+TRIED = "families-tried.csv"
 
 
 class FamiliesSettings(CommandSettings):
@@ -69,8 +70,8 @@ def make_list() -> Families:
     from vllm_specformer.training.buildable import model_types, obstacles
 
     classes, types = target_classes(vllm_root()), model_types()
-    wanted = {c.architecture: types.get(c.architecture) for c in classes if c.hands_out_states}
-    found = obstacles(sorted({t for t in wanted.values() if t is not None}))
+    wanted = sorted(c.architecture for c in classes if c.hands_out_states)
+    found = obstacles({name: types[name] for name in wanted if name in types})
     nothing = HandedOut(first=False, last=False)
     states = dict.fromkeys(classes, nothing)
     for c in classes:
@@ -85,7 +86,7 @@ def make_list() -> Families:
             first_state=states[c].first,
             last_state=states[c].last,
             model_type=types.get(c.architecture),
-            obstacle=found.get(types.get(c.architecture, ""), "") if c.hands_out_states else "",
+            obstacle=found.get(c.architecture, ""),
         )
         for c in classes
     )
@@ -107,24 +108,53 @@ def as_text(families: Families, refused: bool) -> str:
 
 
 def updated(page: str, families: Families, results: Path) -> str:
-    """The page with the results of `make test-families` and the list between its marks."""
-    with results.open(newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
+    """The page with the results of `make test-families` and the lists between its marks.
+
+    Beside the results lies `families-tried.csv`: architectures that were tried and not served,
+    and why.
+    """
+    header, *rows = _read(results)
     page = _replaced(page, "results", _markdown(header, rows))
+    ran = {row[header.index("architecture")] for row in rows}
+    why = dict(row for row in _read(results.with_name(TRIED))[1:])
     supported = [family for family in families.families if not family.refusal]
-    served_by = ["Transformers" if f.wraps_transformers else f"`{f.served_by}`" for f in supported]
     table = _markdown(
-        ["architecture", "model type", "vLLM's class", "default hooks"],
+        ["architecture", "model type", "vLLM's class", "default hooks", "here"],
         [
-            [f.architecture, str(f.model_type), by, f.default_hooks]
-            for f, by in zip(supported, served_by, strict=True)
+            [
+                f.architecture,
+                str(f.model_type),
+                "Transformers" if f.wraps_transformers else f"`{f.served_by}`",
+                f.default_hooks,
+                "served" if f.architecture in ran else _by_shape(why.get(f.architecture)),
+            ]
+            for f in supported
         ],
     )
     about = (
         f"vLLM {families.vllm} and Transformers {families.transformers}: {len(supported)} of the "
-        f"{len(families.families)} architectures in vLLM's registry.\n\n"
+        f"{len(families.families)} architectures in vLLM's registry, {len(ran)} of them served "
+        "here.\n\n"
     )
+    refused: dict[str, list[str]] = {}
+    for family in families.families:
+        if family.refusal:
+            refused.setdefault(family.refusal, []).append(family.architecture)
+    reasons = [[reason, ", ".join(names)] for reason, names in sorted(refused.items())]
+    page = _replaced(page, "refused", _markdown(["why", "architectures"], reasons))
     return _replaced(page, "list", about + table)
+
+
+def _by_shape(reason: str | None) -> str:
+    return f"by shape; tried: {reason}" if reason else "by shape"
+
+
+def _read(path: Path) -> list[list[str]]:
+    """A CSV file's rows; none of a file that is not there."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.reader(file))
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -43,6 +43,7 @@ from vllm_specformer.distill.progress import ProgressBar
 from vllm_specformer.distill.settings import DistillSettings
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.target.files import find_target, read_json, target_record
+from vllm_specformer.target.model import check_trainable
 
 _SHARD, _CPU_SHARD = 1000, 128  # prompts
 _TRIED_TEMPLATES = 50  # conversations that are rendered before the engine starts
@@ -166,6 +167,8 @@ class _Run:
         if manifest is None or not manifest.complete:
             shards = f"{self.settings.num_shards} shard{'s' * (self.settings.num_shards > 1)}"
             there = f", {len(manifest.shards)} of them finished" if manifest else ""
+            # Its answers are of no use if no head can learn from them.
+            check_trainable(self.target)
             self.report(
                 f"{len(self.ids)} prompts in {shards}{there}; starting {self.options.engine}"
             )

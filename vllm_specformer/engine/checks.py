@@ -206,12 +206,6 @@ def _check_files(model: str, revision: str | None, head: SpecFormerConfig) -> No
 
 def _check_states(head: SpecFormerConfig, model_config: Any) -> None:
     """Refuse a target whose states vLLM hands out in another way than the head needs them."""
-    if model_config.uses_mrope:
-        raise SpeculativeConfigError(
-            f"target {model_config.model}: its positions have several dimensions (M-RoPE), but a "
-            "SpecFormer head counts its context in tokens",
-            "serve it without speculation",
-        )
     if head.aux_hidden_state_layer_ids[0] == 0 and model_config.using_transformers_backend():
         raise SpeculativeConfigError(
             f"target {model_config.model}: vLLM runs it by its Transformers code and hands out no "

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.triton_utils.importing import HAS_TRITON
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     FullAttentionSpec,
@@ -50,6 +51,13 @@ def check_cache(vllm_config: VllmConfig) -> None:
             f"target {model.model}: it has no attention layer; a SpecFormer head keeps K/V of "
             "every token beside those of one",
             "serve it without speculation",
+        )
+    if vllm_config.cache_config.mamba_cache_mode == "align" and not HAS_TRITON:
+        raise SpeculativeConfigError(
+            f"target {model.model}: enable_prefix_caching=True with recurrent layers; under "
+            "speculation vLLM copies their states with a Triton kernel, and Triton has no CPU "
+            "backend here",
+            "add --no-enable-prefix-caching, or serve without speculation",
         )
     text = model.hf_text_config
     windows = vllm_config.cache_config.sliding_window  # set if every layer has it

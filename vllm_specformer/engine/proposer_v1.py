@@ -166,7 +166,8 @@ class SpecFormerProposer(DFlashProposer):
 
         Args (shapes; the rest as vLLM's base class):
             num_speculative_tokens: tokens wanted, 0..K; 0 still stores K/V, if only later.
-            target_positions: [T]; target_hidden_states: [T, G*H]; next_token_ids: [R].
+            target_positions: [T], or [3, T] of a target with M-RoPE.
+            target_hidden_states: [T, G*H]; next_token_ids: [R].
             token_indices_to_sample: [R] rows of the last accepted tokens, or None after a step
                 without drafts, where they are each request's last row.
 
@@ -181,6 +182,9 @@ class SpecFormerProposer(DFlashProposer):
         common = common_attn_metadata
         requests = common.batch_size()
         slot_mapping = common.slot_mapping[: len(target_hidden_states)]
+        if target_positions.dim() > 1:
+            # The head counts tokens, whatever positions the target gives those of an image.
+            target_positions = self.runner.positions[: len(target_hidden_states)]
         if num_speculative_tokens == 0:
             if self.stores_late:
                 # Copies of what the next step writes over.

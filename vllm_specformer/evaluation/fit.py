@@ -173,14 +173,6 @@ def _shapes(config: SpecFormerConfig, target: PreTrainedConfig, name: str) -> It
     except SpecFormerError as error:
         yield _misfit("shapes", error)
         return
-    if "mrope_section" in (getattr(target.get_text_config(), "rope_parameters", None) or {}):
-        yield Finding(
-            "shapes",
-            MISFIT,
-            "the target's positions have several dimensions (M-RoPE), the head's have one",
-            "serve this model without speculation",
-        )
-        return
     layers = config.target_num_layers
     yield Finding(
         "shapes",

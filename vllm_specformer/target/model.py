@@ -7,18 +7,32 @@ uses them, give what the whole gives?
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from vllm_specformer.config import HeadConfigError, SpecFormerConfig
-from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.families import read_families
 from vllm_specformer.target.hidden_states import HookedTarget, find_decoder
+from vllm_specformer.target.packed_weights import read_unpacked
 from vllm_specformer.target.parts import LAYER_NAMES, NORM_NAMES, find_part
+from vllm_specformer.target.quantised import check_quantised, packed
+from vllm_specformer.target.unsupported import UnsupportedTargetError
 
 # The same operation on the same values; only another order of summation may differ.
 _SAME = 1e-4
@@ -26,10 +40,6 @@ _SAME = 1e-4
 # may sum in another order. Attention that reaches the neighbour moves them by tens of per cent.
 _UNMOVED = 1e-2
 _PROBE_LENGTH = 12
-
-
-class UnsupportedTargetError(SpecFormerError):
-    """A head cannot be trained for this target; the message says why."""
 
 
 def head_config(
@@ -50,12 +60,6 @@ def head_config(
             "which the head's shape is taken from",
             "this family is not supported",
         ) from None
-    if "mrope_section" in (getattr(target.get_text_config(), "rope_parameters", None) or {}):
-        raise UnsupportedTargetError(
-            f"target {name}: its positions have several dimensions (M-RoPE), but a head counts its "
-            "context in tokens",
-            "this family is not supported",
-        )
     _check_served(config, name)
     return config
 
@@ -105,24 +109,82 @@ def read_target_config(directory: Path) -> PreTrainedConfig:
         ) from None
 
 
-def load_target(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The target's causal language model, frozen.
+def check_trainable(directory: Path) -> None:
+    """Refuse a target that `load_target` and the head's hooks will not take, without its weights.
+
+    What only running it tells (`check_parts`) is left.
+
+    Args:
+        directory: the target's files.
 
     Raises:
-        UnsupportedTargetError: Transformers cannot build it as one, or it has no stack of layers.
+        UnsupportedTargetError: see its message.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-    # AttributeError: a quantised embedding, whose weights Transformers looks for in vain.
-    except (ValueError, KeyError, ImportError, OSError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
+    config = read_target_config(directory)
+    head_config("default", config, str(directory))
+    check_quantised(config, directory)
+    with torch.device("meta"):
+        check_decoder(_built(directory, auto_class(config).from_config, config), str(directory))
+
+
+def load_target(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The target's language model, frozen; quantised weights are unpacked.
+
+    Raises:
+        UnsupportedTargetError: Transformers cannot build it, weights of it are missing, or it has
+            no stack of layers.
+    """
+    config = read_target_config(directory)
+    check_quantised(config, directory)
+    model, info = _built(directory, _from_files, directory, config, dtype)
+    if missing := sorted(info["missing_keys"]):
         raise UnsupportedTargetError(
-            f"target {directory}: Transformers cannot load it as a causal language model ({reason})"
-        ) from None
+            f"target {directory}: its files lack {', '.join(missing[:3])}"
+            + (f" and {len(missing) - 3} more tensors" if len(missing) > 3 else ""),
+            "copy or download them again",
+        )
     check_decoder(model, str(directory))
     model = model.to(device).eval()
     _call_hooks(model)
     return model.requires_grad_(False)
+
+
+def auto_class(config: PreTrainedConfig, architecture: str | None = None) -> Any:
+    """Which of Transformers' auto classes builds a target, by its configuration.
+
+    A model that also reads images or sound is built whole, with its encoders: they are not run.
+
+    Args:
+        architecture: if another than the configuration names.
+    """
+    named = architecture or (config.architectures or [None])[0]
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    multimodal = MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(config.model_type)
+    is_multimodal = multimodal is not None and (causal is None or named == multimodal != causal)
+    return AutoModelForMultimodalLM if is_multimodal else AutoModelForCausalLM
+
+
+def _from_files(directory: Path, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """The model, and what Transformers says about its loading."""
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if (found := packed(config)) is None:
+        return auto_class(config).from_pretrained(directory, **options)
+    described, plain = found
+    weights = read_unpacked(directory, described, dtype)
+    with torch.device("meta"):
+        kind = type(auto_class(plain).from_config(plain))  # an auto class wants files
+    return kind.from_pretrained(None, config=plain, state_dict=weights, **options)
+
+
+def _built(directory: Path, build: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What `build` makes of the target, with its errors explained."""
+    try:
+        return build(*args, **options)
+    except (ValueError, KeyError, ImportError, OSError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedTargetError(
+            f"target {directory}: Transformers cannot load it as a language model ({reason})"
+        ) from None
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ def engine_config(**changes: Any) -> Any:
         model_config=SimpleNamespace(
             use_mla=False,
             is_hybrid=False,
+            uses_mrope=False,
             is_attention_free=False,
             dtype=torch.bfloat16,
             attention_chunk_size=None,
@@ -58,6 +59,7 @@ def test_an_engine_that_can() -> None:
         ({"model_config__use_mla": True}, "MLA"),
         ({"model_config__is_hybrid": True}, "recurrent layers"),
         ({"model_config__is_attention_free": True}, "recurrent layers"),
+        ({"model_config__uses_mrope": True}, "M-RoPE"),
         ({"window": 4096}, "sliding_window=4096"),
         ({"model_config__attention_chunk_size": 8192}, "attention_chunk_size=8192"),
         ({"model_config__rswa_window": 512}, "rswa_window=512"),

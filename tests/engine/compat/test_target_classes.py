@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from support.paths import ROOT
-from vllm_specformer.cli.families import as_text, make_list, updated
+from vllm_specformer.cli.families import TRIED, as_text, make_list, updated
 from vllm_specformer.cli.main import main
 from vllm_specformer.engine.compat.target_classes import target_classes
 from vllm_specformer.engine.compat.versions import installed_vllm, vllm_root
@@ -81,7 +81,7 @@ def test_reasons(families: Families) -> None:
         return family.refusal
 
     assert "SupportsEagle3" in refusal("CohereForCausalLM")
-    assert "no causal language model" in refusal("MiniCPMForCausalLM")
+    assert "no language model" in refusal("MiniCPMForCausalLM")
     olmo = families.find("Olmo2ForCausalLM")
     assert olmo is not None
     assert olmo.wraps_transformers
@@ -107,19 +107,30 @@ def test_page_is_up_to_date(families: Families) -> None:
     )
 
 
-def test_page_shows_list_and_results(tmp_path: Path) -> None:
-    page = "a\n<!-- results -->\nold\n<!-- /results -->\nb\n<!-- list -->\n<!-- /list -->\nc\n"
+def test_page_shows_lists_and_results(tmp_path: Path) -> None:
+    parts = "".join(f"<!-- {n} -->\nold\n<!-- /{n} -->\n" for n in ("results", "refused", "list"))
     results = tmp_path / "results.csv"
-    results.write_text("family,drafts\nllama,10 (0)\n")
-    llama = Family(
-        "LlamaForCausalLM", "llama:LlamaForCausalLM", True, False, True, True, "llama", ""
-    )
-    other = Family("OtherForCausalLM", "other:Other", False, False, False, False, "other", "")
-    text = updated(page, Families("1", "2", (llama, other)), results)
-    assert "| llama | 10 (0) |" in text
+    results.write_text("family,architecture,drafts\nllama,LlamaForCausalLM,10 (0)\n")
+    (tmp_path / TRIED).write_text("architecture,why\nPhiForCausalLM,it is too small\n")
+
+    def family(name: str, served: bool = True) -> Family:
+        architecture = f"{name.title()}ForCausalLM"
+        place = f"{name}:{architecture}"
+        return Family(architecture, place, served, False, served, served, name, "")
+
+    found = [family("llama"), family("phi"), family("qwen2"), family("other", False)]
+    text = updated(f"a\n{parts}c\n", Families("1", "2", tuple(found)), results)
+    assert "| llama | LlamaForCausalLM | 10 (0) |" in text
     assert "old" not in text
-    assert "vLLM 1 and Transformers 2: 1 of the 2 architectures" in text
-    assert "| LlamaForCausalLM | llama | `llama:LlamaForCausalLM` | 0, L/2, L-1, L |" in text
-    assert "OtherForCausalLM" not in text
+    assert "vLLM 1 and Transformers 2: 3 of the 4 architectures" in text
+    assert "registry, 1 of them served here." in text
+    line = "| LlamaForCausalLM | llama | `llama:LlamaForCausalLM` | 0, L/2, L-1, L | served |"
+    assert line in text
+    assert "| 0, L/2, L-1, L | by shape; tried: it is too small |" in text
+    assert (
+        "| Qwen2ForCausalLM | qwen2 | `qwen2:Qwen2ForCausalLM` | 0, L/2, L-1, L | by shape |"
+        in text
+    )
+    assert "(it lacks SupportsEagle3) | OtherForCausalLM |" in text
     assert text.startswith("a\n")
     assert text.endswith("c\n")

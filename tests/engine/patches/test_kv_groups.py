@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from support.kv_groups import table as kv_groups
 from support.kv_groups.settings import BFLOAT16, Setting
 from support.kv_groups.targets import TARGETS, Target
+from vllm_specformer.engine import head_pages
 from vllm_specformer.engine.attention import DraftAttentionBackend
 from vllm_specformer.engine.head_pages import HeadShape, check_cache, layers_needed
 from vllm_specformer.engine.patches import ledger
@@ -152,7 +153,7 @@ def config(**text: Any) -> Any:
     model = SimpleNamespace(model="some/model", hf_text_config=SimpleNamespace(**text))
     return SimpleNamespace(
         model_config=SimpleNamespace(**vars(model), use_mla=False, is_attention_free=False),
-        cache_config=SimpleNamespace(sliding_window=None),
+        cache_config=SimpleNamespace(sliding_window=None, mamba_cache_mode="none"),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         attention_config=SimpleNamespace(hisparse_config=None),
         parallel_config=SimpleNamespace(tensor_parallel_size=8),
@@ -182,6 +183,20 @@ def test_a_recurrent_target_is_refused_before_weights() -> None:
     recurrent.model_config.is_attention_free = True
     with pytest.raises(SpeculativeConfigError, match="has no attention layer"):
         check_cache(recurrent)
+
+
+def test_prefixes_of_recurrent_layers_want_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's CPU build ends in its first step there, which it does not without speculation."""
+    recurrent = config()
+    recurrent.cache_config.mamba_cache_mode = "align"
+    monkeypatch.setattr(head_pages, "HAS_TRITON", False)
+    with pytest.raises(SpeculativeConfigError, match=r"recurrent layers.*--no-enable-prefix-cach"):
+        check_cache(recurrent)
+    recurrent.cache_config.mamba_cache_mode = "none"
+    check_cache(recurrent)
+    monkeypatch.setattr(head_pages, "HAS_TRITON", True)
+    recurrent.cache_config.mamba_cache_mode = "align"
+    check_cache(recurrent)
 
 
 def test_connectors_and_caches_that_cannot_be_shared() -> None:

@@ -266,13 +266,6 @@ def test_transformers_code_has_no_state_zero() -> None:
         configured(asking(HEAD), model_impl="transformers")
 
 
-def test_positions_in_several_dimensions(tmp_path: Path) -> None:
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}
-    target = small_target(tmp_path / "mrope", rope_parameters=rope)
-    with pytest.raises(SpeculativeConfigError, match=r"M-RoPE.*serve it without speculation"):
-        configured(asking(HEAD), target)
-
-
 def serving(target: Path, hooks: tuple[int, ...]) -> Any:
     """What the check reads of a configuration with a head of a target of six layers."""
     head = {"aux_hidden_state_layer_ids": list(hooks), "target_num_layers": 6}

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from vllm import SamplingParams
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from support.dense import DenseReference
 from support.drafts import Watch, compare, truth, watching
@@ -87,6 +89,21 @@ def test_plain(head: Path, reference: DenseReference, answers: Answers) -> None:
 def test_trained_head(answers: Answers) -> None:
     watch, _ = drafts_of(TEXTS, greedy(MAX_TOKENS), answers, drafting(4, HEAD))
     assert_all_equal(DenseReference(HEAD), watch, at_least=500)
+
+
+def test_positions_of_the_targets_own(
+    head: Path, reference: DenseReference, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A target with M-RoPE hands over three positions a token, less than its index after images."""
+    own = GPUModelRunner._get_positions
+
+    def positions(self: Any, num_tokens: Any) -> Tensor:
+        index = own(self, num_tokens)
+        return torch.stack((index // 2, index // 3, index // 2))
+
+    monkeypatch.setattr(GPUModelRunner, "_get_positions", positions)
+    watch, _ = drafts_of(TEXTS[:8], greedy(16), answers, drafting(4, head))
+    assert_all_equal(reference, watch, at_least=100)
 
 
 @pytest.mark.parametrize("name", ["in-place", "pages-of-32"])

@@ -8,43 +8,37 @@ tests; `make test-families` runs all of them and writes build/families.csv (see 
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
-from vllm import LLM
 
-from support.dense import DenseReference
-from support.drafts import compare, truth, watching
-from support.engines import drafting, engine, greedy
-from support.family_pairs import Pair, make_pair
-from support.family_targets import FAMILIES
-from support.outputs import Tokens, continuations, counting
+from support.family_pairs import make_pair
+from support.family_targets import FAMILIES, TRIED
 from support.paths import ROOT
-from vllm_specformer.engine.model import SpecFormerDraftModel
+from support.served_pairs import Outcome, served
 
-# Hooked states of two implementations in float32, relative to their norm; a state taken in another
-# place differs by tens of per cent.
-SAME_STATES = 1e-5
-MAX_TOKENS = 48
-COLUMNS = ("family", "particular", "states", "same output", "drafts (wrong)", "tokens per step")
-
-
-# A head needs every token's page, which vLLM keeps of windowed layers only if told to.
-OPTIONS = {"mistral-sliding": {"disable_hybrid_kv_cache_manager": True}}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    states: float
-    compared: int
-    wrong: list[str]
-    tokens_per_step: float
+COLUMNS = (
+    "family",
+    "architecture",
+    "particular",
+    "states",
+    "same output",
+    "drafts (wrong)",
+    "tokens per step",
+)
+# Texts alone, so that no processor is wanted; `test_images.py` sends images.
+TEXTS_ALONE = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    # A head needs every token's page, which vLLM keeps of windowed layers only if told to.
+    "mistral-sliding": {"disable_hybrid_kv_cache_manager": True},
+    "qwen2.5-vl": TEXTS_ALONE,
+    "qwen3-vl": TEXTS_ALONE,
+}
+# vLLM's classes of these read images or import those that do.
+WANT_TORCHVISION = {"qwen2.5-vl", "qwen3-vl"}
 
 
 @pytest.fixture(scope="module")
@@ -67,72 +61,22 @@ def test_one_family_for_all(tmp_path: Path) -> None:
 @pytest.mark.families
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family(family: str, tmp_path: Path, table: list[Sequence[Any]]) -> None:
+    if family in WANT_TORCHVISION:
+        pytest.importorskip("torchvision", reason="make test-families brings it")
     outcome = check(family, tmp_path)
+    (architecture,) = json.loads((tmp_path / "target" / "config.json").read_text())["architectures"]
     drafts = f"{outcome.compared} ({len(outcome.wrong)})"
     states, per_step = f"{outcome.states:.0e}", f"{outcome.tokens_per_step:.2f}"
-    table.append((family, FAMILIES[family].particular, states, "yes", drafts, per_step))
+    particular = FAMILIES[family].particular
+    table.append((family, architecture, particular, states, "yes", drafts, per_step))
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", TRIED)
+def test_training_alone(family: str, tmp_path: Path) -> None:
+    pair = make_pair(tmp_path, family)
+    assert (pair.head / "model.safetensors").is_file()
 
 
 def check(family: str, folder: Path) -> Outcome:
-    pair, options = make_pair(folder, family), OPTIONS.get(family, {})
-    reference = DenseReference(pair.head, pair.target)
-    # Where vLLM runs the Transformers class itself it makes it compile, for all its instances.
-    reference.target.decoder.do_not_compile = True
-    with serving(pair, **options) as llm:
-        plain = answers(llm, pair.prompts)
-    assert max(len(set(text)) for text in plain.values()) >= 8, "it says one thing only"
-
-    with serving(pair, drafting(4, pair.head), **options) as llm:
-        states = states_apart(llm, reference, pair.prompts[-1])
-        with watching() as alone, counting(llm) as counted:
-            assert answers(llm, pair.prompts) == plain
-        with watching(truth(plain)) as helped, counting(llm) as with_help:
-            assert answers(llm, pair.prompts) == plain
-    assert states < SAME_STATES
-    # Every number of drafts was accepted at some step, and some were not.
-    assert min(helped.helped[n] for n in range(5)) > 0
-    assert with_help["spec_decode_num_accepted_tokens"] > 0
-    assert counted["spec_decode_num_accepted_tokens"] < counted["spec_decode_num_draft_tokens"]
-
-    result = compare(reference, [*alone.drafted, *helped.drafted])
-    assert result.wrong == []
-    assert result.compared >= 1000
-    assert result.ties <= result.compared // 100
-    return Outcome(states, result.compared, result.wrong, counted.tokens_per_step)
-
-
-@contextmanager
-def serving(pair: Pair, speculative: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
-    changes = options | {
-        "model": str(pair.target),
-        "skip_tokenizer_init": True,
-        "max_model_len": 192,
-    }
-    with engine(speculative, **changes) as llm:
-        yield llm
-
-
-def answers(llm: LLM, prompts: Sequence[Tokens], length: int = MAX_TOKENS) -> dict[Tokens, Tokens]:
-    params = greedy(length, detokenize=False, ignore_eos=True)
-    inputs: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-    return continuations(llm.generate(inputs, params, use_tqdm=False))
-
-
-@torch.no_grad()
-def states_apart(llm: LLM, reference: DenseReference, prompt: Tokens) -> float:
-    """The largest relative difference of a hooked state over a prompt, vLLM against training."""
-    seen: list[list[Tensor]] = []
-    original = SpecFormerDraftModel.combine_hidden_states
-
-    def combine(self: Any, hooked_states: Sequence[Tensor]) -> Tensor:
-        seen.append([state.clone() for state in hooked_states])
-        return original(self, hooked_states)
-
-    SpecFormerDraftModel.combine_hidden_states = combine  # type: ignore[method-assign]
-    try:
-        answers(llm, [prompt], length=1)
-    finally:
-        SpecFormerDraftModel.combine_hidden_states = original  # type: ignore[method-assign]
-    expected, _ = reference.target(torch.tensor([prompt]))
-    pairs = zip(seen[0], expected, strict=True)
-    return max(float((a - b[0]).norm() / b.norm()) for a, b in pairs)
+    return served(make_pair(folder, family), **OPTIONS.get(family, {}))

@@ -353,9 +353,9 @@ NOT_TRIED = {
     "its allocator replaced: `tests/engine/v2/test_sleep.py`",
     "fp8 KV cache of the target": "same output on both runners "
     "(`tests/engine/v1/test_other_caches.py`, `v2`)",
-    "quantised targets (compressed-tensors W8A8 and W4A16, GPTQ, AWQ)": "same output on V1 in a "
-    "trial outside of these tests; `train` and `eval` unpack compressed-tensors "
-    "(`tests/target/test_model.py`)",
+    "quantised targets (compressed-tensors W8A8 and W4A16, GPTQ, AWQ)": "same output on V1, "
+    "trained and served (`tests/engine/v1/test_quantised_targets.py`), see "
+    "[quantised-targets.md](quantised-targets.md)",
     "prompt embeddings, beam search": "same output on V1 "
     "(`tests/engine/matrix/test_other_requests.py`)",
     "KV connectors": "vLLM's example, which moves the cache layer by layer, alone and two of them "
@@ -365,7 +365,9 @@ NOT_TRIED = {
     "guidance and outlines, tool calls and reasoning parsers over HTTP, weight "
     "reload, resized vocabulary": "same output on V1 in a trial outside of these tests",
     "custom logits processors": "not tried",
-    "multi-modal targets": "M-RoPE is refused by name; others see [families.md](families.md)",
+    "multi-modal targets": "Qwen2.5-VL and Qwen3-VL, requests with images and without in one "
+    "batch: same output and drafts on V1 (`tests/engine/v1/test_images.py`), Qwen3-VL on V2, too; "
+    "others see [families.md](families.md)",
     "data parallelism": "two engines of which one is idle: same output on V1 "
     "(`tests/engine/matrix/test_server_faults.py`)",
     "a home directory that cannot be written": "same output on V1, by the temporary directory "

@@ -36,6 +36,11 @@ def _problems(vllm_config: Any) -> Iterator[str]:
         yield "a target with multi-head latent attention (MLA), whose cache is not K beside V"
     if getattr(model, "is_hybrid", False) or getattr(model, "is_attention_free", False):
         yield "a target with recurrent layers, whose state has no branches"
+    if getattr(model, "uses_mrope", False):
+        yield (
+            "a target whose positions have several dimensions (M-RoPE): vLLM counts them row by "
+            "row, not along a tree"
+        )
     for name in ("attention_chunk_size", "rswa_window", "is_mm_prefix_lm"):
         if value := getattr(model, name, None):
             yield f"{name}={value} of the target: attention over trees sees the whole context"

@@ -235,6 +235,10 @@ LAYERS: tuple[Reliance, ...] = (
         "sliding_window block_size cache_dtype",
     ),
     *members("vllm.config.model:ModelConfig", HEAD_PAGES, "kind of target", "use_mla"),
+    *members("vllm.config.cache:CacheConfig", HEAD_PAGES, "recurrent layers", "mamba_cache_mode"),
+    Reliance(
+        "vllm.triton_utils.importing:HAS_TRITON", HEAD_PAGES, "what can copy their states", VALUE
+    ),
     *members("vllm.config.attention:AttentionConfig", HEAD_PAGES, "refused", "hisparse_config"),
     call("vllm.config.vllm:get_current_vllm_config", ATTENTION, "configs during load"),
     *members(
@@ -277,7 +281,6 @@ LAYERS: tuple[Reliance, ...] = (
         "class of the target",
         "model_config",
     ),
-    *members("vllm.config.model:ModelConfig", CHECKS, "kind of positions", "uses_mrope"),
     call(
         "vllm.config.model:ModelConfig.using_transformers_backend",
         CHECKS,

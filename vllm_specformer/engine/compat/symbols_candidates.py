@@ -39,6 +39,7 @@ TREES: tuple[Reliance, ...] = (
         "where batches meet speculator and sampler",
         "speculator rejection_sampler sampler req_states",
     ),
+    *members("vllm.config.model:ModelConfig", CANDIDATES, "kind of positions", "uses_mrope"),
     *members(_SAMPLER, CANDIDATES, "samplers of their own noise", "use_flashinfer use_xpu_sampler"),
     *members(
         _SAMPLER,

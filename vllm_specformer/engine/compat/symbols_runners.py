@@ -101,6 +101,7 @@ RUNNER_V1: tuple[Reliance, ...] = (
         "common_attn_metadata",
     ),
     *members(_RUNNER_V1, V1, "lifts that limit", "effective_drafter_max_model_len"),
+    *members(_RUNNER_V1, V1, "where the tokens of a step are in their texts", "positions"),
     call(f"{_RUNNER_V1}.update_max_model_len", V1, "resets that limit", "max_model_len"),
     call(
         f"{_RUNNER_V1}._get_draft_token_ids_cpu",
