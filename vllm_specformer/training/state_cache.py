@@ -66,9 +66,9 @@ class StateCache:
             if index in self._places or self.used + size * length > self.limit:
                 continue
             part = states[row, first : first + length].contiguous()
-            content = part.flatten().view(torch.uint8).numpy()
+            content = part.flatten().view(torch.uint8).numpy().tobytes()
             try:
-                written = os.pwrite(self._file.fileno(), memoryview(content), self.used)
+                written = os.pwrite(self._file.fileno(), content, self.used)
             except OSError:  # the disk is full after all
                 written = 0
             if written < len(content):
