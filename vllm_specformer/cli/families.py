@@ -75,8 +75,13 @@ def make_list() -> Families:
     nothing = HandedOut(first=False, last=False)
     states = dict.fromkeys(classes, nothing)
     for c in classes:
-        if c.hands_out_states:
-            states[c] = handed_out(vllm_root(), c.module, c.name) or nothing
+        if not c.hands_out_states:
+            continue
+        if (handed := handed_out(vllm_root(), c.module, c.name)) is None:
+            unknown = "which states vLLM's class hands out was not found"
+            found[c.architecture] = found.get(c.architecture) or unknown
+        else:
+            states[c] = handed
     families = tuple(
         Family(
             architecture=c.architecture,

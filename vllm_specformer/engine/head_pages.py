@@ -52,12 +52,11 @@ def check_cache(vllm_config: VllmConfig) -> None:
             "every token beside those of one",
             "serve it without speculation",
         )
-    if vllm_config.cache_config.mamba_cache_mode == "align" and not HAS_TRITON:
+    if model.is_hybrid and not HAS_TRITON:
         raise SpeculativeConfigError(
-            f"target {model.model}: enable_prefix_caching=True with recurrent layers; under "
-            "speculation vLLM copies their states with a Triton kernel, and Triton has no CPU "
-            "backend here",
-            "add --no-enable-prefix-caching, or serve without speculation",
+            f"target {model.model}: it has recurrent layers, which vLLM runs by other code on a "
+            "CPU when it speculates; its text was then not the text without speculation",
+            "serve it on a GPU, or without speculation",
         )
     text = model.hf_text_config
     windows = vllm_config.cache_config.sliding_window  # set if every layer has it

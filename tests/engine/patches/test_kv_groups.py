@@ -152,8 +152,10 @@ def test_the_target_keeps_its_layout() -> None:
 def config(**text: Any) -> Any:
     model = SimpleNamespace(model="some/model", hf_text_config=SimpleNamespace(**text))
     return SimpleNamespace(
-        model_config=SimpleNamespace(**vars(model), use_mla=False, is_attention_free=False),
-        cache_config=SimpleNamespace(sliding_window=None, mamba_cache_mode="none"),
+        model_config=SimpleNamespace(
+            **vars(model), use_mla=False, is_attention_free=False, is_hybrid=False
+        ),
+        cache_config=SimpleNamespace(sliding_window=None),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         attention_config=SimpleNamespace(hisparse_config=None),
         parallel_config=SimpleNamespace(tensor_parallel_size=8),
@@ -185,17 +187,13 @@ def test_a_recurrent_target_is_refused_before_weights() -> None:
         check_cache(recurrent)
 
 
-def test_prefixes_of_recurrent_layers_want_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's CPU build ends in its first step there, which it does not without speculation."""
+def test_recurrent_layers_on_a_cpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     recurrent = config()
-    recurrent.cache_config.mamba_cache_mode = "align"
+    recurrent.model_config.is_hybrid = True
     monkeypatch.setattr(head_pages, "HAS_TRITON", False)
-    with pytest.raises(SpeculativeConfigError, match=r"recurrent layers.*--no-enable-prefix-cach"):
+    with pytest.raises(SpeculativeConfigError, match=r"has recurrent layers.*serve it on a GPU"):
         check_cache(recurrent)
-    recurrent.cache_config.mamba_cache_mode = "none"
-    check_cache(recurrent)
     monkeypatch.setattr(head_pages, "HAS_TRITON", True)
-    recurrent.cache_config.mamba_cache_mode = "align"
     check_cache(recurrent)
 
 

@@ -235,10 +235,8 @@ LAYERS: tuple[Reliance, ...] = (
         "sliding_window block_size cache_dtype",
     ),
     *members("vllm.config.model:ModelConfig", HEAD_PAGES, "kind of target", "use_mla"),
-    *members("vllm.config.cache:CacheConfig", HEAD_PAGES, "recurrent layers", "mamba_cache_mode"),
-    Reliance(
-        "vllm.triton_utils.importing:HAS_TRITON", HEAD_PAGES, "what can copy their states", VALUE
-    ),
+    *members("vllm.config.model:ModelConfig", HEAD_PAGES, "recurrent layers", "is_hybrid"),
+    Reliance("vllm.triton_utils.importing:HAS_TRITON", HEAD_PAGES, "which code runs them", VALUE),
     *members("vllm.config.attention:AttentionConfig", HEAD_PAGES, "refused", "hisparse_config"),
     call("vllm.config.vllm:get_current_vllm_config", ATTENTION, "configs during load"),
     *members(
