@@ -26,7 +26,7 @@ CHATS = HERE.parent / "examples" / "server" / "chats.jsonl"
 RESULT = HERE / "results" / "smollm2.json"
 DOCUMENT = HERE.parent / "docs" / "smollm2.md"
 BEGIN, END = "<!-- made by benchmarks/smollm2.py: begin -->", "<!-- end -->"
-BUDGETS, NODES = (1, 2, 4, 8), (8, 16)
+BUDGETS = (1, 2, 4, 8)
 SHOWN = "K=4"
 
 
@@ -47,10 +47,6 @@ def document(groups: dict[str, Any]) -> str:
         body.append([k, *(speed(group[ALL], k) for group in groups.values())])
     body.append(["the better lookup, K=4"])
     body[-1] += [f"{better_lookup(group[ALL], SHOWN):.2f}" for group in groups.values()]
-    for nodes in NODES:
-        trees = [group["trees"][f"n={nodes}"] for group in groups.values()]
-        cells = [f"{row['tokens_per_step']:.2f}±{row['stderr']:.2f}" for row in trees]
-        body.append([f"tree of {nodes}", *cells])
     count = next(iter(groups.values()))["texts"]
     text += [f"Tokens per step on {count} questions:", "", *table(["", *titles], body)]
 
@@ -90,7 +86,6 @@ def main() -> None:
                 target=str(MODELS / "smollm2-target"),
                 prompts=(CHATS,),
                 num_speculative_tokens=BUDGETS,
-                tree_nodes=NODES,
                 temperature=(0.0, 0.7, 1.0),
                 max_tokens=128,
             )
