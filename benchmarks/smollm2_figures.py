@@ -1,6 +1,6 @@
 """Tokens per step of the SmolLM2 head by kind of question: results/smollm2.json, docs/smollm2.md.
 
-    python benchmarks/smollm2.py [--render]
+    python benchmarks/smollm2_figures.py [--render]
 
 The questions are the demo's (examples/server/chats.jsonl), which no training has seen. Replayed in
 bfloat16, as both are served; greedy, and sampled at temperatures 0.7 and 1.
@@ -25,7 +25,7 @@ HEAD = MODELS / "smollm2-specformer"
 CHATS = HERE.parent / "examples" / "server" / "chats.jsonl"
 RESULT = HERE / "results" / "smollm2.json"
 DOCUMENT = HERE.parent / "docs" / "smollm2.md"
-BEGIN, END = "<!-- made by benchmarks/smollm2.py: begin -->", "<!-- end -->"
+BEGIN, END = "<!-- made by benchmarks/smollm2_figures.py: begin -->", "<!-- end -->"
 BUDGETS = (1, 2, 4, 8)
 SHOWN = "K=4"
 
