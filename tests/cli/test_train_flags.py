@@ -55,7 +55,7 @@ DEFAULTS = {
     "dtype": "auto",
     "device": "auto",
     "memory": None,
-    "cache_states": None,
+    "cache_states": 0.0,
 }
 
 

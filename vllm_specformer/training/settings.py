@@ -26,7 +26,6 @@ LEARNING_RATES = {"adamw": 5e-4, "muon": 0.02}
 # Per text. A CPU spends most of a step on the target's pass, so it makes more of each.
 GPU_ANCHORS, CPU_ANCHORS = 32, 128
 EVAL_TEXTS = 64
-CPU_CACHE_GIB = 16.0
 # Options about the head's shape, and the fields of its configuration that they decide.
 _SHAPE_FIELDS = {
     "slots": "num_draft_slots",
@@ -201,12 +200,12 @@ class TrainSettings(CommandSettings):
         None, ge=1, description="MiB for logits and slots; default: 2048 on a GPU, 256 on a CPU."
     )
 
-    cache_states: float | None = Field(
-        None,
+    cache_states: float = Field(
+        0.0,
         ge=0,
         description="GiB of disk, beside --out, for the target's states of each process, so that "
-        "it runs once per text instead of once per epoch; default: 16 on a CPU, 0 on a GPU, and "
-        "never more than a quarter of what is free.",
+        "it runs once per text instead of once per epoch; never more than a quarter of what is "
+        "free. A run that is continued then equals an undisturbed one up to rounding only.",
     )
 
     @model_validator(mode="after")
@@ -259,12 +258,6 @@ class TrainSettings(CommandSettings):
         if self.anchors_per_text == "all":
             return None
         return self.anchors_per_text or (CPU_ANCHORS if device == "cpu" else GPU_ANCHORS)
-
-    def cache_bytes(self, device: str) -> int:
-        """What the target's states may take of the disk on this kind of device."""
-        default = CPU_CACHE_GIB if device == "cpu" else 0.0
-        gib = default if self.cache_states is None else self.cache_states
-        return int(gib * 2**30) if self.epochs > 1 or self.max_steps else 0
 
     @property
     def rate(self) -> float:

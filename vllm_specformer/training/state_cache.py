@@ -2,7 +2,8 @@
 
 They lie in an unnamed file of bounded size, which is gone with the process, however that ends. A
 continued run fills it anew. A text's states come from the first batch it was in; that its
-neighbours there were others changes them by rounding at most.
+neighbours there were others changes them by rounding, so a continued run is no copy of an
+undisturbed one, bit by bit, as it is without the file.
 """
 
 from __future__ import annotations

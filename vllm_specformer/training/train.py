@@ -202,6 +202,7 @@ def _run(
     checkpoint = directory.last_checkpoint()
     if checkpoint is None and settings.init is None:
         start_flat(head, target)
+    cache = int(settings.cache_states * 2**30)
     trainer = HeadTrainer(
         head,
         target,
@@ -221,7 +222,7 @@ def _run(
         memory=(settings.memory or default) << 20,
         save_dtype=_save_dtype(target_config),
         clock=clock,
-        cache=_state_cache(inputs, directory, texts),
+        cache=StateCache(directory.path, cache, texts) if cache else None,
         callbacks=[reporter],
         quiet=quiet,
     )
@@ -321,11 +322,6 @@ def _draft_vocabulary(
     ends = end_token_ids(inputs.directory)
     chosen = choose_tokens(texts, trained, config.draft_vocab_size, config.vocab_size, ends)
     return torch.from_numpy(chosen)
-
-
-def _state_cache(inputs: Inputs, directory: RunDirectory, texts: Texts) -> StateCache | None:
-    limit = inputs.settings.cache_bytes(inputs.device)
-    return StateCache(directory.path, limit, texts) if limit else None
 
 
 def _evaluation_batches(
