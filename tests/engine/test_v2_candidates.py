@@ -10,10 +10,8 @@ SHORT = {
     "test_tree_parity.py": (
         "test_greedy_text[16]",
         "test_requests_of_all_kinds_in_one_batch",
-        "test_requests_that_come_and_go",
     ),
     "test_tree_drafts.py": ("test_trees_of_greedy_and_sampled_requests[8]",),
-    "test_tree_personalities.py": ("test_personality[asynchronous]",),
 }
 
 

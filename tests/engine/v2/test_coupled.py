@@ -22,7 +22,7 @@ from vllm_specformer.engine.coupled import CoupledSampler
 
 MAX_TOKENS = 6
 # In the interpreter a hundred take two minutes; `make test-slow` takes them.
-TEXTS = prompts()[100 : 100 + int(os.environ.get("SPECFORMER_COUPLED_TEXTS", "40"))]
+TEXTS = prompts()[100 : 100 + int(os.environ.get("SPECFORMER_COUPLED_TEXTS", "30"))]
 # Every prompt draws one combination, so that all of them meet in the same batches.
 FILTERS: tuple[dict[str, Any], ...] = (
     {},
