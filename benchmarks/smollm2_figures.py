@@ -3,7 +3,7 @@
     python benchmarks/smollm2_figures.py [--render]
 
 The questions are the demo's (examples/server/chats.jsonl), which no training has seen. Replayed in
-bfloat16, as both are served; greedy, and sampled at temperatures 0.7 and 1.
+float32, as the demo serves both; greedy, and sampled at temperatures 0.7 and 1.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def main() -> None:
                 num_speculative_tokens=BUDGETS,
                 temperature=(0.0, 0.7, 1.0),
                 max_tokens=128,
+                dtype="float32",
             )
         )
         print_report(report)

@@ -203,6 +203,38 @@ def test_other_settings_are_refused(
     train(pair, out)  # what it was begun with still continues it
 
 
+def test_another_head_to_begin_with_is_refused(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It decides the draft vocabulary too; the same head may lie elsewhere by then."""
+    starts = [tmp_path / "one", tmp_path / "other"]
+    for seed, start in enumerate(starts):
+        train(pair, start, max_steps=1, seed=seed, draft_vocab=20)
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, HeadTrainer, "_save_checkpoint", 2)
+        with pytest.raises(Killed):
+            main(command(pair, out, init=starts[0]))
+    for init in (starts[1], None):
+        assert "was begun with init " in refusal(capsys, command(pair, out, init=init))
+    moved = starts[0].rename(tmp_path / "moved")
+    assert train(pair, out, init=moved)["settings"]["init"] == str(moved)
+
+
+def test_a_head_to_begin_with_is_looked_at_first(
+    pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start, out = tmp_path / "start", tmp_path / "out"
+    train(pair, start, max_steps=1)
+    wrong = {"slots": None, "slot_weights": ",".join("1" * 8)}
+    message = refusal(capsys, command(pair, out, init=start, **wrong))
+    assert "expected 'decay', 'uniform' or 3 numbers" in message
+    (start / "model.safetensors").unlink()
+    assert "model.safetensors: the file is missing" in refusal(
+        capsys, command(pair, out, init=start)
+    )
+
+
 def test_settings_may_change_before_the_first_checkpoint(
     pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

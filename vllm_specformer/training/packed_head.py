@@ -10,15 +10,16 @@ function, so that a training loop (and data parallelism) sees one loss and one b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.hidden_states import HookedTarget
+from vllm_specformer.training.accumulated import Accumulated, Gradients
 from vllm_specformer.training.slot_loss import IGNORED, Mix, TargetProbs, slot_loss
 
 DEFAULT_MEMORY = 256 << 20
@@ -131,12 +132,12 @@ class PackedHead(SpecFormerHead):
         labels = self._labels(rows, num_slots)
         context = self._context(rows)
 
-        def run(leaves: list[Tensor], gradients: _Gradients) -> tuple[Tensor, Tensor]:
+        def run(leaves: list[Tensor], gradients: Gradients) -> tuple[Tensor, Tensor]:
             return self._accumulate(_Context(*leaves), gradients, rows, target, labels, objective)
 
         leaves = [context.anchor, context.query, context.key, context.value]
         parameters = [p for p in self.parameters() if p.requires_grad]
-        return cast(tuple[Tensor, Tensor], _Accumulated.apply(run, 4, *leaves, *parameters))
+        return cast(tuple[Tensor, Tensor], Accumulated.apply(run, 4, *leaves, *parameters))
 
     def _labels(self, rows: HookedRows, num_slots: int) -> _Labels:
         tokens = rows.labels(num_slots)
@@ -190,7 +191,7 @@ class PackedHead(SpecFormerHead):
     def _accumulate(
         self,
         context: _Context,
-        gradients: _Gradients,
+        gradients: Gradients,
         rows: HookedRows,
         target: HookedTarget,
         labels: _Labels,
@@ -370,57 +371,3 @@ def _positions_per_anchor(rows: HookedRows, num_slots: int) -> float:
 def _log_prob(scores: Tensor, tokens: Tensor) -> Tensor:
     """Log-probability of one token per row: [..., V] and [...] -> [...]."""
     return scores.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
-class _Gradients:
-    """Sums of gradients with respect to fixed inputs, which may be leaves with hooks of others."""
-
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        self.inputs = inputs
-        self.sums: dict[int, Tensor] = {}
-
-    def add(self, inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        for tensor, gradient in zip(inputs, gradients, strict=True):
-            if gradient is None:
-                continue
-            if id(tensor) in self.sums:
-                self.sums[id(tensor)] += gradient
-            else:
-                self.sums[id(tensor)] = gradient
-
-    def backward(self, outputs: Tensor, gradient: Tensor) -> None:
-        """Add what `outputs` pass back. Unlike `Tensor.backward`, no hook of a parameter fires."""
-        found = torch.autograd.grad(outputs, self.inputs, gradient, allow_unused=True)
-        self.add(self.inputs, found)
-
-    def in_order(self) -> list[Tensor | None]:
-        return [self.sums.get(id(tensor)) for tensor in self.inputs]
-
-
-class _Accumulated(torch.autograd.Function):
-    """A loss whose gradients are computed together with it and kept until they are asked for.
-
-    Args:
-        run: inputs -> loss, a tensor to report, and the gradients of the inputs.
-        inputs: the first `activations` of them are cut off from their graph inside, the others are
-            parameters.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, run: Run, activations: int, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        leaves = [tensor.detach().requires_grad_() for tensor in inputs[:activations]]
-        gradients = _Gradients([*leaves, *inputs[activations:]])
-        with torch.enable_grad():
-            loss, report = run(leaves, gradients)
-        ctx.gradients = gradients.in_order()
-        loss, report = loss.detach(), report.detach()
-        ctx.mark_non_differentiable(report)
-        return loss, report
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Any, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # a second pass would find them scaled
-        return None, None, *(g if g is None else g.mul_(scale) for g in gradients)
-
-
-Run = Callable[[list[Tensor], _Gradients], tuple[Tensor, Tensor]]

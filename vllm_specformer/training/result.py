@@ -21,7 +21,7 @@ from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.places import lasting
 from vllm_specformer.training import report
 from vllm_specformer.training.run_directory import RunDirectory
-from vllm_specformer.training.settings import PLACES, TrainSettings
+from vllm_specformer.training.settings import OF_SPEED, PLACES, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,10 @@ class Inputs:
     @property
     def record(self) -> dict[str, Any]:
         """What a directory remembers, and what must be the same when a run is continued."""
+        init = self.settings.init
         return {
-            "settings": self.settings.model_dump(exclude=set(PLACES)),
+            "settings": self.settings.model_dump(exclude={*PLACES, *OF_SPEED}),
+            "init": init and sha256_of(init / "model.safetensors"),
             "target": self.target.fingerprint,
             "data": data_digest(*self.manifests),
             "processes": self.processes,

@@ -15,8 +15,10 @@ from vllm_specformer.config import MAX_SLOT_LAYERS, MAX_SLOTS
 from vllm_specformer.settings import CommandSettings, Directory, Flag, Revision
 from vllm_specformer.training.slot_loss import Mix
 
-# They may move between the beginning of a run and its continuation.
-PLACES = ("target", "data", "out", "finish", "init", "cache_states")
+# They may move between the beginning of a run and its continuation; a run remembers what is there.
+PLACES = ("target", "data", "out", "finish", "init")
+# May change then, too: it decides about rounding only.
+OF_SPEED = ("cache_states",)
 SLOT_DECAY = 0.85
 COSINE_FLOOR = 0.02  # of the highest rate: 5e-4 falls to 1e-5, as in the paper
 DECAY_SHARE = 0.5  # of the steps of a trapezoid
@@ -26,8 +28,9 @@ LEARNING_RATES = {"adamw": 5e-4, "muon": 0.02}
 # Per text. A CPU spends most of a step on the target's pass, so it makes more of each.
 GPU_ANCHORS, CPU_ANCHORS = 32, 128
 EVAL_TEXTS = 64
-# Options about the head's shape, and the fields of its configuration that they decide.
-_SHAPE_FIELDS = {
+# Options about the head's shape, which a target leaves open, and the fields of its configuration
+# that they decide.
+SHAPE_FIELDS = {
     "slots": "num_draft_slots",
     "slot_layers": "num_slot_layers",
     "markov_rank": "markov_rank",
@@ -273,16 +276,16 @@ class TrainSettings(CommandSettings):
         """The same with so many slots, unless their number was given.
 
         Raises:
-            ValueError: another option does not suit them.
+            SettingsError: another option does not suit them.
         """
         if "slots" in self.model_fields_set:
             return self
         given = {name: getattr(self, name) for name in self.model_fields_set}
-        return TrainSettings(**given | {"slots": slots})
+        return self.read(**given | {"slots": slots})
 
     def shape_options(self) -> dict[str, Any]:
         """Options that were given about the head's shape: field of its configuration -> value."""
-        given = {_SHAPE_FIELDS[name] for name in self.model_fields_set if name in _SHAPE_FIELDS}
+        given = {SHAPE_FIELDS[name] for name in self.model_fields_set if name in SHAPE_FIELDS}
         return {name: value for name, value in self.head_fields().items() if name in given}
 
     @property
@@ -298,7 +301,7 @@ class TrainSettings(CommandSettings):
         rank = self.markov_rank
         if rank is None and self.preset == "default":
             rank = MARKOV_RANK
-        fields = {field: getattr(self, name) for name, field in _SHAPE_FIELDS.items()}
+        fields = {field: getattr(self, name) for name, field in SHAPE_FIELDS.items()}
         fields["markov_rank"] = rank
         return {name: value for name, value in fields.items() if value is not None}
 

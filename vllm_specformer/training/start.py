@@ -20,25 +20,14 @@ from vllm_specformer.config import HeadConfigError, HeadFields, SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.target.model import head_config
+from vllm_specformer.training.settings import SHAPE_FIELDS
 
 _TOKENS = 8192  # of the vocabulary, evenly spread, that stand for all
 _ROWS = 256  # states at a time
 _TIMES = 4.0  # the length of a bias, in lengths of the random part of a slot
 _INIT_STD = 0.02  # of a head's weights, see SpecFormerHead._init_weights
-_NAMES = ("target_name_or_path", "tree_ranking", "tree_ranking_sampled")
-# Choices that a target leaves open; what it decides must be the same in both heads.
-_OPEN = (
-    "num_draft_slots",
-    "num_slot_layers",
-    "markov_rank",
-    "draft_vocab_size",
-    "aux_hidden_state_layer_ids",
-    "slot_mask",
-    "use_bonus_embedding",
-    "nested_slots",
-    "intermediate_size",
-    *_NAMES,
-)
+# Fields that are neither the target's nor of the head's shape.
+_OTHER = ("target_name_or_path", "tree_ranking", "tree_ranking_sampled")
 
 
 def config_of_start(
@@ -65,12 +54,12 @@ def config_of_start(
     own = SpecFormerConfig.preset("default", target, name)
     for field in HeadFields.model_fields:
         old, new = getattr(begun, field), getattr(own, field)
-        if old != new and field not in _OPEN:
+        if old != new and field not in (*SHAPE_FIELDS.values(), *_OTHER):
             raise HeadConfigError(
                 f"--init {start}: it is for another target ({field} {old}, here {new})",
                 "begin with a head of this target, or without --init",
             )
-    shape = {field: getattr(begun, field) for field in _OPEN if field not in _NAMES}
+    shape = {field: getattr(begun, field) for field in SHAPE_FIELDS.values()}
     return head_config("default", target, name, **shape)
 
 

@@ -21,6 +21,7 @@ from vllm_specformer.data.manifest import read_manifest
 from vllm_specformer.data.shards import read_shards
 from vllm_specformer.environment import versions
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.pairing import check_weights
 from vllm_specformer.places import check_target_name, lasting
 from vllm_specformer.target.files import end_token_ids, find_target, target_record
 from vllm_specformer.target.hidden_states import HookedTarget
@@ -71,7 +72,9 @@ def train(
         KeyboardInterrupt: `stop` said so.
     """
     if settings.init is not None:
-        settings = settings.with_slots(read_head_config(settings.init).num_draft_slots)
+        begun = read_head_config(settings.init)
+        check_weights(settings.init, begun)
+        settings = settings.with_slots(begun.num_draft_slots)
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
