@@ -276,12 +276,16 @@ class SpecFormerHead(PreTrainedModel):
         slots = slots + layer.slot_attn.output(attended)
         return slots + layer.ffn(layer.ffn_norm(slots))
 
-    def markov_logits(self, previous_tokens: Tensor) -> Tensor:
+    def markov_logits(self, previous_tokens: Tensor, indices: Tensor | None = None) -> Tensor:
         """Low-rank term `U[x_{i-1}] V` of the tokens one slot earlier: int64 [...] -> [..., N].
 
-        Any token may come earlier; added to are the N tokens that the head scores.
+        Any token may come earlier; added to are the N tokens that the head scores, or those of
+        them at `indices`, int64 [S].
         """
-        return self.markov_lm_head(self.markov_embed(previous_tokens))
+        earlier = self.markov_embed(previous_tokens)
+        if indices is None:
+            return self.markov_lm_head(earlier)
+        return F.linear(earlier, self.markov_lm_head.weight[indices])
 
     def forward(
         self,

@@ -186,6 +186,47 @@ def test_a_batch_without_a_scored_token_teaches_nothing(
     assert not any(gradient.any() for gradient in gradients(head).values())
 
 
+@pytest.mark.parametrize("head", ["markov", "draft-vocabulary"], indirect=True)
+def test_a_sample_of_the_vocabulary(head: PackedHead, target: HookedTarget) -> None:
+    """The losses are those over the sampled tokens, each standing for its share of the others."""
+    rows = rows_of(target, make_texts(3, 40), [[0, 1], [2]])
+    if head.draft_token_ids is not None:
+        target.score_only(SCORED)
+    objective = Objective(WEIGHTS, Mix(0.3, 0.3), memory=SMALL, sample=18)
+    loss, per_slot = head(rows, target, 3, objective)
+    loss.backward()
+    got = gradients(head)
+
+    labels = head._labels(rows, 3)
+    sample = head._sample(rows, target, labels, objective)
+    assert sample is not None
+    assert 15 < len(sample.indices) < head.config.num_scored_tokens
+    slots = head.slot_states(head._context(rows), rows, target, slice(None), 3)
+    losses = []
+    for slot in range(3):
+        seen = rows.at(rows.last_states, rows.after_anchors(1 + slot))
+        p = (target.lm_head(seen)[..., sample.indices] + sample.offsets).softmax(-1)
+        logits = target.logits(slots[:, :, slot]) + head.markov_logits(labels.previous[..., slot])
+        log_q = (logits[..., sample.indices] + sample.offsets).log_softmax(-1)
+        own = labels.indices[..., slot]
+        kept = own != IGNORED
+        place = (sample.indices == own.unsqueeze(-1)).double()
+        assert torch.equal(place.sum(-1) == 1, kept)
+        cross_entropy = -(place * log_q).sum(-1)
+        divergence = (p * (p.log() - log_q)).sum(-1)
+        variation = (p - log_q.exp()).abs().sum(-1) / 2
+        each = 0.4 * cross_entropy + 0.3 * divergence + 0.3 * variation
+        losses.append(each[kept].mean())
+        torch.testing.assert_close(
+            per_slot[slot].double(), cross_entropy[kept].mean().detach(), **CLOSE
+        )
+    total = weighted(losses)
+    total.backward()
+    torch.testing.assert_close(loss.double(), total.detach(), **CLOSE)
+    for name, expected in gradients(head).items():
+        torch.testing.assert_close(got[name], expected, **CLOSE)
+
+
 @pytest.mark.parametrize("head", ["draft-vocabulary"], indirect=True)
 def test_drafts_are_target_tokens(head: PackedHead, target: HookedTarget) -> None:
     rows = rows_of(target, make_texts(3, 40), [[0, 1], [2]])

@@ -131,7 +131,8 @@ def scored_parts(
     """Slot scores at all anchors, part by part; all texts were written at one temperature."""
     labels = rows.labels(wanted)
     context, running = head._context(rows), head.slots_to_run(wanted)
-    for part in head._parts(rows, running, wanted + _WORKSPACE, memory):
+    held = (wanted + _WORKSPACE) * head.config.num_scored_tokens
+    for part in head._parts(rows, running, held, memory):
         slots = head.slot_states(context, rows, target, part, running)[:, :, :wanted]
         scores = head.scored(target.logits(slots)).float()
         if temperature > 0:

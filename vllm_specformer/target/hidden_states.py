@@ -32,6 +32,7 @@ class HookedTarget:
         self._softcap, self._scale = logit_changes(target.config)
         self._states: dict[int, Tensor] = {}
         self._output: Callable[[Tensor], Tensor] = target.get_output_embeddings()
+        self._kept_rows: tuple[Tensor, Tensor | None] | None = None
         for layer_id, layer in enumerate(self.layers):
             if layer_id in self.hook_ids:
                 layer.register_forward_pre_hook(self._keep_input(layer_id), with_kwargs=True)
@@ -94,17 +95,31 @@ class HookedTarget:
 
     def score_only(self, token_ids: Tensor) -> None:
         """From now on give logits of these tokens alone, int64 [N]; copies their lm_head rows."""
+        self._kept_rows = weight, bias = _rows(*self._own_rows(), token_ids)
+        self._output = partial(F.linear, weight=weight, bias=bias)
+
+    def _own_rows(self) -> tuple[Tensor, Tensor | None]:
         full = self.target.get_output_embeddings()
-        token_ids = token_ids.to(full.weight.device)
-        bias = None if full.bias is None else full.bias[token_ids]
-        self._output = partial(F.linear, weight=full.weight[token_ids], bias=bias)
+        return full.weight, full.bias
 
     def lm_head(self, normed: Tensor) -> Tensor:
         """States behind the final norm [..., H] -> logits [..., V], with the family's changes."""
-        logits = self._output(normed)
+        return self._changed(self._output(normed))
+
+    def lm_head_of(self, indices: Tensor) -> Callable[[Tensor], Tensor]:
+        """`lm_head` of some of the tokens that it scores, int64 [S]; copies their rows."""
+        weight, bias = _rows(*(self._kept_rows or self._own_rows()), indices)
+        return lambda normed: self._changed(F.linear(normed, weight, bias))
+
+    def _changed(self, logits: Tensor) -> Tensor:
         if self._softcap:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits if self._scale == 1 else logits * self._scale
+
+
+def _rows(weight: Tensor, bias: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+    indices = indices.to(weight.device)
+    return weight[indices], None if bias is None else bias[indices]
 
 
 def find_decoder(target: PreTrainedModel) -> nn.Module:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_specformer.training.float32_muon import Float32Muon
+
 ADAMW_BETAS = (0.9, 0.95)
 
 
@@ -28,12 +30,17 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def build_optimizers(
-    model: nn.Module, muon_lr: float, adamw_lr: float, weight_decay: float = 0.01
+    model: nn.Module,
+    muon_lr: float,
+    adamw_lr: float,
+    weight_decay: float = 0.01,
+    bf16: bool = True,
 ) -> list[torch.optim.Optimizer]:
     """Muon for matrices and AdamW for the rest, as two optimisers."""
     matrices, rest = split_parameters(model)
+    kind = torch.optim.Muon if bf16 else Float32Muon
     return [
-        torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay),
+        kind(matrices, lr=muon_lr, momentum=0.95, weight_decay=weight_decay),
         torch.optim.AdamW(rest, lr=adamw_lr, betas=ADAMW_BETAS, weight_decay=0.0),
     ]
 
@@ -45,9 +52,14 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, model: nn.Module, muon_lr: float, adamw_lr: float, weight_decay: float = 0.01
+        self,
+        model: nn.Module,
+        muon_lr: float,
+        adamw_lr: float,
+        weight_decay: float = 0.01,
+        bf16: bool = True,
     ) -> None:
-        self._parts = build_optimizers(model, muon_lr, adamw_lr, weight_decay)
+        self._parts = build_optimizers(model, muon_lr, adamw_lr, weight_decay, bf16)
         groups = [group for part in self._parts for group in part.param_groups]
         super().__init__(groups, {})
         self._share()
@@ -75,16 +87,22 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    model: nn.Module, kind: str, rate: float, vector_rate: float | None, weight_decay: float
+    model: nn.Module,
+    kind: str,
+    rate: float,
+    vector_rate: float | None,
+    weight_decay: float,
+    bf16: bool = True,
 ) -> torch.optim.Optimizer:
     """`"muon"` (with AdamW for all but matrices) or `"adamw"`; only matrices decay.
 
     Args:
         rate: highest learning rate; with Muon that of the matrices.
         vector_rate: with Muon that of the rest, a tenth of `rate` when not given.
+        bf16: whether Muon may iterate in bfloat16.
     """
     if kind == "muon":
-        return MuonAdamW(model, rate, vector_rate or rate / 10, weight_decay)
+        return MuonAdamW(model, rate, vector_rate or rate / 10, weight_decay, bf16)
     matrices, rest = split_parameters(model)
     groups = [
         {"params": matrices, "weight_decay": weight_decay},

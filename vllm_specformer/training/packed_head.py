@@ -21,6 +21,7 @@ from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.accumulated import Accumulated, Gradients
 from vllm_specformer.training.slot_loss import IGNORED, Mix, TargetProbs, slot_loss
+from vllm_specformer.training.vocabulary_sample import VocabularySample, draw_sample
 
 DEFAULT_MEMORY = 256 << 20
 
@@ -32,11 +33,13 @@ class Objective:
     `slot_weights`: one weight per slot; in a step they are normalised over the slots that have
     labels. `mix`: the losses of a slot; the target's distribution is the one over the draft
     vocabulary, renormalised. `memory`: bytes that logits and slot activations may take, about.
+    `sample`: tokens that a step scores, about (see `vocabulary_sample`); 0: all.
     """
 
     slot_weights: tuple[float, ...]
     mix: Mix = field(default_factory=Mix)
     memory: int = DEFAULT_MEMORY
+    sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,14 +176,14 @@ class PackedHead(SpecFormerHead):
         """Split the anchors so that each part's activations take `memory` bytes, about.
 
         Args:
-            logits: numbers of 4 bytes per scored token and anchor that are held at once.
+            logits: numbers of 4 bytes over the vocabulary that are held at once per anchor.
         """
         config = self.config
         length = rows.segments.shape[1]
         scores = 3 * config.num_attention_heads * length  # scores, weights, one gradient
         widths = 16 * config.hidden_size + 6 * config.intermediate_size
         activations = num_slots * config.num_slot_layers * (scores + widths)
-        per_anchor = 4 * (logits * config.num_scored_tokens + activations)
+        per_anchor = 4 * (logits + activations)
         total = rows.anchors.shape[1]
         size = max(1, memory // (per_anchor * len(rows.anchors)))
         # Of equal size, as a small rest would cost a whole pass over the weights.
@@ -206,17 +209,19 @@ class PackedHead(SpecFormerHead):
         scales = weights / (torch.where(total > 0, total, 1) * counts.clamp(min=1))
         losses = torch.zeros(2, num_slots, device=device)
         markov = self._markov_parameters()
+        sample = self._sample(rows, target, labels, objective)
         logits = 4 + 3 * objective.mix.needs_target
         if objective.mix.needs_target:
             logits += 2 * math.ceil(_positions_per_anchor(rows, num_slots))
+        logits *= self.config.num_scored_tokens if sample is None else len(sample.indices)
         for part in self._parts(rows, num_slots, logits, objective.memory):
             slots = self.slot_states(context, rows, target, part, num_slots)
-            probs, places = self._target_probs(rows, target, part, num_slots, objective.mix)
+            probs, places = self._target_probs(rows, target, part, num_slots, objective.mix, sample)
             slot_gradients = []
             for slot, scale in enumerate(scales):
                 states = slots[:, :, slot].detach().requires_grad_()
                 mixed, cross_entropy = self._slot_loss(
-                    states, slot, target, labels, part, objective.mix, probs, places
+                    states, slot, target, labels, part, objective.mix, probs, places, sample
                 )
                 losses[:, slot] += torch.stack([mixed, cross_entropy]).detach()
                 gradient, *rest = torch.autograd.grad(mixed * scale, [states, *markov])
@@ -232,7 +237,13 @@ class PackedHead(SpecFormerHead):
 
     @torch.no_grad()
     def _target_probs(
-        self, rows: HookedRows, target: HookedTarget, part: slice, num_slots: int, mix: Mix
+        self,
+        rows: HookedRows,
+        target: HookedTarget,
+        part: slice,
+        num_slots: int,
+        mix: Mix,
+        sample: VocabularySample | None,
     ) -> tuple[TargetProbs | None, Tensor | None]:
         """The target's distributions at what the slots of some anchors predict.
 
@@ -246,7 +257,21 @@ class PackedHead(SpecFormerHead):
         # The state that has seen the text up to the label decides the label's distribution.
         found, places = _predicted(rows, part, num_slots).unique(return_inverse=True)
         seen = rows.last_states.flatten(0, 1)[found]
-        return TargetProbs.of(self.scored(target.lm_head(seen))), places
+        if sample is None:
+            return TargetProbs.of(self.scored(target.lm_head(seen))), places
+        return TargetProbs.of(sample.lm_head(seen) + sample.offsets), places
+
+    def _sample(
+        self, rows: HookedRows, target: HookedTarget, labels: _Labels, objective: Objective
+    ) -> VocabularySample | None:
+        """The tokens that this step scores; None: all."""
+        total = self.config.num_scored_tokens
+        if not 0 < objective.sample < total:
+            return None
+        found = _predicted(rows, slice(None), labels.indices.shape[-1]).unique()
+        states = rows.last_states.flatten(0, 1)[found]
+        size, memory = objective.sample, objective.memory
+        return draw_sample(target, total, states, labels.indices, size, memory)
 
     def _slot_loss(
         self,
@@ -258,12 +283,20 @@ class PackedHead(SpecFormerHead):
         mix: Mix,
         probs: TargetProbs | None = None,
         places: Tensor | None = None,
+        sample: VocabularySample | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sums over one slot of some anchors: the loss that is trained, and its cross entropy."""
-        logits = self.scored(target.logits(states))
-        if self.config.markov_rank:
-            logits = logits + self.markov_logits(labels.previous[:, part, slot])
         own = labels.indices[:, part, slot].flatten()
+        previous = labels.previous[:, part, slot]
+        if sample is None:
+            logits = self.scored(target.logits(states))
+            if self.config.markov_rank:
+                logits = logits + self.markov_logits(previous)
+        else:
+            own = sample.places(own)
+            logits = sample.lm_head(target.norm(states)) + sample.offsets
+            if self.config.markov_rank:
+                logits = logits + self.markov_logits(previous, sample.indices)
         at = None if places is None else places[:, :, slot].flatten()
         return slot_loss(logits.flatten(0, 1), own, mix, probs, at)
 
@@ -282,7 +315,7 @@ class PackedHead(SpecFormerHead):
         running = self.slots_to_run(wanted)
         found = []
         losses = torch.zeros(wanted, device=rows.anchors.device)
-        for part in self._parts(rows, running, 3 * wanted, memory):
+        for part in self._parts(rows, running, 3 * wanted * self.config.num_scored_tokens, memory):
             slots = self.slot_states(context, rows, target, part, running)[:, :, :wanted]
             for slot in range(wanted):
                 losses[slot] += self._slot_loss(
@@ -318,7 +351,7 @@ class PackedHead(SpecFormerHead):
         context = self._context(rows)
         running = self.slots_to_run(wanted)
         found = []
-        for part in self._parts(rows, running, 5, memory):
+        for part in self._parts(rows, running, 5 * self.config.num_scored_tokens, memory):
             slots = self.slot_states(context, rows, target, part, running)
             chances = [
                 self._chance(slots[:, :, slot], slot, rows, target, labels, part, temperature, keep)

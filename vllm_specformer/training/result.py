@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,31 @@ class Inputs:
     @property
     def record(self) -> dict[str, Any]:
         """What a directory remembers, and what must be the same when a run is continued."""
-        init = self.settings.init
         return {
             "settings": self.settings.model_dump(exclude={*PLACES, *OF_SPEED}),
-            "init": init and sha256_of(init / "model.safetensors"),
+            "init": self.init_digest,
             "target": self.target.fingerprint,
             "data": data_digest(*self.manifests),
             "processes": self.processes,
             "device": self.device,
             "dtype": self.dtype,
         }
+
+    @cached_property
+    def init_digest(self) -> str | None:
+        """Of the weights that the run begins with, if they are another head's."""
+        init = self.settings.init
+        return None if init is None else sha256_of(init / "model.safetensors")
+
+    @property
+    def draw_seed(self) -> int:
+        """Decides the order of the texts, and what each step draws.
+
+        It differs from run to run in a chain of `--init`, so that short runs in a row see all
+        texts; which of them are held out depends on `--seed` alone.
+        """
+        seed = self.settings.seed
+        return seed if self.init_digest is None else seed + int(self.init_digest[:12], 16)
 
     @property
     def counts(self) -> Counts:

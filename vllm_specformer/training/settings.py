@@ -27,6 +27,8 @@ MARKOV_RANK, KL_WEIGHT = 64, 0.5
 LEARNING_RATES = {"adamw": 5e-4, "muon": 0.02}
 # Per text. A CPU spends most of a step on the target's pass, so it makes more of each.
 GPU_ANCHORS, CPU_ANCHORS = 32, 128
+# Tokens scored in a step. A GPU has arithmetic to spare, and was not measured.
+GPU_SAMPLE, CPU_SAMPLE = 0, 4096
 EVAL_TEXTS = 64
 # Options about the head's shape, which a target leaves open, and the fields of its configuration
 # that they decide.
@@ -176,6 +178,12 @@ class TrainSettings(CommandSettings):
         description="Share of the total variation from the target's distribution, the chance that "
         "a sampled draft is rejected; what these two leave is cross entropy.",
     )
+    sample_vocab: int | None = Field(
+        None,
+        ge=0,
+        description="Score about so many tokens in a step: those likely there, and an even sample "
+        "that stands for the others; 0: all. Default: all on a GPU, 4096 on a CPU.",
+    )
 
     eval_share: float = Field(0.05, ge=0, lt=1, description="Share of the texts held out.")
     eval_texts: int | None = Field(
@@ -261,6 +269,12 @@ class TrainSettings(CommandSettings):
         if self.anchors_per_text == "all":
             return None
         return self.anchors_per_text or (CPU_ANCHORS if device == "cpu" else GPU_ANCHORS)
+
+    def sample(self, device: str) -> int:
+        """Tokens that a step scores on this kind of device, about; 0: all."""
+        if self.sample_vocab is not None:
+            return self.sample_vocab
+        return CPU_SAMPLE if device == "cpu" else GPU_SAMPLE
 
     @property
     def rate(self) -> float:

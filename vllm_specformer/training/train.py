@@ -311,7 +311,7 @@ def _batches(
         Budget(settings.batch_tokens, settings.batch_size, packed),
         per_text=settings.anchors(inputs.device),
         slot_counts=settings.counts(config.nested_slots),
-        seed=settings.seed,
+        seed=inputs.draw_seed,
         per_step=inputs.processes * settings.accumulate,
         steps=settings.max_steps,
         epochs=settings.epochs,

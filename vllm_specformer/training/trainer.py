@@ -127,7 +127,8 @@ class HeadTrainer(Trainer):
         self.packed, self.memory, self.save_dtype = packed, memory, save_dtype
         self.texts, self.held_out = batches.texts, held_out
         self.clock, self.cache, self.quiet = clock, cache, quiet
-        self.objective = Objective(settings.weights(), settings.mix, memory)
+        sample = settings.sample(arguments.device.type)
+        self.objective = Objective(settings.weights(), settings.mix, memory, sample)
         self.loss_is_scaled_for_ga = False
         super().__init__(
             model=head,
@@ -152,9 +153,9 @@ class HeadTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         s = self.settings
-        optimizer = build_optimizer(
-            model or self.model, s.optimizer, s.rate, s.vector_learning_rate, s.weight_decay
-        )
+        model, bf16 = model or self.model, self.args.bf16
+        rates = (s.rate, s.vector_learning_rate)
+        optimizer = build_optimizer(model, s.optimizer, *rates, s.weight_decay, bf16)
         self.optimizer = optimizer
         return optimizer
 
