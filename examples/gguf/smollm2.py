@@ -73,7 +73,8 @@ def fetch(packages: Path) -> None:
         fail(
             f"pip could not install {' and '.join(PACKAGES)} ({lines[-1]})",
             "check the network and pip's index (pip config list), or copy the directory "
-            f"{OUT.relative_to(ROOT)} from a machine that has it",
+            f"{OUT.relative_to(ROOT)} from a machine that has it; `make demo PAIR=bundled` works "
+            "without it",
         )
 
 

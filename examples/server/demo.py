@@ -1,7 +1,8 @@
 """`make demo`: serve a model with its head by vLLM, talk to it, compare it with no speculation.
 
 Greedy first, then the same prompts sampled, where the head's drafts are drawn. `--pair smollm2` is
-a language model of 135M parameters, `--pair bundled` the tests' small model, which writes Python.
+a language model of 135M parameters, which `make target` fetches; `--pair bundled` the tests' small
+model, which writes Python.
 
 Two servers run the same target, one with the SpecFormer head and one without. They are measured in
 turn, never at the same time: a waiting vLLM server uses about 1% of a core, so the one that
@@ -20,7 +21,6 @@ import shlex
 import signal
 import statistics
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -53,7 +53,7 @@ class Pair:
 
     `together` is the second number of requests at a time that is measured, beside one; `sampled`
     the temperature; `prompts` and `alone_prompts` how many prompts a round has at `together` and
-    at one at a time.
+    at one at a time; `drafts` and `drafts_together` the K at one request and at several.
     """
 
     target: str
@@ -65,6 +65,18 @@ class Pair:
     prompts: int
     alone_prompts: int
     max_tokens: int
+    drafts: int
+    drafts_together: int
+
+    @property
+    def speculative_config(self) -> dict[str, Any]:
+        config = {"method": "specformer", "model": self.head, "num_speculative_tokens": self.drafts}
+        if self.drafts_together != self.drafts:
+            config["num_speculative_tokens_per_batch_size"] = [
+                [1, 1, self.drafts],
+                [2, self.together, self.drafts_together],
+            ]
+        return config
 
     @property
     def together_key(self) -> str:
@@ -88,11 +100,13 @@ class Pair:
 PAIRS = {
     "smollm2": Pair(
         f"{MODELS}/smollm2-target", f"{MODELS}/smollm2-specformer", "chats.jsonl",
-        chat=True, together=4, sampled=0.7, prompts=12, alone_prompts=4, max_tokens=96,
+        chat=True, together=4, sampled=0.7, prompts=8, alone_prompts=3, max_tokens=64,
+        drafts=4, drafts_together=1,
     ),
     "bundled": Pair(
         f"{MODELS}/python-target", f"{MODELS}/python-specformer", "prompts.jsonl",
         chat=False, together=16, sampled=1.0, prompts=32, alone_prompts=6, max_tokens=128,
+        drafts=4, drafts_together=4,
     ),
 }  # fmt: skip
 
@@ -120,8 +134,13 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pair", choices=sorted(PAIRS), default="bundled")
-    parser.add_argument("--num-speculative-tokens", type=int, default=4, metavar="K")
+    parser.add_argument("--pair", choices=sorted(PAIRS), default="smollm2")
+    parser.add_argument(
+        "--num-speculative-tokens",
+        type=int,
+        metavar="K",
+        help="default: the pair's, which may depend on the number of requests",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="measured pairs per concurrency")
     parser.add_argument("--prompts", type=int, help="prompts per round of several at a time")
     parser.add_argument("--sequential-prompts", type=int, help="prompts per round of one at a time")
@@ -131,27 +150,24 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     pair = PAIRS[args.pair]
+    drafts = args.num_speculative_tokens
+    if drafts is not None:
+        pair = replace(pair, drafts=drafts, drafts_together=drafts)
     pair = replace(
         pair,
         prompts=args.prompts or pair.prompts,
         alone_prompts=args.sequential_prompts or pair.alone_prompts,
     )
     prompts = read_prompts(PROMPTS / pair.questions)[: pair.prompts]
-    speculative = {
-        "method": "specformer",
-        "model": pair.head,
-        "num_speculative_tokens": args.num_speculative_tokens,
-    }
     with contextlib.ExitStack() as stack:
-        options = ["--speculative-config", json.dumps(speculative)]
+        options = ["--speculative-config", json.dumps(pair.speculative_config)]
         drafting = start(stack, "with", [*pair.options, *options])
         show_requests(pair, pair.on(drafting), prompts)
         plain = start(stack, "without", pair.options)
         warn_if_busy()
-        send = partial(measure, args.rounds, pair, pair.on(drafting), pair.on(plain), prompts)
-        counts, greedy = counted(drafting, send)
-        drawn, sampled = counted(drafting, partial(send, temperature=pair.sampled))
-    results = as_results(pair, counts, *greedy) | sampled_results(pair, drawn, *sampled)
+        send = partial(measure, args.rounds, pair, drafting, plain, prompts)
+        greedy, sampled = send(temperature=0.0), send(temperature=pair.sampled)
+    results = as_results(pair, greedy) | sampled_results(pair, sampled)
     print_table(pair, results, greedy, sampled)
     return results | {
         "pair": args.pair,
@@ -220,97 +236,93 @@ def show_requests(pair: Pair, service: Service, prompts: list[str]) -> None:
     complete(service, prompts[: pair.together], pair.together, on_completion)
 
 
-Pairs = tuple[PairedRounds, PairedRounds]
+@dataclass(frozen=True)
+class Measured:
+    """Paired rounds at one number of requests, and what the drafts brought in them."""
+
+    pairs: PairedRounds
+    counts: DraftCounts
 
 
-def counted(server: Server, work: Callable[[], Pairs]) -> tuple[DraftCounts, Pairs]:
-    """What `work` measures, and the increase of a server's draft counters meanwhile."""
-    before = read_draft_counts(server.url)
-    pairs = work()
-    return read_draft_counts(server.url) - before, pairs
+Both = tuple[Measured, Measured]  # at one request and at several
 
 
 def measure(
     rounds: int,
     pair: Pair,
-    drafting: Service,
-    plain: Service,
+    drafting: Server,
+    plain: Server,
     prompts: list[str],
-    temperature: float = 0.0,
-) -> Pairs:
+    temperature: float,
+) -> Both:
     """Paired rounds of one request and of several at a time, after a warm-up of both servers."""
-    measured = []
     send = partial(complete, temperature=temperature)
-    for service in (drafting, plain):
+    services = pair.on(drafting), pair.on(plain)
+    for service in services:
         send(service, prompts[: pair.together], pair.together)
-    for concurrency, used in ((1, prompts[: pair.alone_prompts]), (pair.together, prompts)):
+
+    def at(concurrency: int, used: list[str]) -> Measured:
         console.print(
             f"\n[bold]Measuring[/] {rounds} pairs of rounds at temperature {temperature:g}: "
             f"{len(used)} prompts, {concurrency} at a time"
         )
-        measured.append(
-            in_pairs(
-                partial(send, drafting, used, concurrency),
-                partial(send, plain, used, concurrency),
-                rounds,
-            )
-        )
-    return measured[0], measured[1]
+        before = read_draft_counts(drafting.url)
+        with_drafts, without = (partial(send, one, used, concurrency) for one in services)
+        pairs = in_pairs(with_drafts, without, rounds)
+        return Measured(pairs, read_draft_counts(drafting.url) - before)
+
+    return at(1, prompts[: pair.alone_prompts]), at(pair.together, prompts)
 
 
-def as_results(
-    pair: Pair, counts: DraftCounts, alone: PairedRounds, together: PairedRounds
-) -> dict[str, Any]:
-    differing = sorted({*alone.differing_prompts(), *together.differing_prompts()})
-    found = {
-        "tokens_per_step": round(counts.tokens_per_step, 3),
-        "acceptance_per_position": [round(a, 3) for a in counts.acceptance_per_position],
-    }
-    for suffix, pairs in (("", alone), (pair.together_key, together)):
-        with_drafts, without = pairs.tokens_per_second
+def as_results(pair: Pair, measured: Both) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for suffix, one in zip(("", pair.together_key), measured, strict=True):
+        with_drafts, without = one.pairs.tokens_per_second
+        acceptance = [round(a, 3) for a in one.counts.acceptance_per_position]
         found |= {
+            f"tokens_per_step{suffix}": round(one.counts.tokens_per_step, 3),
+            f"acceptance_per_position{suffix}": acceptance,
             f"tokens_per_second_with{suffix}": round(with_drafts, 1),
             f"tokens_per_second_without{suffix}": round(without, 1),
-            f"ratio{suffix}": round(statistics.median(pairs.ratios), 3),
+            f"ratio{suffix}": round(statistics.median(one.pairs.ratios), 3),
         }
+    differing = sorted({prompt for one in measured for prompt in one.pairs.differing_prompts()})
     return found | {
         "identical_greedy_outputs": not differing,
         "differing_prompts": differing,
     }
 
 
-def sampled_results(
-    pair: Pair, counts: DraftCounts, alone: PairedRounds, together: PairedRounds
-) -> dict[str, Any]:
+def sampled_results(pair: Pair, measured: Both) -> dict[str, Any]:
     """The same figures for sampled requests, whose texts differ from round to round."""
-    found = as_results(pair, counts, alone, together)
+    found = as_results(pair, measured)
     texts = ("identical_greedy_outputs", "differing_prompts")
     return {name + pair.sampled_key: value for name, value in found.items() if name not in texts}
 
 
-def print_table(pair: Pair, results: dict[str, Any], greedy: Pairs, sampled: Pairs) -> None:
-    table = Table("", "with SpecFormer", "without", "ratio (min-max of the pairs)")
-    temperatures = {"": "", pair.sampled_key: f", temperature {pair.sampled:g}"}
+def print_table(pair: Pair, results: dict[str, Any], greedy: Both, sampled: Both) -> None:
+    table = Table("requests", "SpecFormer", "without", "ratio (pairs)", "tokens/step")
+    table.title = "Tokens per second"
+    temperatures = {"": "greedy", pair.sampled_key: f"temperature {pair.sampled:g}"}
     for (kind, at), measured in zip(temperatures.items(), (greedy, sampled), strict=True):
         sizes = {"": 1, pair.together_key: pair.together}
-        for (name, concurrency), pairs in zip(sizes.items(), measured, strict=True):
-            suffix = name + kind
+        for (name, concurrency), one in zip(sizes.items(), measured, strict=True):
+            suffix, ratios = name + kind, one.pairs.ratios
             table.add_row(
-                f"tokens/s, {concurrency} at a time{at}",
+                f"{concurrency}, {at}",
                 f"{results['tokens_per_second_with' + suffix]:.0f}",
                 f"{results['tokens_per_second_without' + suffix]:.0f}",
-                f"{results['ratio' + suffix]:.2f} "
-                f"({min(pairs.ratios):.2f}-{max(pairs.ratios):.2f})",
+                f"{results['ratio' + suffix]:.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
+                f"{results['tokens_per_step' + suffix]:.2f}",
             )
-    for kind, at in temperatures.items():
-        table.add_row(f"tokens per step{at}", f"{results['tokens_per_step' + kind]:.2f}", "1", "")
-        accepted = "  ".join(f"{a:.2f}" for a in results["acceptance_per_position" + kind])
-        table.add_row(f"acceptance per position{at}", accepted, "", "")
-    identical = "yes" if results["identical_greedy_outputs"] else "NO"
-    table.add_row("identical greedy outputs", identical, "", "")
     console.print()
     console.print(table)
-    if any(pairs.is_noisy for pairs in (*greedy, *sampled)):
+    for kind, at in temperatures.items():
+        accepted = "  ".join(f"{a:.2f}" for a in results["acceptance_per_position" + kind])
+        console.print(f"acceptance per position, one at a time, {at}: {accepted}")
+    identical = "yes" if results["identical_greedy_outputs"] else "NO"
+    console.print(f"identical greedy outputs: {identical}")
+    if any(one.pairs.is_noisy for one in (*greedy, *sampled)):
         console.print(
             "warning: pairs of rounds differ by more than half, so other programs had part of the "
             "machine; the ratios say little",

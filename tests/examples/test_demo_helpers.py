@@ -25,6 +25,11 @@ def rounds_of(seconds: float, tokens: tuple[int, ...] = (1, 2, 3)) -> load.Round
     return load.Round(seconds, (load.Completion("def f():", " pass", tokens),))
 
 
+def measured(pairs: load.PairedRounds, accepted: tuple[int, ...]) -> demo.Measured:
+    """Rounds in which ten steps drafted four tokens each."""
+    return demo.Measured(pairs, DraftCounts(10, 40, sum(accepted), accepted))
+
+
 def test_in_pairs_alternates_who_goes_first() -> None:
     order: list[str] = []
 
@@ -49,23 +54,25 @@ def test_differing_outputs_are_found() -> None:
 
 def test_results_have_the_promised_keys(capsys: pytest.CaptureFixture[str]) -> None:
     pairs = load.PairedRounds((rounds_of(1.0),), (rounds_of(1.8),))
+    slower = load.PairedRounds((rounds_of(1.0),), (rounds_of(1.25),))
     pair = demo.PAIRS["bundled"]
-    results = demo.as_results(pair, DraftCounts(10, 40, 17, (9, 5, 2, 1)), pairs, pairs)
+    greedy = measured(pairs, (9, 5, 2, 1)), measured(slower, (8, 5, 2, 1))
+    results = demo.as_results(pair, greedy)
     assert json.loads(json.dumps(results)) == results
-    assert results["tokens_per_step"] == 2.7
+    assert (results["tokens_per_step"], results["tokens_per_step_16"]) == (2.7, 2.6)
     assert results["acceptance_per_position"] == [0.9, 0.5, 0.2, 0.1]
     assert results["tokens_per_second_with"] == 3.0
     assert results["tokens_per_second_without"] == pytest.approx(1.7, abs=0.05)
-    assert results["ratio"] == results["ratio_16"] == 1.8
+    assert (results["ratio"], results["ratio_16"]) == (1.8, 1.25)
     assert results["identical_greedy_outputs"] is True
-    slower = load.PairedRounds((rounds_of(1.0),), (rounds_of(1.25),))
-    sampled = demo.sampled_results(pair, DraftCounts(10, 40, 12, (7, 3, 1, 1)), slower, pairs)
+    drawn = measured(slower, (7, 3, 1, 1)), measured(pairs, (7, 3, 1, 1))
+    sampled = demo.sampled_results(pair, drawn)
     assert not sampled.keys() & results.keys()
     assert sampled["tokens_per_step_temperature_1"] == 2.2
     assert sampled["acceptance_per_position_temperature_1"] == [0.7, 0.3, 0.1, 0.1]
     assert sampled["ratio_temperature_1"] == 1.25
     assert sampled["ratio_16_temperature_1"] == 1.8
-    demo.print_table(pair, results | sampled, (pairs, pairs), (slower, pairs))
+    demo.print_table(pair, results | sampled, greedy, drawn)
     printed = capsys.readouterr().out
     assert "temperature 1" in printed
     assert "warning" not in printed
@@ -78,12 +85,18 @@ def test_noisy_measurements_say_so(capsys: pytest.CaptureFixture[str]) -> None:
     noisy = load.PairedRounds((still, still), (rounds_of(1.0), rounds_of(1.6)))
     assert not quiet.is_noisy
     assert noisy.is_noisy
-    counts = DraftCounts(10, 40, 17, (9, 5, 2, 1))
-    results = demo.as_results(pair, counts, quiet, noisy)
-    results |= demo.sampled_results(pair, counts, quiet, quiet)
+    calm, busy = (measured(pairs, (9, 5, 2, 1)) for pairs in (quiet, noisy))
+    results = demo.as_results(pair, (calm, busy)) | demo.sampled_results(pair, (calm, calm))
     assert results["ratio_4_temperature_0.7"] == results["ratio"]
-    demo.print_table(pair, results, (quiet, noisy), (quiet, quiet))
+    demo.print_table(pair, results, (calm, busy), (calm, calm))
     assert "warning: pairs of rounds differ by more than half" in capsys.readouterr().out
+
+
+def test_several_requests_may_get_fewer_drafts() -> None:
+    chat, code = (demo.PAIRS[name].speculative_config for name in ("smollm2", "bundled"))
+    ranges = chat["num_speculative_tokens_per_batch_size"]
+    assert ranges == [[1, 1, chat["num_speculative_tokens"]], [2, 4, 1]]
+    assert "num_speculative_tokens_per_batch_size" not in code
 
 
 def test_a_busy_machine_says_so(

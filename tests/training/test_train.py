@@ -169,14 +169,22 @@ def test_several_directories_are_one_set_of_texts(
 
 @pytest.mark.parametrize("able", [True, False])
 def test_arithmetic_of_a_cpu(
-    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, able: bool
+    pair: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    able: bool,
 ) -> None:
-    """bfloat16 where the processor has it."""
+    """bfloat16 where the processor has it; a run says so where it only emulates it."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
     options = {"dtype": "auto", "device": "cpu", "max_steps": 2, "eval_share": 0}
     provenance = train(pair, tmp_path / "out", **options)
     assert provenance["dtype"] == ("bfloat16" if able else "float32")
     assert provenance["settings"]["anchors_per_text"] == 128
+    assert "only emulates" not in capsys.readouterr().out
+    provenance = train(pair, tmp_path / "asked", **options | {"dtype": "bfloat16"})
+    assert provenance["dtype"] == "bfloat16"
+    assert ("only emulates" in capsys.readouterr().out) is not able
 
 
 def test_evaluations_take_a_tenth_at_most(

@@ -1,4 +1,4 @@
-"""`specformer check`: does this head fit that target? (see docs/training.md)"""
+"""`specformer check`: does this head fit that target? (see docs/evaluate.md)"""
 
 from __future__ import annotations
 

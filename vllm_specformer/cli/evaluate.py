@@ -1,4 +1,4 @@
-"""`specformer eval`: what a head is worth, offline and in the engine (see docs/training.md)."""
+"""`specformer eval`: what a head is worth, offline and in the engine (see docs/evaluate.md)."""
 
 from __future__ import annotations
 

@@ -355,6 +355,11 @@ def _introduce(
     )
     if counts["evaluated"] and not counts["evaluated_greedy"]:
         _say("note: no held-out text is greedy; acceptance is measured on sampled ones")
+    if settings.dtype == "bfloat16" and device.type == "cpu" and not cpu_has_bfloat16():
+        _say(
+            "note: --dtype bfloat16: this processor only emulates it, many times slower than "
+            "float32; leave the option out"
+        )
     if config.draft_vocab_size:
         _say(
             f"the {config.draft_vocab_size:,} tokens of the draft vocabulary make up "
