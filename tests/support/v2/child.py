@@ -1,6 +1,7 @@
 """Runs tests of `tests/engine/v2` in a process of their own; see its conftest for why.
 
-The child's whole output is shown when it fails; its summary, and what took it long, always.
+The child's whole output is shown when it fails. Its summary, and what took it long, go to
+`build/v2-child.txt`, because workers of pytest-xdist swallow what a passing test prints.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ FOLDER = ROOT / "tests" / "engine" / "v2"
 MATRIX = FOLDER / "test_matrix_v2.py"  # with `make test-matrix`
 ADAPTERS = FOLDER / "test_adapters_v2.py"  # likewise
 CANDIDATES = FOLDER / "candidates"  # by tests/engine/test_v2_candidates.py
+REPORT = ROOT / "build" / "v2-child.txt"
 LIMIT_SECONDS = 1800
 LONG_SECONDS = 15
 _DURATION = re.compile(r"[\d.]+s (setup|call|teardown) ")
@@ -40,9 +42,12 @@ def run_child(capfd: pytest.CaptureFixture[str], arguments: list[str], at_least:
     )
     lines = child.stdout.strip().splitlines()
     summary = lines[-1] if lines else "no output"
+    report = "\n".join([" ".join(arguments), summary, *filter(_DURATION.match, lines)])
     with capfd.disabled():
-        print(f"\n[V2 runner, child process] {summary}")
-        print(*filter(_DURATION.match, lines), sep="\n")
+        print(f"\n[V2 runner, child process] {report}")
+    REPORT.parent.mkdir(exist_ok=True)
+    with REPORT.open("a") as file:
+        print(report, file=file)
     if child.returncode:
         pytest.fail(f"the child exited with {child.returncode}:\n{child.stdout}", pytrace=False)
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", summary)}
