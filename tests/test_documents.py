@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shlex
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from support.cli_reference import parser_of
 from support.paths import ROOT
-from vllm_specformer.cli.flags import add_flags
-from vllm_specformer.cli.main import COMMANDS, SERVE
+from vllm_specformer.cli.main import SERVE
 
 DOCUMENTS = sorted(
     [
@@ -83,15 +81,6 @@ def words_of(line: str) -> list[str]:
     return []
 
 
-def parsers() -> dict[str, argparse.ArgumentParser]:
-    found = {}
-    for name, (module, _) in COMMANDS.items():
-        if name != SERVE:
-            found[name] = argparse.ArgumentParser(prog=f"specformer {name}")
-            add_flags(found[name], import_module(module).SETTINGS)
-    return found
-
-
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_links_lead_somewhere(path: Path) -> None:
     for link in LINK.findall(prose(path.read_text())):
@@ -114,13 +103,12 @@ def test_commands_exist(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     for script in SCRIPT.findall(text):
         assert (ROOT / script).is_file(), f"{name_of(path)}: {script}"
-    known = parsers()
     for line in commands(text):
         command, *options = words_of(line) or [SERVE]
         if command == SERVE:
             continue
         try:
-            known[command].parse_args(options)
+            parser_of(command).parse_args(options)
         except SystemExit:
             pytest.fail(f"{name_of(path)}: {line}\n{capsys.readouterr().err}")
 
