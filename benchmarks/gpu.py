@@ -1,10 +1,10 @@
-"""Everything that is to be known about SpecFormer on a GPU, in one command.
+"""All checks and benchmarks on a GPU, resumably, within a time budget.
 
     python benchmarks/gpu.py                   # all stages, as far as 8 minutes reach
     python benchmarks/gpu.py                   # goes on where the last call stopped
     python benchmarks/gpu.py --stage d --minutes 30
     python benchmarks/gpu.py --dry             # without a GPU: toy sizes in Triton's interpreter
-    python benchmarks/gpu.py --predictions     # what stage d should show, as in docs/performance.md
+    python benchmarks/gpu.py --predictions     # of stage d, as in docs/gpu-predictions.md
 
 Stages: a environment, b kernels, c the bundled pair's output, drafts and acceptance, d throughput
 against other methods at equal acceptance, e a profile of the draft step. A stage is made of units,

@@ -1,4 +1,4 @@
-"""The predictions as Markdown, as docs/performance.md has them: `gpu.py --predictions`."""
+"""The predictions as Markdown, as docs/gpu-predictions.md has them: `gpu.py --predictions`."""
 
 from __future__ import annotations
 

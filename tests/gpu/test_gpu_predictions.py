@@ -14,7 +14,7 @@ from support.paths import ROOT
 from vllm_specformer.planning.choose import MARGIN
 from vllm_specformer.shapes import TargetShape
 
-PERFORMANCE = ROOT / "docs" / "performance.md"
+PAGE = ROOT / "docs" / "gpu-predictions.md"
 QWEN3_8B = TargetShape.from_config(TARGETS["8b"].config())
 
 
@@ -98,9 +98,9 @@ def test_trees_shrink_to_chains_as_batches_grow() -> None:
 
 
 def test_the_documentation_has_these_tables() -> None:
-    text = PERFORMANCE.read_text()
+    text = PAGE.read_text()
     for part in (tables(), tree_tables()):
         assert part in text, (
-            "docs/performance.md differs from `python benchmarks/gpu.py --predictions`; copy its "
-            "output"
+            "docs/gpu-predictions.md differs from `python benchmarks/gpu.py --predictions`; "
+            "copy its output"
         )

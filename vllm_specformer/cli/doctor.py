@@ -1,7 +1,7 @@
 """`specformer doctor`: what is installed, what would run, and what stands in the way.
 
 Everything is read from package metadata and sources, vLLM is never imported: that would take ten
-seconds, and an installation that cannot be imported is just what one calls a doctor for.
+seconds, and broken installations, the ones this diagnoses, cannot be imported.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def llm(plain: Plain) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def found(llm: LLM, plain: Plain) -> Answers:
-    """All features in one batch, helped by drafts of which any number is right."""
+    """All features in one batch, with drafts forced so that every acceptance count occurs."""
     known = continuations([output for outputs in plain.answers.values() for output in outputs])
     with watching(truth(known)) as watch:
         answers = by_request(COMPARED, job(COMPARED, PROMPTS_EACH).run(llm))

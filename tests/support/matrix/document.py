@@ -16,8 +16,8 @@ INTRODUCTION = """# Features of vLLM beside speculation
 Generated from `tests/engine/matrix` by `make test-matrix`; do not edit. Which versions of vLLM work
 is another page: [vllm-compatibility.md](vllm-compatibility.md).
 
-Every row was run with the bundled pair in fp32, K = 4, with drafts of which any number is right,
-and compared with an engine without speculation.
+Every row was run with the bundled pair in fp32, K = 4, and compared with an engine without
+speculation. Drafts are forced so that every acceptance count occurs.
 
 - **same output**: token ids, text, reason of the end and log-probabilities are those without
   speculation.

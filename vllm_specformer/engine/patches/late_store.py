@@ -1,8 +1,9 @@
 """The output of a step that drafts nothing leaves before the head's K/V are stored (CPU, V1).
 
-No draft hangs on them in that step, so nobody needs to wait. On a CPU the worker is a process of
-its own, which has nothing to do until the engine has read the output and laid out the next step:
-about as long as storing takes. The next step that drafts finds everything stored.
+A step at K = 0 never reads this K/V, so the store is deferred until its output is sent. On a CPU
+the worker is a process of its own, which has nothing to do until the engine has read the output and
+laid out the next step: about as long as storing takes. The next step that drafts finds everything
+stored.
 """
 
 from __future__ import annotations
