@@ -13,6 +13,13 @@ import pytest
 from support.cli_reference import parser_of
 from support.paths import ROOT
 from vllm_specformer.cli.main import SERVE
+from vllm_specformer.engine.speculative_config import (
+    ADAPTIVE,
+    CONFIDENCE,
+    SCHEDULE,
+    TREE,
+    TREE_SCHEDULE,
+)
 
 DOCUMENTS = sorted(
     [
@@ -120,6 +127,12 @@ def test_configurations_are_json(path: Path) -> None:
         for option, value in pairwise(words):
             if option in ("--speculative-config", "--engine-args"):
                 json.loads(value.partition("=")[2] if re.match(r"\w+=", value) else value)
+
+
+def test_every_field_of_ours_has_a_row() -> None:
+    rows = (ROOT / "docs" / "speculative-config.md").read_text()
+    for field in ("verification", SCHEDULE, CONFIDENCE, TREE, TREE_SCHEDULE, ADAPTIVE):
+        assert f"| `{field}` |" in rows
 
 
 def test_a_wrong_document_is_found(tmp_path: Path) -> None:
