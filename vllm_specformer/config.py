@@ -108,6 +108,19 @@ class HeadFields(BaseModel):
         description="What a slot attends to: the other slots only (the paper), or the whole "
         "context as well, in one softmax."
     )
+    context_window: int = Field(
+        0,
+        ge=0,
+        le=MAX_POSITIONS,
+        description="Tokens up to the anchor, itself included, that anchor and slots attend to; "
+        "0: all.",
+    )
+    context_sinks: int = Field(
+        0,
+        ge=0,
+        le=MAX_POSITIONS,
+        description="With a window: first tokens of the text that they attend to besides.",
+    )
     markov_rank: int = Field(
         ge=0,
         le=MAX_SIZE,
@@ -151,6 +164,11 @@ class HeadFields(BaseModel):
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} must divide "
                 f"num_attention_heads={self.num_attention_heads}"
+            )
+        if self.context_sinks and not self.context_window:
+            raise ValueError(
+                f"context_sinks={self.context_sinks} needs a context_window: without one the whole "
+                "context is seen"
             )
         for name in ("tree_ranking", "tree_ranking_sampled"):
             taus = getattr(self, name)

@@ -312,12 +312,22 @@ class SpecFormerHead(PreTrainedModel):
         )
         rows = torch.arange(batch, device=context.device).unsqueeze(-1)
         anchor, query = context[rows, anchors], queries[rows, anchors]
-        visible = torch.arange(length, device=context.device) <= anchors.unsqueeze(-1)
+        visible = self.seen(torch.arange(length, device=context.device), anchors)
 
         attended = self._attend(query.unsqueeze(2), key, value, visible)
         num_slots = num_slots or self.config.num_draft_slots
         slots = self.expand(anchor, attended.squeeze(2), bonus_embeds, num_slots)
         return self.run_slots(slots, anchors, self._attend_slots(key, value, visible))
+
+    def seen(self, positions: Tensor, anchors: Tensor) -> Tensor:
+        """Which context positions [..., T] each anchor [..., A] sees: bool [..., A, T]."""
+        positions = positions.unsqueeze(-2)
+        behind = anchors.unsqueeze(-1) - positions
+        seen = behind >= 0
+        window, sinks = self.config.context_window, self.config.context_sinks
+        if window:
+            seen &= (behind < window) | (positions < sinks)
+        return seen
 
     def _attend_slots(self, key: Tensor, value: Tensor, visible: Tensor) -> Attend:
         """The slots' attention, given the context's K/V and what each anchor sees of it."""

@@ -85,6 +85,7 @@ class HeadShape:
     bonus: bool = True
     nested: bool = True
     markov_rank: int = 0
+    visible: int = 0  # most context tokens that it sees; 0: all
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> HeadShape:
@@ -103,6 +104,7 @@ class HeadShape:
             bonus=fields["use_bonus_embedding"],
             nested=fields["nested_slots"],
             markov_rank=fields["markov_rank"],
+            visible=fields.get("context_window", 0) + fields.get("context_sinks", 0),
         )
 
     @classmethod

@@ -20,6 +20,7 @@ H200_MULTIPROCESSORS = 132
 FULL_BLOCK = reference.MAX_BLOCK_LEN
 # Aimed at where bytes, not launches, take the time.
 AIM, AIM_TOKENS = 0.80, 131_072
+WINDOW = (2048, 4)  # tokens, and sinks
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,14 @@ def aot_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         yield name, _call(shape, dtype)
     short = Shape((launch.MIN_SPLIT_TOKENS, 16))
     yield f"{NUM_SLOTS} rows, head size 128, unsplit", _call(short, dtype)
+    long, (window, sinks) = Shape((131_072, 131_072)), WINDOW
+    name = f"{NUM_SLOTS} rows, head size 128, window of {window}"
+    yield name, _call(long, dtype, window=window, sinks=sinks)
 
 
-def _call(shape: Shape, dtype: torch.dtype) -> Callable[[], object]:
+def _call(shape: Shape, dtype: torch.dtype, **window: int) -> Callable[[], object]:
     arguments = _inputs(shape, dtype, "cpu", draw=torch.zeros)
-    return partial(_with_multiprocessors, H200_MULTIPROCESSORS, *arguments)
+    return partial(_with_multiprocessors, H200_MULTIPROCESSORS, *arguments, **window)
 
 
 def bench_cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[BenchCase]:
@@ -93,10 +97,10 @@ def bench_cases(device: str, dtype: torch.dtype, quick: bool) -> Iterator[BenchC
         )
 
 
-def _with_multiprocessors(count: int, *arguments: Any) -> torch.Tensor:
+def _with_multiprocessors(count: int, *arguments: Any, **window: int) -> torch.Tensor:
     """Launch as on a GPU of `count` multiprocessors: their number decides how much is split."""
     with mock.patch.object(launch, "multiprocessors", return_value=count):
-        return launch.block_attention(*arguments)
+        return launch.block_attention(*arguments, **window)
 
 
 def _inputs(

@@ -24,6 +24,8 @@ DEFAULTS = {
     "draft_vocab": None,
     "hooks": None,
     "slot_mask": None,
+    "context_window": None,
+    "context_sinks": None,
     "bonus_embedding": None,
     "nested_slots": None,
     "intermediate_size": None,

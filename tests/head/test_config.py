@@ -93,6 +93,7 @@ def test_shallow_target_is_refused(layers: int) -> None:
         {"markov_rank": 4, "num_draft_slots": 1},
         {"num_slot_layers": 2, "draft_vocab_size": 50},
         {"num_draft_slots": 3, "tree_ranking": (0.7, 0.85, 1.0)},
+        {"context_window": 1024, "context_sinks": 4},
     ],
 )
 def test_survives_saving(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -127,6 +128,8 @@ def test_file_states_every_field_once(tmp_path: Path) -> None:
         ({"markov_rank": -1}, r"'markov_rank' with value -1"),
         ({"num_slot_layers": 0}, r"'num_slot_layers' with value 0"),
         ({"num_slot_layers": MAX_SLOT_LAYERS + 1}, r"'num_slot_layers' with value 9"),
+        ({"context_window": -1}, r"'context_window' with value -1"),
+        ({"context_sinks": 4}, r"context_sinks=4 needs a context_window"),
         ({"draft_vocab_size": -1}, r"'draft_vocab_size' with value -1"),
         ({"draft_vocab_size": 51}, r"draft_vocab_size=51 must be at most vocab_size=50"),
         ({"tree_ranking": [1.0] * 7}, r"must have num_draft_slots=8 temperatures, one per slot"),
@@ -168,6 +171,7 @@ def test_missing_field_is_named(name: str) -> None:
 def test_files_without_later_fields_are_read(tmp_path: Path) -> None:
     """Heads written before a field was there are what they were."""
     later = {"num_slot_layers", "draft_vocab_size", "tree_ranking", "tree_ranking_sampled"}
+    later |= {"context_window", "context_sinks"}
     assert later == OPTIONAL
     config = read_head_config(edited(tmp_path, **dict.fromkeys(OPTIONAL)))
     assert fields_of(config) == fields_of(head())

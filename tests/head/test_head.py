@@ -30,6 +30,12 @@ KINDS = {
         "slot_mask": "mixed",
         "num_slot_layers": 2,
     },
+    "default-window": {
+        "use_bonus_embedding": True,
+        "slot_mask": "mixed",
+        "context_window": 2,
+        "context_sinks": 1,
+    },
     "paper-three-slot-layers": {
         "use_bonus_embedding": False,
         "slot_mask": "slots",
@@ -146,6 +152,10 @@ def naive(
     normed = [norm(c, w["context_norm.weight"], eps) for c in context]
     keys = [rotated(heads(c, "context_attn.k_proj.weight"), t) for t, c in enumerate(normed)]
     values = [heads(c, "context_attn.v_proj.weight") for c in normed]
+    if config.context_window:
+        first, last = range(config.context_sinks), range(anchor + 1)[-config.context_window :]
+        seen = sorted({*first, *last} & {*range(anchor + 1)})
+        keys, values = [keys[t] for t in seen], [values[t] for t in seen]
     query = rotated(heads(normed[-1], "context_attn.q_proj.weight"), anchor)
     hidden = context[-1] + w["context_attn.o_proj.weight"] @ attention(query, keys, values)
     if config.use_bonus_embedding:
@@ -220,11 +230,14 @@ def grad_by_position(head: SpecFormerHead, anchor: int) -> Tensor:
     return sum(g[0].abs().sum(-1) for g in grads)
 
 
-def test_no_token_after_the_anchor_is_seen(head: SpecFormerHead) -> None:
+def test_what_an_anchor_sees(head: SpecFormerHead) -> None:
+    """No token after it, and all up to it but for those between sinks and window."""
+    window, sinks = head.config.context_window or LENGTH, head.config.context_sinks
     for anchor in (0, 4, LENGTH - 1):
-        seen = grad_by_position(head, anchor)
-        assert (seen[: anchor + 1] > 0).all()
-        assert (seen[anchor + 1 :] == 0).all()
+        seen = grad_by_position(head, anchor) > 0
+        for position in range(LENGTH):
+            near = anchor - window < position <= anchor
+            assert seen[position] == (near or position < min(sinks, anchor + 1))
 
 
 @torch.no_grad()

@@ -40,6 +40,8 @@ class Arguments:
     scale: float
     max_block_len: int
     pages_per_block: int = 1
+    window: int = 0
+    sinks: int = 0
 
     def as_dict(self) -> dict:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -146,9 +148,11 @@ def loop_over_rows(args: Arguments) -> Tensor:
     head_size, block_size = args.query.shape[2], args.kv_cache.shape[2]
     bounds = args.block_start_loc.tolist()
     for request, (start, end) in enumerate(itertools.pairwise(bounds)):
+        length = int(args.context_lens[request])
         cached = [
             args.kv_cache[args.block_table[request, token // block_size], :, token % block_size]
-            for token in range(int(args.context_lens[request]))
+            for token in range(length)
+            if not args.window or token < args.sinks or token >= length - args.window
         ]
         for row in range(start, end):
             word = int(args.block_mask[row])
@@ -232,6 +236,34 @@ def test_values_apart(splits: int, split: Callable[..., None], kernel_device: st
     found = launch.block_attention(**apart(args.to(kernel_device)))
     assert_close(found, expected, ERROR_RATIO[args.query.dtype])
     assert_close(reference.block_attention(**apart(args)), expected, 1e-6)
+
+
+WINDOWS = ((1, 0), (7, 3), (60, 5), (64, 1), (1000, 1000))
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(("window", "sinks"), WINDOWS)
+def test_windows(
+    window: int, sinks: int, splits: int, split: Callable[..., None], kernel_device: str
+) -> None:
+    """The first and the last tokens of a context are seen, and no page between them is read."""
+    split(splits)
+    args = make_arguments((5, 3, 1, 4), (0, 1, 65, 200), mask="tree")
+    args = replace(args, window=window, sinks=sinks)
+    expected = loop_over_rows(args)
+    if window + sinks < 60:  # pages in the middle of the last request's context
+        middle = args.block_table[3, 1 + sinks // 16 : (200 - window) // 16].long()
+        args.kv_cache[middle] = math.nan
+    assert_close(reference.block_attention(**args.as_dict()), expected, 1e-6)
+    found = launch.block_attention(**args.to(kernel_device).as_dict())
+    assert_close(found, expected, ERROR_RATIO[torch.float32])
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(-1, 0), (4, -1), (0, 4)])
+def test_windows_that_make_no_sense(window: int, sinks: int) -> None:
+    args = replace(make_arguments((1,), (5,)), window=window, sinks=sinks)
+    with pytest.raises(ValueError, match="window, sinks: expected"):
+        reference.block_attention(**args.as_dict())
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -26,6 +26,7 @@ SCORED = torch.tensor([i for i in range(1, 39) if i % 3])
 KINDS = {
     "default": {},
     "markov": {"markov_rank": 4},
+    "window": {"context_window": 3, "context_sinks": 2},
     "two-slot-layers": {"num_slot_layers": 2},
     "draft-vocabulary": {"markov_rank": 4, "draft_vocab_size": 26},
     "paper": {"slot_mask": "slots", "use_bonus_embedding": False, "nested_slots": False},

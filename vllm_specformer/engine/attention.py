@@ -122,6 +122,7 @@ class DraftAttention(nn.Module):
     Args:
         first_layer: number of the first of the head's layers, which follow the target's.
         num_kv_heads: of this rank.
+        window, sinks: tokens of the context that are seen, see `block_attention`; 0: all.
     """
 
     # Blocks that each row of the block table owns, integer [rows]. Set by a runner that
@@ -140,10 +141,12 @@ class DraftAttention(nn.Module):
         scale: float,
         max_requests: int,
         block_widths: Iterable[int],
+        window: int = 0,
+        sinks: int = 0,
     ) -> None:
         super().__init__()
         config = get_current_vllm_config()
-        self.scale = scale
+        self.scale, self.window, self.sinks = scale, window, sinks
         self.shape = HeadShape(num_kv_heads, head_size, config.model_config.dtype)
         lender = Lender(config, self.shape)
         layers = range(first_layer, first_layer + lender.num_layers)
@@ -179,7 +182,12 @@ class DraftAttention(nn.Module):
         self._parts = []
         if layer is self.layers[-1] and layer.kv_cache.numel():  # vLLM binds them in order
             caches = [layer.kv_cache for layer in self.layers]
-            self._parts = lay_out(caches, self.shape, dense=self.block_counts is not None)
+            self._parts = lay_out(caches, self.shape, dense=self._has_cpu_kernels)
+
+    @property
+    def _has_cpu_kernels(self) -> bool:
+        """Whether vLLM's CPU kernels are to read the pages. They know no window with sinks."""
+        return self.block_counts is not None and not self.window
 
     @property
     def pages_per_block(self) -> int:
@@ -263,7 +271,7 @@ class DraftAttention(nn.Module):
 
     def _cpu_pages(self) -> list[CpuPages]:
         """The parts as vLLM's CPU kernels have them; empty where those do not take them."""
-        if self.block_counts is None:
+        if not self._has_cpu_kernels:
             return []
         pages = [CpuPages.over(part.key, part.value) for part in self._parts]
         return [page for page in pages if page is not None] if all(pages) else []
@@ -293,6 +301,8 @@ class DraftAttention(nn.Module):
             rows,
             part.value,
             self.pages_per_block,
+            self.window,
+            self.sinks,
         )
         return out.view_as(query)
 

@@ -94,6 +94,8 @@ class SpecFormerDraftModel(nn.Module):
             scale=self.head.scale,
             max_requests=vllm_config.scheduler_config.max_num_seqs,
             block_widths=range(1, self.num_slots + 1),
+            window=self.config.context_window,
+            sinks=self.config.context_sinks,
         )
         self._target: dict[str, Callable[..., Tensor]] = {}
         self._hook_norm: norms.HookNorm | None = None

@@ -137,7 +137,9 @@ class _Writer:
         """Slot logits at the last position of some texts, [rows, slots, N]."""
         head, end = self.head, self.end
         key, value = self.key[rows, :end], self.value[rows, :end]
-        visible = self.mask[rows, :end].bool()[:, None]
+        mask = self.mask[rows, :end]
+        seen = head.seen(mask.cumsum(-1) - 1, self.positions[rows][:, None])
+        visible = mask.bool()[:, None] & seen
         query = self.query[rows][:, None, None]
         attended = head._attend(query, key, value, visible).squeeze(2)
         embedded = self.target.embed(bonus)[:, None]

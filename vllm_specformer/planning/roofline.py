@@ -130,6 +130,8 @@ def draft_step(
     parts = {"context": store + Work(2 * new * keys * kv_bytes, 0)}
     if not slots:
         return Step(parts)
+    if head.visible:
+        context = min(context, head.visible)
     anchor = linear(batch, size, queries) + linear(batch, queries, size)
     parts["anchor"] = anchor + attention(batch, 1, context, head, kv_bytes)
     opened = slots if head.nested else head.slots

@@ -161,8 +161,7 @@ class PackedHead(SpecFormerHead):
         """
         anchors = rows.anchors[:, part]
         own = rows.at(rows.segments, anchors).unsqueeze(-1) == rows.segments.unsqueeze(1)
-        places = torch.arange(rows.segments.shape[1], device=anchors.device)
-        visible = own & (places <= anchors.unsqueeze(-1))
+        visible = own & self.seen(rows.position_ids, rows.at(rows.position_ids, anchors))
         query = context.query[:, part].unsqueeze(2)
         attended = self._attend(query, context.key, context.value, visible)
         bonus = None

@@ -39,6 +39,8 @@ SHAPE_FIELDS = {
     "draft_vocab": "draft_vocab_size",
     "hooks": "aux_hidden_state_layer_ids",
     "slot_mask": "slot_mask",
+    "context_window": "context_window",
+    "context_sinks": "context_sinks",
     "bonus_embedding": "use_bonus_embedding",
     "nested_slots": "nested_slots",
     "intermediate_size": "intermediate_size",
@@ -111,6 +113,14 @@ class TrainSettings(CommandSettings):
     )
     slot_mask: Literal["slots", "mixed"] | None = Field(
         None, description="What slots see: each other, or the context too."
+    )
+    context_window: int | None = Field(
+        None,
+        ge=0,
+        description="Let the head see only so many tokens up to where it drafts; default: all.",
+    )
+    context_sinks: int | None = Field(
+        None, ge=0, description="With --context-window: the text's first tokens that it sees, too."
     )
     bonus_embedding: bool | None = Field(None, description="Whether slots see the bonus token.")
     nested_slots: bool | None = Field(

@@ -26,6 +26,8 @@ _TOKENS = 8192  # of the vocabulary, evenly spread, that stand for all
 _ROWS = 256  # states at a time
 _TIMES = 4.0  # the length of a bias, in lengths of the random part of a slot
 _INIT_STD = 0.02  # of a head's weights, see SpecFormerHead._init_weights
+# Fields of the shape that no weight depends on: another value may be asked for.
+_FREE = {"context_window", "context_sinks"}
 # Fields that are neither the target's nor of the head's shape.
 _OTHER = ("target_name_or_path", "tree_ranking", "tree_ranking_sampled")
 
@@ -45,6 +47,8 @@ def config_of_start(
     """
     begun = read_head_config(start)
     for field, value in asked.items():
+        if field in _FREE:
+            continue
         has = getattr(begun, field)
         if (list(value) if isinstance(value, tuple) else value) != has:
             raise HeadConfigError(
@@ -60,6 +64,7 @@ def config_of_start(
                 "begin with a head of this target, or without --init",
             )
     shape = {field: getattr(begun, field) for field in SHAPE_FIELDS.values()}
+    shape |= {field: asked[field] for field in _FREE & asked.keys()}
     return head_config("default", target, name, **shape)
 
 

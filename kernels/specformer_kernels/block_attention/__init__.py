@@ -23,6 +23,8 @@ def block_attention(
     max_block_len: int,
     value_cache: Tensor | None = None,
     pages_per_block: int = 1,
+    window: int = 0,
+    sinks: int = 0,
 ) -> Tensor:
     """Attend each row to its request's cached context and to the allowed rows of its own block.
 
@@ -48,6 +50,10 @@ def block_attention(
             num_kv_heads, block_size, head_size], with equal strides.
         pages_per_block: pages that each block of the table consists of: block b is the pages from
             b * pages_per_block on.
+        window: if not 0, rows see only the last so many tokens of their context, and the first
+            `sinks` of it (Xiao et al., arXiv 2309.17453, section 3.2). Tokens between them are not
+            read.
+        sinks: with a window, first tokens of the context that are seen whatever its length is.
 
     Returns:
         [T, num_heads, head_size] in query's dtype, contiguous. Rows at or past block_start_loc[R]
@@ -75,4 +81,6 @@ def block_attention(
         max_block_len,
         value_cache,
         pages_per_block,
+        window,
+        sinks,
     )

@@ -78,6 +78,8 @@ def block_attention(
     max_block_len: int,
     value_cache: Tensor | None = None,
     pages_per_block: int = 1,
+    window: int = 0,
+    sinks: int = 0,
 ) -> Tensor:
     """Launch one program per split of context, KV head and tile of rows, then join the splits.
 
@@ -97,6 +99,8 @@ def block_attention(
         max_block_len,
         value_cache,
         pages_per_block,
+        window,
+        sinks,
     )
     if query.dtype == torch.float64:
         raise ValueError("query: the kernel computes in float32, found torch.float64")
@@ -116,6 +120,9 @@ def block_attention(
     splits = target_splits(num_kv_heads * num_tiles, head_size, query.device)
     # The longest context that the table has room for.
     max_context = block_table.shape[1] * pages_per_block * kv_cache.shape[2]
+    visible = sinks + window if window else 0
+    if visible:
+        max_context = min(max_context, visible)
     is_split = splits > 1 and max_context > MIN_SPLIT_TOKENS
     partials: tuple[Tensor | None, ...] = (None, None, None)
     if is_split:
@@ -130,6 +137,7 @@ def block_attention(
         "GROUP": group,
         "HEAD_SIZE": head_size,
         "BLOCK_R": BLOCK_R,
+        "VISIBLE": visible,
     }
     with torch.cuda.device_of(query):
         # A request's last split is a fraction of one, so requests and splits bound the splits.
@@ -165,6 +173,7 @@ def block_attention(
             IS_SPLIT=is_split,
             PAGE_SIZE=kv_cache.shape[2],
             PAGES_PER_BLOCK=pages_per_block,
+            SINKS=sinks,
             **splitting,
             **tiles,
         )

@@ -25,6 +25,8 @@ def check_arguments(
     max_block_len: int,
     value_cache: Tensor | None,
     pages_per_block: int,
+    window: int,
+    sinks: int,
 ) -> tuple[Tensor, Tensor]:
     """The pages of K and those of V.
 
@@ -75,6 +77,11 @@ def check_arguments(
         raise ValueError(f"max_block_len: expected 1 to {MAX_BLOCK_LEN}, found {max_block_len}")
     if pages_per_block < 1:
         raise ValueError(f"pages_per_block: expected 1 or more, found {pages_per_block}")
+    if window < 0 or sinks < 0 or (sinks and not window):
+        raise ValueError(
+            f"window, sinks: expected two numbers from 0 on, no sinks without a window, found "
+            f"{window} and {sinks}"
+        )
     return pages
 
 
@@ -91,6 +98,8 @@ def block_attention(
     max_block_len: int,
     value_cache: Tensor | None = None,
     pages_per_block: int = 1,
+    window: int = 0,
+    sinks: int = 0,
 ) -> Tensor:
     """Attend each row to its request's cached context and to the allowed rows of its own block.
 
@@ -109,6 +118,8 @@ def block_attention(
         max_block_len,
         value_cache,
         pages_per_block,
+        window,
+        sinks,
     )
     block_table = page_table(block_table, pages_per_block)
     num_rows, num_requests = query.shape[0], block_table.shape[0]
@@ -121,7 +132,8 @@ def block_attention(
     if num_rows == num_requests * max_block_len:
         allowed = _unpack_words(block_mask.view(shape), columns)
         query, key, value = (rows.unflatten(0, shape) for rows in (query, key, value))
-        out = _attend(query, key, value, allowed, pages, block_table, context_lens, scale)
+        seen = visible_positions(context_lens, window, sinks)
+        out = _attend(query, key, value, allowed, pages, block_table, seen, scale)
         return out.flatten(0, 1)
 
     row_index = block_start_loc[:-1, None] + columns  # [requests, max_block_len]
@@ -130,7 +142,8 @@ def block_attention(
     allowed = _unpack_words(block_mask[row_index], columns) & is_row[:, None, :]
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
     query, key, value = (rows[row_index] for rows in (query, key, value))
-    padded = _attend(query, key, value, allowed, pages, block_table, context_lens, scale)
+    seen = visible_positions(context_lens, window, sinks)
+    padded = _attend(query, key, value, allowed, pages, block_table, seen, scale)
     out[row_index[is_row]] = padded[is_row]
     return out
 
@@ -148,14 +161,31 @@ def _unpack_words(words: Tensor, columns: Tensor) -> Tensor:
     return ((words[:, :, None] >> columns) & 1).bool()
 
 
-def gather_context(pages: tuple[Tensor, Tensor], block_table: Tensor, visible: Tensor) -> Tensor:
+def visible_positions(context_lens: Tensor, window: int, sinks: int) -> tuple[Tensor, Tensor]:
+    """Positions of the cached tokens that each request's rows see, side by side.
+
+    Returns:
+        int64 [R, length], and bool [R, length], which of them there are.
+    """
+    lens = context_lens.clamp(max=sinks + window) if window else context_lens
+    columns = torch.arange(int(lens.max()), device=lens.device)
+    visible = columns < lens[:, None]
+    if not window:
+        return columns.expand_as(visible), visible
+    skipped = (context_lens - lens)[:, None]
+    return torch.where(columns < sinks, columns, columns + skipped), visible
+
+
+def gather_context(
+    pages: tuple[Tensor, Tensor], block_table: Tensor, positions: Tensor, visible: Tensor
+) -> Tensor:
     """Cached K and V of every request side by side: [2, num_kv_heads, R, length, head_size].
 
     Args:
         pages: of K and of V, each [num_blocks, num_kv_heads, block_size, head_size].
-        visible: bool [R, length], the columns before each request's context length. The others get
-            copies of the request's first token, which is as finite as the request is: a weight of 0
-            does not silence a NaN left in a page by another request.
+        positions, visible: see `visible_positions`. Columns that are not visible get copies of the
+            request's first one, which is as finite as the request is: a weight of 0 does not
+            silence a NaN left in a page by another request.
     """
     key_pages, value_pages = pages
     num_kv_heads, block_size, head_size = key_pages.shape[1:]
@@ -165,10 +195,9 @@ def gather_context(pages: tuple[Tensor, Tensor], block_table: Tensor, visible: T
     all_have = bool(has_context.all())
     if not all_have:  # nor is the first entry of the table defined
         block_table = torch.where(has_context, block_table, 0)
-    columns = torch.arange(length, device=key_pages.device)
-    block = (columns // block_size).clamp_(max=block_table.shape[1] - 1)
-    place = block_table.long().mul_(steps[0]).index_select(1, block)  # [R, length]
-    place += columns % block_size * steps[2]
+    block = (positions // block_size).clamp_(max=block_table.shape[1] - 1)
+    place = block_table.long().mul_(steps[0]).gather(1, block)  # [R, length]
+    place += positions % block_size * steps[2]
     place = torch.where(visible, place, place[:, :1])
     heads = torch.arange(num_kv_heads, device=key_pages.device) * steps[1]
     place = (place + heads[:, None, None]).flatten()
@@ -204,12 +233,13 @@ def _attend(
     allowed: Tensor,
     pages: tuple[Tensor, Tensor],
     block_table: Tensor,
-    context_lens: Tensor,
+    seen: tuple[Tensor, Tensor],
     scale: float,
 ) -> Tensor:
     """Blocks padded to one length: query [requests, rows, num_heads, head_size] -> same shape.
 
-    `allowed` [requests, rows, rows] says which column of the block each row sees.
+    `allowed` [requests, rows, rows] says which column of the block each row sees, `seen` which
+    cached tokens (see `visible_positions`).
     """
     num_requests, num_rows, num_heads, head_size = query.shape
     num_kv_heads = key.shape[2]
@@ -224,16 +254,16 @@ def _attend(
     scores = (b_query @ b_key).view(by_head)
     scores = scores.masked_fill(~allowed[:, None], float("-inf")).flatten(2, 3)
 
-    longest = int(context_lens.max())
+    positions, visible = seen
+    longest = visible.shape[1]
     if longest:
-        visible = torch.arange(longest, device=query.device) < context_lens[:, None]
-        context = gather_context(pages, block_table, visible).to(compute_dtype)
+        context = gather_context(pages, block_table, positions, visible).to(compute_dtype)
         context_scores = b_query @ context[0].transpose(-1, -2)
         context_scores = context_scores.masked_fill(~visible[:, None], float("-inf"))
         scores = torch.cat((context_scores, scores), dim=-1)
 
     weights = scores.softmax(dim=-1)
-    if int(context_lens.min()) == 0:
+    if not longest or not bool(visible[:, 0].all()):
         sees_nothing = (scores == float("-inf")).all(dim=-1, keepdim=True)
         weights = weights.masked_fill(sees_nothing, 0.0)
     out = weights[..., longest:] @ b_value

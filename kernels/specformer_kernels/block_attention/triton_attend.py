@@ -82,22 +82,27 @@ def attend_context(
     table_ptr,  # the request's [max_blocks]
     first_token,
     num_tokens,
+    num_skipped,  # tokens between the sinks and the window
     scale_log2,
     cache_stride_b,
     cache_stride_s,
     HEAD_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PAGES_PER_BLOCK: tl.constexpr,
+    SINKS: tl.constexpr,
+    VISIBLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Softmax steps over `num_tokens` cached tokens."""
+    """Softmax steps over `num_tokens` cached tokens, counted without those that are skipped."""
     b_n = tl.arange(0, BLOCK_N)
     b_d = tl.arange(0, BLOCK_D)
     # From 0, with the first token added inside: a loop from another start is not pipelined.
     for first in range(0, num_tokens, BLOCK_N):
         is_token = first + b_n < num_tokens
         b_position = first_token + first + b_n
+        if VISIBLE:
+            b_position += tl.where(b_position < SINKS, 0, num_skipped)
         b_index = b_position // PAGE_SIZE
         b_block = tl.load(table_ptr + b_index // PAGES_PER_BLOCK, mask=is_token, other=0)
         # Page id * stride passes 2**31 elements in any large cache.
@@ -150,6 +155,8 @@ def _block_attention_kernel(
     HEAD_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PAGES_PER_BLOCK: tl.constexpr,  # pages of a block of the table
+    SINKS: tl.constexpr,  # first tokens of a context that are seen whatever its length is
+    VISIBLE: tl.constexpr,  # most context tokens that a request's rows see; 0: all
     BLOCK_R: tl.constexpr,  # requests per step of the search for a split
     BLOCK_M: tl.constexpr,  # rows of a tile: block rows x query heads of one KV head
     BLOCK_N: tl.constexpr,  # columns per step: tokens of the context or of the block
@@ -163,10 +170,10 @@ def _block_attention_kernel(
     num_kv_heads = tl.num_programs(1)
     if IS_SPLIT:
         split_tokens = longest_split(
-            context_lens_ptr, num_requests, target_splits, MIN_TOKENS, BLOCK_N, BLOCK_R
+            context_lens_ptr, num_requests, target_splits, MIN_TOKENS, BLOCK_N, BLOCK_R, VISIBLE
         )
         request, part, partial = find_split(
-            index, split_tokens, context_lens_ptr, num_requests, False, BLOCK_R
+            index, split_tokens, context_lens_ptr, num_requests, False, BLOCK_R, VISIBLE
         )
         if request >= num_requests:
             return
@@ -178,7 +185,10 @@ def _block_attention_kernel(
     if first_m >= num_rows * GROUP:
         return
 
-    context_len = load_lens(context_lens_ptr, request, num_requests)
+    context_len = load_lens(context_lens_ptr, request, num_requests, VISIBLE)
+    num_skipped = 0
+    if VISIBLE:
+        num_skipped = load_lens(context_lens_ptr, request, num_requests, 0) - context_len
     first_token, num_tokens, num_columns, num_parts = 0, context_len, num_rows, 1
     if IS_SPLIT:
         num_parts = tl.cdiv(context_len, split_tokens)
@@ -232,12 +242,15 @@ def _block_attention_kernel(
         block_table_ptr + request * table_stride_r,
         first_token,
         num_tokens,
+        num_skipped,
         scale_log2,
         cache_stride_b,
         cache_stride_s,
         HEAD_SIZE,
         PAGE_SIZE,
         PAGES_PER_BLOCK,
+        SINKS,
+        VISIBLE,
         BLOCK_N,
         BLOCK_D,
     )

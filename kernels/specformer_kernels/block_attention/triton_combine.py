@@ -32,22 +32,24 @@ def _combine_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,  # partial results per step
     BLOCK_D: tl.constexpr,  # head size, padded to a power of two
+    VISIBLE: tl.constexpr,  # most context tokens that a request's rows see; 0: all
 ):
     # One program per partial result and not per request: a grid the host can know, and the longer
     # a request's list of partial results is, the more programs share its rows.
     split_tokens = longest_split(
-        context_lens_ptr, num_requests, target_splits, MIN_TOKENS, BLOCK_N, BLOCK_R
+        context_lens_ptr, num_requests, target_splits, MIN_TOKENS, BLOCK_N, BLOCK_R, VISIBLE
     )
     index = tl.program_id(0)
     request, part, _ = find_split(
-        index, split_tokens, context_lens_ptr, num_requests, True, BLOCK_R
+        index, split_tokens, context_lens_ptr, num_requests, True, BLOCK_R, VISIBLE
     )
     if request >= num_requests:
         return
 
     first_row = tl.load(block_start_loc_ptr + request).to(tl.int64)
     num_rows = (tl.load(block_start_loc_ptr + request + 1) - first_row).to(tl.int32)
-    num_parts = tl.cdiv(load_lens(context_lens_ptr, request, num_requests), split_tokens)
+    context_len = load_lens(context_lens_ptr, request, num_requests, VISIBLE)
+    num_parts = tl.cdiv(context_len, split_tokens)
     kv_head = tl.program_id(1).to(tl.int64)
     num_kv_heads = tl.num_programs(1)
     first_partial = (index - part).to(tl.int64)

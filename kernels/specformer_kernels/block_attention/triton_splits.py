@@ -16,10 +16,16 @@ import triton.language as tl
 
 
 @triton.jit
-def load_lens(context_lens_ptr, b_request, num_requests):
-    """int32 context lengths; 0 past the last request, and for a padding row's negative one."""
+def load_lens(context_lens_ptr, b_request, num_requests, VISIBLE: tl.constexpr):
+    """int32 context tokens that are seen, at most VISIBLE of them if it is not 0.
+
+    0 past the last request, and for a padding row's negative length.
+    """
     b_len = tl.load(context_lens_ptr + b_request, mask=b_request < num_requests, other=0)
-    return tl.maximum(b_len, 0).to(tl.int32)
+    b_len = tl.maximum(b_len, 0).to(tl.int32)
+    if VISIBLE:
+        b_len = tl.minimum(b_len, VISIBLE)
+    return b_len
 
 
 @triton.jit
@@ -30,12 +36,13 @@ def longest_split(
     MIN_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,  # requests per step
+    VISIBLE: tl.constexpr,
 ):
     """Tokens of the longest split, a multiple of BLOCK_N and not below MIN_TOKENS."""
     b_r = tl.arange(0, BLOCK_R)
     b_total = tl.zeros((BLOCK_R,), dtype=tl.int64)
     for first in range(0, num_requests, BLOCK_R):
-        b_total += load_lens(context_lens_ptr, first + b_r, num_requests).to(tl.int64)
+        b_total += load_lens(context_lens_ptr, first + b_r, num_requests, VISIBLE).to(tl.int64)
     tokens = tl.cdiv(tl.sum(b_total, 0), target_splits).to(tl.int32)
     return tl.cdiv(tl.maximum(tokens, MIN_TOKENS), BLOCK_N) * BLOCK_N
 
@@ -48,6 +55,7 @@ def find_split(
     num_requests,
     ONLY_SPLIT: tl.constexpr,  # count the splits of split requests only
     BLOCK_R: tl.constexpr,
+    VISIBLE: tl.constexpr,
 ):
     """Request of split `index`, which of the request's splits it is, and its partial result.
 
@@ -63,7 +71,8 @@ def find_split(
     for first in range(0, num_requests, BLOCK_R):
         b_request = first + b_r
         is_request = b_request < num_requests
-        b_splits = tl.cdiv(load_lens(context_lens_ptr, b_request, num_requests), split_tokens)
+        b_len = load_lens(context_lens_ptr, b_request, num_requests, VISIBLE)
+        b_splits = tl.cdiv(b_len, split_tokens)
         b_partials = tl.where(b_splits > 1, b_splits, 0)
         b_splits = tl.where(is_request, tl.maximum(b_splits, 1), 0)
         if ONLY_SPLIT:

@@ -232,6 +232,17 @@ def test_other_heads(tmp_path: Path, answers: Answers, preset: str) -> None:
     assert_all_equal(DenseReference(head), watch, at_least=300)
 
 
+def test_a_window_over_the_context(tmp_path: Path, answers: Answers) -> None:
+    """The head sees the first tokens and the last ones; without the window it drafts others."""
+    window = {"context_window": 24, "context_sinks": 3}
+    head = make_head(tmp_path / "head", "default", num_draft_slots=4, **window)
+    watch, _ = drafts_of([*TEXTS[:6], *LONG[:2]], greedy(16), answers, drafting(4, head))
+    reference = DenseReference(head)
+    assert_all_equal(reference, watch, at_least=100)
+    reference.head.config.context_window = 0
+    assert compare(reference, watch.drafted).wrong
+
+
 def test_fewer_drafts_than_slots(head: Path, reference: DenseReference, answers: Answers) -> None:
     watch, _ = drafts_of(TEXTS[:12], greedy(MAX_TOKENS), answers, drafting(1, head))
     assert {len(d.drafts) for d in watch.drafted} == {1}

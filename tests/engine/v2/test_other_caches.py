@@ -1,4 +1,4 @@
-"""Targets whose KV cache is not what the head's own would be, on the V2 runner."""
+"""Targets whose KV cache is not what the head's own would be, and a window over it, on V2."""
 
 from __future__ import annotations
 
@@ -8,13 +8,31 @@ from typing import Any
 import pytest
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
+from support.dense import DenseReference
+from support.drafts import compare
 from support.engines import drafting, greedy
 from support.heads import make_head
-from support.outputs import continuations
+from support.outputs import Tokens, continuations
 from support.seen_states import SeenStates
 from support.v2.drafts import assert_all_equal, seeing, watching
-from support.v2.engines import MAX_TOKENS, TEXTS, K, engine, groups_of, runner
+from support.v2.engines import LONG, MAX_TOKENS, TEXTS, K, engine, groups_of, runner
 from support.v2.triton_ops import use_triton
+
+
+def test_a_window_over_the_context(
+    tmp_path: Path, answers: dict[Tokens, Tokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the head's Triton kernels; without the window it would draft other tokens."""
+    window = {"context_window": 24, "context_sinks": 3}
+    head = make_head(tmp_path / "head", "default", num_draft_slots=K, **window)
+    reference, params = DenseReference(head), greedy(MAX_TOKENS)
+    use_triton(monkeypatch)
+    with engine(drafting(K, head)) as llm, watching(llm, answers) as watch:
+        outputs = llm.generate([*TEXTS[:3], LONG[0]], params, use_tqdm=False)
+    assert continuations(outputs).items() <= answers.items()
+    assert_all_equal(reference, watch, at_least=40)
+    reference.head.config.context_window = 0
+    assert compare(reference, watch.drafted).wrong
 
 
 @pytest.mark.parametrize(
