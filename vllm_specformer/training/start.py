@@ -27,7 +27,13 @@ _ROWS = 256  # states at a time
 _TIMES = 4.0  # the length of a bias, in lengths of the random part of a slot
 _INIT_STD = 0.02  # of a head's weights, see SpecFormerHead._init_weights
 # Fields that are neither the target's nor of the head's shape.
-_OTHER = ("target_name_or_path", "tree_ranking", "tree_ranking_sampled")
+_OTHER = (
+    "target_name_or_path",
+    "tree_ranking",
+    "tree_ranking_sampled",
+    "acceptance_calibration",
+    "acceptance_calibration_sampled",
+)
 
 
 def config_of_start(
