@@ -28,6 +28,7 @@ MAX_POSITIONS = 1 << 28
 MAX_SLOT_LAYERS = 8
 MIN_TARGET_LAYERS = 4
 MIN_RANKING, MAX_RANKING = 0.01, 100.0
+MAX_CALIBRATION = 100.0
 
 # Written by Transformers or the speculators format itself; they carry no choice of ours.
 _BOOKKEEPING = {
@@ -141,6 +142,18 @@ class HeadFields(BaseModel):
     tree_ranking_sampled: tuple[float, ...] = Field(
         (), description="The same for requests with a temperature; empty: `tree_ranking`."
     )
+    acceptance_calibration: tuple[float, ...] = Field(
+        (),
+        description="How probably a greedy request's drafts are accepted: a slope and an intercept "
+        "per slot of chance = sigmoid(slope * log-odds of the slot's largest probability + "
+        "intercept); empty: that probability itself. It decides what is verified, never what is "
+        "emitted. `specformer eval --calibrate` fits and writes it.",
+    )
+    acceptance_calibration_sampled: tuple[float, ...] = Field(
+        (),
+        description="The same for requests whose drafts are drawn, by the probability at their "
+        "temperature; empty: that probability itself.",
+    )
     target_architecture: str = Field(min_length=1, description="Target's architecture name.")
     target_num_layers: int = Field(
         ge=MIN_TARGET_LAYERS,
@@ -181,6 +194,18 @@ class HeadFields(BaseModel):
                 raise ValueError(
                     f"{name}={list(taus)} must lie in {MIN_RANKING:g}..{MAX_RANKING:g}; "
                     "1 leaves scores as they are"
+                )
+        for name in ("acceptance_calibration", "acceptance_calibration_sampled"):
+            values = getattr(self, name)
+            if values and len(values) != self.num_draft_slots + 1:
+                raise ValueError(
+                    f"{name}={list(values)} must have a slope and num_draft_slots="
+                    f"{self.num_draft_slots} intercepts, one per slot, or nothing"
+                )
+            if values and not (values[0] > 0 and max(map(abs, values)) <= MAX_CALIBRATION):
+                raise ValueError(
+                    f"{name}={list(values)} must have a slope above 0 and nothing beyond "
+                    f"{MAX_CALIBRATION:g}; empty it, or fit it with `specformer eval --calibrate`"
                 )
         ids = self.aux_hidden_state_layer_ids
         if list(ids) != sorted(set(ids)):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_specformer.config import HeadConfigError
+from vllm_specformer.data.files import write_atomic
 from vllm_specformer.hub import HubError, config_of, download
 from vllm_specformer.names import describes_head
 
@@ -53,3 +56,15 @@ def files_at_hand(model: str, revision: str | None = None) -> Path | None:
 
     found: Any = try_to_load_from_cache(model, "config.json", revision=revision)
     return Path(found).parent if isinstance(found, str) else None
+
+
+def write_fields(head: Path, fields: Mapping[str, Sequence[float]]) -> None:
+    """Put lists of numbers into a head's config.json; its weights are left alone.
+
+    Raises:
+        DiskFullError: the file cannot be written; it is what it was.
+    """
+    path = head / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content |= {name: list(values) for name, values in fields.items()}
+    write_atomic(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())

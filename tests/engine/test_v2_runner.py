@@ -61,7 +61,7 @@ def test_parity_beside_an_fp8_cache(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "least"), [(DISTRIBUTION, 2), (SLEEP, 4), (ADAPTIVE, 9), (WARM_UP, 1)]
+    ("file", "least"), [(DISTRIBUTION, 2), (SLEEP, 4), (ADAPTIVE, 12), (WARM_UP, 1)]
 )
 def test_what_takes_long(file: Path, least: int, capfd: pytest.CaptureFixture[str]) -> None:
     run_child(capfd, [str(file)], least)

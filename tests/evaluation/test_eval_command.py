@@ -124,6 +124,35 @@ def test_trees_and_their_ranking(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert read_head_config(head).tree_ranking_sampled == fields["tree_ranking_sampled"]
 
 
+def test_calibration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It changes the fields of the kinds of texts there are, and nothing else of the head."""
+    head, out = tmp_path / "head", tmp_path / "eval.json"
+    shutil.copytree(HEAD, head)
+    before = {path.name: path.read_bytes() for path in head.iterdir()}
+    arguments = (head, "--target", TARGET, "--prompts", PROMPTS, "--max-prompts", 12)
+    limits = ("--max-tokens", 24, "--num-speculative-tokens", 4, "--calibrate", "--json", out)
+    assert main(["eval", *map(str, (*arguments, *limits, "--temperature", 1, "--likeliest"))]) == 0
+    assert "expected calibration error" in capsys.readouterr().out
+    report = json.loads(out.read_text())["calibration"]
+    assert list(report) == ["sampled"]
+    assert report["sampled"]["texts"] == 12
+    kept = json.loads(out.read_text())["offline"]["temperature_1"]["kept_of_likeliest"]["K=4"]
+    assert kept == sorted(kept)
+    assert kept[len(kept) // 2] > 0.6  # half of the drafts, if they are the likeliest
+    fitted, raw = (report["sampled"][n] for n in ("fitted_to_the_other_half", "probability"))
+    assert fitted["log_loss"] < raw["log_loss"]
+    fields = {"acceptance_calibration_sampled": report["sampled"]["calibration"]}
+    after = {path.name: path.read_bytes() for path in head.iterdir()}
+    assert json.loads(after["config.json"]) == json.loads(before["config.json"]) | fields
+    assert {**after, "config.json": b""} == {**before, "config.json": b""}
+    config = read_head_config(head)
+    assert config.acceptance_calibration_sampled == report["sampled"]["calibration"]
+    few = (head, "--target", TARGET, "--prompts", PROMPTS, "--max-prompts", 4, "--calibrate")
+    assert "--calibrate: 4 answers of a temperature are too few" in refused(
+        capsys, *few, "--max-tokens", 8, "--num-speculative-tokens", 1
+    )
+
+
 def test_metrics_that_cannot_be_written_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

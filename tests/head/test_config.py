@@ -94,6 +94,7 @@ def test_shallow_target_is_refused(layers: int) -> None:
         {"num_slot_layers": 2, "draft_vocab_size": 50},
         {"num_draft_slots": 3, "tree_ranking": (0.7, 0.85, 1.0)},
         {"context_window": 1024, "context_sinks": 4},
+        {"num_draft_slots": 2, "acceptance_calibration": (0.9, 0.1, -0.2)},
     ],
 )
 def test_survives_saving(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -139,6 +140,15 @@ def test_file_states_every_field_once(tmp_path: Path) -> None:
         ),
         ({"tree_ranking": [1.0] * 7 + [0]}, r"0\.0\] must lie in 0\.01\.\.100; 1 leaves scores"),
         ({"tree_ranking": [1.0] * 7 + [float("nan")]}, r"'tree_ranking\.7' with value nan"),
+        (
+            {"acceptance_calibration": [1.0] * 8},
+            r"must have a slope and num_draft_slots=8 intercepts, one per slot, or nothing",
+        ),
+        (
+            {"acceptance_calibration_sampled": [0.0] * 9},
+            r"_sampled=\[.*\] must have a slope above 0 and nothing beyond 100",
+        ),
+        ({"acceptance_calibration": [1.0] * 8 + [1e3]}, r"must have a slope above 0 and nothing"),
         ({"rope_theta": 0}, r"'rope_theta' with value 0"),
         ({"aux_hidden_state_layer_ids": []}, r"'aux_hidden_state_layer_ids' with value \[\]"),
         (
@@ -172,6 +182,7 @@ def test_files_without_later_fields_are_read(tmp_path: Path) -> None:
     """Heads written before a field was there are what they were."""
     later = {"num_slot_layers", "draft_vocab_size", "tree_ranking", "tree_ranking_sampled"}
     later |= {"context_window", "context_sinks"}
+    later |= {"acceptance_calibration", "acceptance_calibration_sampled"}
     assert later == OPTIONAL
     config = read_head_config(edited(tmp_path, **dict.fromkeys(OPTIONAL)))
     assert fields_of(config) == fields_of(head())

@@ -94,7 +94,7 @@ class _Comparison:
         head = lasting(options.head)
         confident = self.plan.confident_config(head) if self.plan and self.plan.rows else None
         tree = self.plan.tree_config(head) if self.plan else None
-        # V2 refuses the cut, so there it has to be asked for.
+        # On V2 the cut wants full CUDA graphs, so there it has to be asked for.
         names = options.arms or default_names(
             _fitting(options, self.head.slots),
             schedule,

@@ -21,7 +21,7 @@ from vllm_specformer.engine.checks import (
     check_target_class,
     check_v1_verification,
 )
-from vllm_specformer.engine.confidence import ConfidenceCut, largest_log_probs
+from vllm_specformer.engine.confidence.cut_v1 import ConfidenceCut
 from vllm_specformer.engine.draws.batch_v1 import DrawnBatch
 from vllm_specformer.engine.head_pages import check_cache
 from vllm_specformer.engine.kv_transfer import moving_pages
@@ -235,7 +235,9 @@ class SpecFormerProposer(DFlashProposer):
             self._last_draft_probs = probs.view(*slots.shape[:2], -1).contiguous()
         if self.cut is None:
             return tokens
-        return self.cut.shorten(tokens, largest_log_probs(logits).view(tokens.shape))
+        # vLLM keeps no temperatures of a batch that is all greedy.
+        temperature = None if sampling_metadata.all_greedy else sampling_metadata.temperature
+        return self.cut.shorten(tokens, logits.view(*tokens.shape, -1), temperature)
 
     def _sample_in_order(
         self, logits: Tensor, bonus_tokens: Tensor

@@ -89,7 +89,7 @@ def split_own_fields(speculative: dict[str, Any]) -> tuple[dict[str, Any], OwnFi
     nodes = _tree_nodes(speculative)
     own = OwnFields(
         _verification(speculative, DEFAULT_VERIFICATION if nodes is None else "coupled"),
-        _thresholds(speculative.get(CONFIDENCE)),
+        _thresholds(speculative),
         nodes,
         None if nodes is None else _tree_schedule(speculative.get(TREE_SCHEDULE), nodes),
     )
@@ -175,10 +175,17 @@ def _verification(speculative: dict[str, Any], default: str) -> str:
 _SIZES_BEYOND = 1 << 30
 
 
-def _thresholds(value: Any) -> Thresholds | None:
+def _thresholds(speculative: dict[str, Any]) -> Thresholds | None:
     """A threshold for all batch sizes, or ranges with one each."""
+    value = speculative.get(CONFIDENCE)
     if value is None:
         return None
+    if speculative.get(ADAPTIVE):
+        raise SpeculativeConfigError(
+            f"speculative config: {CONFIDENCE}={reprlib.repr(value)} cannot be had with "
+            f"{ADAPTIVE}, which decides by measured costs what a threshold decides by your number",
+            "leave one of the two out",
+        )
     if _is_threshold(value):
         return ((1, _SIZES_BEYOND, float(value)),)
     problem = ranges_problem(value, "threshold", _is_threshold)
@@ -288,6 +295,11 @@ def tree_settings(speculative_config: Any) -> TreeSettings | None:
 def confidence_ranges(speculative_config: Any) -> Any:
     """Thresholds below which drafts are left out, by batch size; None where nobody asked."""
     return getattr(_head_config(speculative_config), "specformer_confidence", None)
+
+
+def threshold_at(ranges: Thresholds, batch: int) -> float:
+    """The threshold for a step of so many requests; beyond the last range its own goes on."""
+    return next((bar for _, last, bar in ranges if batch <= last), ranges[-1][2])
 
 
 def _head_config(speculative_config: Any) -> Any:

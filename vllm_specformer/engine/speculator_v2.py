@@ -30,13 +30,17 @@ from vllm_specformer.engine.checks import (
     check_target_class,
     check_v2_adapters,
 )
-from vllm_specformer.engine.confidence import check_no_cut
+from vllm_specformer.engine.confidence.estimator import of_head
 from vllm_specformer.engine.draws.batch_v2 import BestRows, keep_best
 from vllm_specformer.engine.head_pages import check_cache
 from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
 from vllm_specformer.engine.model import keep_through_sleep
-from vllm_specformer.engine.speculative_config import ADAPTIVE, verifies_coupled
+from vllm_specformer.engine.speculative_config import (
+    ADAPTIVE,
+    confidence_ranges,
+    verifies_coupled,
+)
 
 
 def drafts_by_batch_size(vllm_config: VllmConfig) -> list[int]:
@@ -67,14 +71,14 @@ class SpecFormerSpeculator(DFlashSpeculator):
     _best: Tensor | None = None
     # What `_kept_rows` gives for the rows is a kernel's variant: a dummy step runs the same.
     _dummy_rows: Tensor | None = None
-    # Whether vLLM wants to know how sure the head is of its drafts.
+    # Whether vLLM wants to know how sure the head is of its drafts, and what tells it.
     _is_adaptive = False
+    acceptance_estimator: Any
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         check_patches()
         check_target_class(vllm_config)
         check_cache(vllm_config)
-        check_no_cut(vllm_config.speculative_config)
         check_batch_invariance(vllm_config.speculative_config)
         check_v2_adapters(vllm_config.lora_config)
         keep_through_sleep(vllm_config)
@@ -139,6 +143,16 @@ class SpecFormerSpeculator(DFlashSpeculator):
             )
         model.bind_target(target_model)
         return model
+
+    def load_model(self, target_model: nn.Module) -> None:
+        super().load_model(target_model)
+        if self.acceptance_estimator is not None:
+            self.acceptance_estimator = of_head(
+                self.model.config,
+                self.acceptance_estimator,
+                self.max_num_reqs,
+                confidence_ranges(self.speculative_config) is not None,
+            )
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         DraftModelSpeculator.set_attn(self, *args, **kwargs)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vllm_specformer.calibration import Calibrations
 from vllm_specformer.candidates import Ranking
 from vllm_specformer.config import SpecFormerConfig, read_head_config
 from vllm_specformer.data.manifest import TargetRecord
@@ -19,7 +20,9 @@ from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.evaluation import questions as asking
 from vllm_specformer.evaluation.agreement import compare
 from vllm_specformer.evaluation.answers import answer
+from vllm_specformer.evaluation.calibrate import calibrate_kinds, fit, observe
 from vllm_specformer.evaluation.causes import explain, hypotheses
+from vllm_specformer.evaluation.likeliest import kept_of_likeliest
 from vllm_specformer.evaluation.metrics import (
     Metrics,
     group_name,
@@ -32,8 +35,8 @@ from vllm_specformer.evaluation.questions import Questions
 from vllm_specformer.evaluation.replay import DraftedText, draft_texts
 from vllm_specformer.evaluation.served import Served, serve
 from vllm_specformer.evaluation.settings import EvalSettings
-from vllm_specformer.evaluation.trees import TreeReplay, fit_ranking, write_ranking
-from vllm_specformer.head_files import find_head
+from vllm_specformer.evaluation.trees import TreeReplay, fit_ranking
+from vllm_specformer.head_files import find_head, write_fields
 from vllm_specformer.pairing import check_pair, check_weights
 from vllm_specformer.places import lasting, named_target
 from vllm_specformer.target.files import end_token_ids, find_target, target_record
@@ -83,9 +86,11 @@ class _Evaluation:
     def __init__(self, options: EvalSettings, say: Callable[[str], None]) -> None:
         self.options, self.say = options, say
         self.head = find_head(options.head)
-        if options.fit_tree_ranking and self.head.resolve() != Path(options.head).resolve():
+        flags = {"--fit-tree-ranking": options.fit_tree_ranking, "--calibrate": options.calibrate}
+        writing = next((flag for flag, is_given in flags.items() if is_given), None)
+        if writing and self.head.resolve() != Path(options.head).resolve():
             raise SpecFormerError(
-                f"--fit-tree-ranking: {options.head} is a head of the hub, whose files are shared",
+                f"{writing}: {options.head} is a head of the hub, whose files are shared",
                 "copy it to a directory and name that",
             )
         self.config: SpecFormerConfig = read_head_config(self.head)
@@ -121,6 +126,7 @@ class _Evaluation:
             by_temperature = self._answers(loaded)
         collected = {t: self._collect(texts) for t, texts in sorted(by_temperature.items())}
         ranking = self._ranking(loaded, list(collected.values()))
+        calibration = self._calibration(loaded, list(collected.values()))
         trees = None
         if self.options.tree_nodes:
             nodes = tuple(sorted(set(self.options.tree_nodes)))
@@ -133,6 +139,7 @@ class _Evaluation:
         offline = {
             group_name(temperature): of_texts(texts, self.budgets, self.end_ids, slots)
             | of_kinds(texts, self.questions.kinds, self.budgets, self.end_ids, slots)
+            | self._likeliest(loaded, collected[temperature])
             for temperature, texts in drafted.items()
         }
         compared = []
@@ -150,6 +157,7 @@ class _Evaluation:
             "seed": self.options.seed,
             "tree_ranking": list(ranking.greedy),
             "tree_ranking_sampled": list(ranking.sampled),
+            "calibration": calibration,
             "versions": versions(),
             "offline": offline,
             "engine": compared,
@@ -249,12 +257,40 @@ class _Evaluation:
         found = fit_ranking(
             loaded.head, loaded.target, texts, loaded.packed, self.options.seed, loaded.memory
         )
-        write_ranking(self.head, found)
+        fields = {"tree_ranking": found.greedy, "tree_ranking_sampled": found.sampled}
+        write_fields(self.head, fields)
         self.say(
             f"tree_ranking {list(found.greedy)}, for sampled requests {list(found.sampled)}, "
             f"written to {self.head / 'config.json'}"
         )
         return found
+
+    def _calibration(self, loaded: _Loaded, texts: Sequence[Texts]) -> dict[str, Any]:
+        """How probably drafts are accepted, fitted anew if that was asked for; else nothing."""
+        if not self.options.calibrate:
+            return {}
+        head, target = loaded.head, loaded.target
+        fields, report = calibrate_kinds(texts, head, target, loaded.packed, loaded.memory)
+        write_fields(self.head, fields)
+        self.say(f"{' and '.join(fields)} written to {self.head / 'config.json'}")
+        return report
+
+    def _likeliest(self, loaded: _Loaded, texts: Texts) -> dict[str, Any]:
+        """What is kept of accepted drafts if only the likeliest are verified, where asked for.
+
+        Ranked by the head's calibration, or by the one that vLLM's estimator would come to.
+        """
+        if not self.options.likeliest:
+            return {}
+        config, kept = read_head_config(self.head), {}
+        is_sampled = bool(float(texts.temperatures[0]))
+        curves = Calibrations.of(config)
+        known = (config.acceptance_calibration, config.acceptance_calibration_sampled)[is_sampled]
+        for count in self.budgets:
+            seen = observe(loaded.head, loaded.target, texts, loaded.packed, count, loaded.memory)
+            curve = curves[is_sampled] if known else fit(seen, count)
+            kept[f"K={count}"] = kept_of_likeliest(seen, curve, count)
+        return {"kept_of_likeliest": kept}
 
     def _collect(self, texts: Sequence[Text]) -> Texts:
         if not any(end - start > 1 for text in texts for start, end in text.spans):

@@ -43,6 +43,8 @@ def print_report(report: Metrics) -> None:
             console.print(_kinds_table(name, metrics))
         if "trees" in metrics:
             console.print(_tree_table(name, metrics["trees"]))
+    if report["calibration"]:
+        console.print(_calibration_table(report["calibration"]))
     if report["engine"]:
         console.print(_engine_table(report["engine"]))
     for comparison in report["engine"]:
@@ -124,6 +126,21 @@ def _tree_table(name: str, rows: Metrics) -> Table:
             f"± {row['stderr']:.2f}",
             f"{row['tokens_per_step'] / chain:.2f}",
         )
+    return table
+
+
+def _calibration_table(kinds: Metrics) -> Table:
+    """How far chances of acceptance are off, on the half of the texts that was not fitted to."""
+    table = Table(
+        title="chances of acceptance: expected calibration error and log loss, on unseen texts",
+        title_justify="left",
+    )
+    for column in ("requests", "texts", "probability itself", "", "fitted", ""):
+        table.add_column(column, justify="right")
+    for kind, found in kinds.items():
+        pairs = (found["probability"], found["fitted_to_the_other_half"])
+        cells = (f"{pair[name]:.3f}" for pair in pairs for name in ("ece", "log_loss"))
+        table.add_row(kind, str(found["texts"]), *cells)
     return table
 
 

@@ -72,6 +72,17 @@ class EvalSettings(CommandSettings):
         description="Find the temperatures by which a tree's nodes rank, per slot, on these "
         "answers, for greedy and for sampled ones, and write them to the head's config.json.",
     )
+    calibrate: bool = Field(
+        False,
+        description="Fit on these answers how probably drafts are accepted, given how sure the "
+        "head is of them, for greedy and for sampled requests, and write it to the head's "
+        "config.json (docs/choosing-k.md).",
+    )
+    likeliest: bool = Field(
+        False,
+        description="Find what is kept of the accepted drafts if only the likeliest are verified, "
+        "by which `plan` predicts adaptive verification.",
+    )
     max_tokens: Positive = Field(128, description="Longest answer, in tokens.")
     seed: Whole = Field(0, description="Decides which prompts and answers are drawn.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(

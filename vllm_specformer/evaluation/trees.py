@@ -11,10 +11,8 @@ distribution that serving would give them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from specformer_kernels.noise import Stream, gumbel
@@ -22,7 +20,6 @@ from specformer_kernels.select_tree import Tree, select_tree
 from torch import Tensor
 
 from vllm_specformer.candidates import BEAM, Ranking, draft_lists
-from vllm_specformer.data.files import write_atomic
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.heldout import run_target
 from vllm_specformer.training.packed_head import DEFAULT_MEMORY, HookedRows, PackedHead
@@ -246,21 +243,6 @@ def fit_ranking(
     known = {is_sampled: fit.ranking for is_sampled, fit in fits.items() if fit.losses.any()}
     some = next(iter(known.values()), (1.0,) * slots)
     return Ranking(known.get(False, some), known.get(True, some))
-
-
-def write_ranking(head: Path, ranking: Ranking) -> None:
-    """Put the temperatures into a head's config.json; its weights are left alone.
-
-    Raises:
-        DiskFullError: the file cannot be written; it is what it was.
-    """
-    path = head / "config.json"
-    fields = {
-        "tree_ranking": list(ranking.greedy),
-        "tree_ranking_sampled": list(ranking.sampled),
-    }
-    content = json.loads(path.read_text(encoding="utf-8")) | fields
-    write_atomic(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
 def share_error(tokens: Sequence[float], steps: Sequence[float]) -> float:

@@ -29,7 +29,13 @@ _INIT_STD = 0.02  # of a head's weights, see SpecFormerHead._init_weights
 # Fields of the shape that no weight depends on: another value may be asked for.
 _FREE = {"context_window", "context_sinks"}
 # Fields that are neither the target's nor of the head's shape.
-_OTHER = ("target_name_or_path", "tree_ranking", "tree_ranking_sampled")
+_OTHER = (
+    "target_name_or_path",
+    "tree_ranking",
+    "tree_ranking_sampled",
+    "acceptance_calibration",
+    "acceptance_calibration_sampled",
+)
 
 
 def config_of_start(

@@ -34,6 +34,9 @@ SNAPSHOTS = Path(__file__).parents[1] / "snapshots"
 PROPOSE = "vllm.v1.worker.gpu.spec_decode.dflash.speculator:DFlashSpeculator.propose"
 SAMPLE = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.sample_draft"
 MAX_LEN = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.max_model_len"
+MANAGER = (
+    "vllm.v1.worker.gpu.spec_decode.adaptive_verification:AdaptiveVerificationManager.__init__"
+)
 METHOD = "vllm.config.speculative:SpeculativeMethod"
 CREATE = "vllm.engine.arg_utils:EngineArgs.create_speculative_config"
 APPLY = "vllm.v1.sample.sampler:Sampler.apply_logits_processors"
@@ -87,8 +90,12 @@ def test_differences_between_the_versions_are_the_known_ones() -> None:
         SAMPLE,
         MAX_LEN,
         METHOD,
+        MANAGER,
         "vllm.v1.worker.gpu.dp_utils:dispatch_cg_and_sync_dp",
     }
+    # For batch-sharded sampling, which a threshold refuses.
+    added = set(new[MANAGER].parameters) - set(old[MANAGER].parameters)
+    assert added == {"copy_admitted_drafts_to_host="}
     assert set(new[SAMPLE].parameters) - set(old[SAMPLE].parameters) == {"num_steps="}
     assert (old[MAX_LEN].where, new[MAX_LEN].where) == ("__init__", "property")
 

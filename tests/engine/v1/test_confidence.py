@@ -15,13 +15,20 @@ from support.engines import Job, drafting, engine, greedy, prompts, run_plain
 from support.heads import make_head
 from support.outputs import Tokens, continuations, counting, token_ids
 from support.paths import HEAD
-from vllm_specformer.engine.confidence import ConfidenceCut, check_no_cut, largest_log_probs
-from vllm_specformer.engine.speculative_config import CONFIDENCE, SCHEDULE, split_own_fields
+from vllm_specformer.calibration import Calibration, Calibrations
+from vllm_specformer.engine.confidence.cut_v1 import ConfidenceCut
+from vllm_specformer.engine.speculative_config import (
+    ADAPTIVE,
+    CONFIDENCE,
+    SCHEDULE,
+    split_own_fields,
+    threshold_at,
+)
 from vllm_specformer.errors import SpeculativeConfigError
 
 TEXTS = prompts()[:24]
 TOKENS = 40
-SURE = 0.5
+SURE = 0.7
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +82,14 @@ def test_drafts_are_the_dense_heads_up_to_the_threshold(cut: tuple[Watch, dict[s
 
 
 def confidence(reference: DenseReference, text: Tokens, slots: int) -> list[float]:
-    """Product of the largest probabilities up to each slot, by the dense head."""
+    """Product of the chances up to each slot, by the dense head and its calibration."""
     (logits,) = reference.slot_logits(text, [len(text) - 2], slots)
+    curve = Calibrations.of(reference.head.config).greedy
     previous, product, found = text[-1], 1.0, []
-    for slot in logits:
+    for slot, intercept in zip(logits, curve.intercepts, strict=False):
         scores = reference.biased(slot, previous)
-        product *= float(scores.softmax(-1).max())
+        odds = curve.slope * scores.softmax(-1).max().logit() + intercept
+        product *= float(odds.sigmoid())
         found.append(product)
         previous = int(scores.argmax())
     return found
@@ -133,21 +142,41 @@ def test_untrained_heads_and_right_guesses(tmp_path: Path, answers: Any, preset:
     assert watch.helped[2] > 10
 
 
+def logits_of(largest: list[list[float]]) -> torch.Tensor:
+    """Two tokens' logits of slots with these largest probabilities."""
+    odds = torch.tensor(largest).logit()
+    return torch.stack([odds, torch.zeros_like(odds)], dim=-1)
+
+
+PLAIN = Calibrations(Calibration.none(3), Calibration.none(3))
+
+
 def test_largest_probability_and_not_that_of_the_token() -> None:
     """What was drawn must not decide whether it is verified."""
-    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    expected = logits.softmax(-1).amax(-1)
-    assert torch.allclose(largest_log_probs(logits).exp(), expected)
-    cut = ConfidenceCut([(1, 4, 0.5)])
-    largest = torch.tensor([[0.9, 0.6, 0.9], [0.4, 1.0, 1.0], [1.0, 1.0, 1.0]]).log()
-    for tokens in ([[1, 2, 3]] * 3, [[7, 7, 7]] * 3):
-        kept = cut.shorten(torch.tensor(tokens), largest)
-        assert kept == [tokens[0][:2], [], tokens[2]]
+    largest = [[0.9, 0.6, 0.9], [0.6, 0.6, 0.9], [0.999, 0.999, 0.999]]
+    cut = ConfidenceCut([(1, 4, 0.5)], PLAIN)
+    for tokens in ([[1, 0, 1]] * 3, [[0, 0, 0]] * 3):
+        kept = cut.shorten(torch.tensor(tokens), logits_of(largest), None)
+        assert kept == [tokens[0][:2], tokens[0][:1], tokens[2]]
+
+
+def test_the_heads_calibration_decides() -> None:
+    """Greedy and sampled requests apart, these at their temperatures."""
+    doubtful = Calibration(1.0, (-3.0, 0.0, 0.0))
+    cut = ConfidenceCut([(1, 4, 0.5)], Calibrations(Calibration.none(3), doubtful))
+    tokens, logits = torch.zeros(2, 3, dtype=torch.int64), logits_of([[0.9, 0.9, 0.9]] * 2)
+    assert [len(row) for row in cut.shorten(tokens, logits, None)] == [3, 3]
+    # At temperature 2 the largest of 0.9 is 0.75.
+    flat = ConfidenceCut([(1, 4, 0.7)], PLAIN)
+    heat = torch.tensor([0.0, 2.0])
+    assert [len(row) for row in flat.shorten(tokens, logits, heat)] == [3, 1]
+    assert [len(row) for row in cut.shorten(tokens, logits, heat)] == [3, 0]
 
 
 def test_the_last_range_goes_on() -> None:
-    cut = ConfidenceCut([(1, 4, 0.1), (5, 8, 0.7)])
-    assert [cut.at(batch) for batch in (1, 4, 5, 8, 9, 500)] == [0.1, 0.1, 0.7, 0.7, 0.7, 0.7]
+    ranges = ((1, 4, 0.1), (5, 8, 0.7))
+    found = [threshold_at(ranges, batch) for batch in (1, 4, 5, 8, 9, 500)]
+    assert found == [0.1, 0.1, 0.7, 0.7, 0.7, 0.7]
 
 
 @pytest.mark.parametrize(
@@ -170,17 +199,22 @@ def test_values_that_are_refused(value: Any, problem: str) -> None:
     assert "write a number from 0 to 1, or ranges" in str(caught.value)
 
 
-def test_engines_that_cannot() -> None:
-    """Both are known before weights are loaded, when the proposer is built."""
+def test_asynchronous_scheduling_on_v1() -> None:
+    """Known before weights are loaded, when the proposer is built."""
     head = SimpleNamespace(hf_config=SimpleNamespace(specformer_confidence=((1, 8, 0.5),)))
-    speculative = SimpleNamespace(draft_model_config=head)
     ahead = SimpleNamespace(
-        speculative_config=speculative, scheduler_config=SimpleNamespace(async_scheduling=True)
+        speculative_config=SimpleNamespace(draft_model_config=head),
+        scheduler_config=SimpleNamespace(async_scheduling=True),
     )
     with pytest.raises(SpeculativeConfigError, match="--no-async-scheduling"):
         ConfidenceCut.of(ahead)
-    with pytest.raises(SpeculativeConfigError, match="needs vLLM's V1 model runner"):
-        check_no_cut(speculative)
     head.hf_config.specformer_confidence = None
     assert ConfidenceCut.of(ahead) is None
-    check_no_cut(speculative)
+
+
+def test_not_beside_adaptive_verification() -> None:
+    with pytest.raises(SpeculativeConfigError) as caught:
+        split_own_fields({CONFIDENCE: 0.5, ADAPTIVE: True})
+    assert "draft_confidence_threshold=0.5 cannot be had with enable_adaptive" in str(caught.value)
+    _, own = split_own_fields({CONFIDENCE: 0.5, ADAPTIVE: False})
+    assert own.confidence is not None

@@ -20,6 +20,7 @@ from support.engines import drafting, greedy
 from support.outputs import Tokens, continuations
 from support.v2.adaptive import (
     adaptive_engine,
+    as_it_is,
     best_prefixes,
     dense_chances,
     set_costs,
@@ -29,6 +30,8 @@ from support.v2.adaptive import (
 )
 from support.v2.drafts import assert_all_equal, watching
 from support.v2.engines import LONG, MAX_TOKENS, TEXTS, K, engine, speculator
+from vllm_specformer.calibration import Calibrations
+from vllm_specformer.engine.confidence.estimator import CalibratedEstimator, of_head
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
 # Chances are compared after a sigmoid; the logits differ by the order of sums in fp32.
@@ -38,12 +41,13 @@ CLOSE = 1e-4
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     with adaptive_engine(drafting(K)) as llm:
+        assert isinstance(speculator(llm).acceptance_estimator, CalibratedEstimator)
         yield llm
 
 
 @pytest.fixture
 def fresh(llm: LLM) -> OnlineAcceptanceEstimator:
-    """The engine's estimator, as it starts."""
+    """The engine's estimator, as it starts with a head that has no calibration."""
     ours = speculator(llm)
     estimator = OnlineAcceptanceEstimator(ours.max_num_reqs, K, torch.device("cpu"))
     ours.acceptance_estimator = estimator
@@ -91,18 +95,26 @@ def test_a_row_that_costs_nothing_is_always_verified(
     assert seen.admitted.keys() == {0, K}
 
 
+@pytest.mark.parametrize("is_calibrated", [False, True])
 def test_chances_are_those_of_the_dense_head(
-    llm: LLM, fresh: OnlineAcceptanceEstimator, reference: DenseReference
+    llm: LLM, fresh: OnlineAcceptanceEstimator, reference: DenseReference, is_calibrated: bool
 ) -> None:
-    """Drawn drafts do not tell: the best tokens lead from slot to slot."""
+    """Drawn drafts do not tell: the best tokens lead from slot to slot.
+
+    The bundled head has a calibration, of greedy and of sampled requests.
+    """
+    ours, curves = speculator(llm), as_it_is(fresh)
+    if is_calibrated:
+        ours.acceptance_estimator = of_head(ours.model.config, fresh, ours.max_num_reqs, False)
+        curves = Calibrations.of(ours.model.config)
+        assert curves.greedy != curves.sampled
     sampled = SamplingParams(temperature=0.7, max_tokens=4, seed=1)
     with watching_chances(llm) as seen:
         llm.generate(TEXTS[:6], [greedy(5), sampled] * 3, use_tqdm=False)
     assert sorted({round(told.temperature, 3) for told in seen}) == [0, 0.7]
-    start = float(fresh.slope), fresh.intercepts.tolist()
     apart = 0
     for told in seen:
-        assert told.chances == pytest.approx(dense_chances(reference, told, *start), abs=CLOSE)
+        assert told.chances == pytest.approx(dense_chances(reference, told, curves), abs=CLOSE)
         logits = reference.slot_logits(told.text, [len(told.text) - 2], K)[0]
         apart += int(reference.biased(logits[0], told.text[-1]).argmax()) != told.drafts[0]
     assert len(seen) >= 15

@@ -1,4 +1,4 @@
-"""Adaptive verification keeps the target's law: all drafts and all decisions, enumerated.
+"""Adaptive verification and thresholds keep the target's law: all decisions are enumerated.
 
 Two steps of a toy request beside another one, through our drafting of a head with a Markov term,
 vLLM's estimator, and its manager's budget and ranking. Drafts are verified by vLLM's standard rule,
@@ -27,6 +27,7 @@ from vllm.v1.worker.gpu.spec_decode.adaptive_verification import (
     build_cost_tables_from_curves,
 )
 
+from vllm_specformer.engine.confidence.cut_v2 import ThresholdManager
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
 K, TOKENS = 3, 3
@@ -52,16 +53,22 @@ class Setting:
     Attributes:
         row_cost: of the target's steps, in what a step costs without rows.
         beside: chances of the other request's slots, step by step.
+        threshold: of chances, which then decides in place of costs.
     """
 
     row_cost: float
     beside: tuple[Known, Known]
+    threshold: float | None = None
 
 
 # In the second the other request has become sure, so that what is left for ours hangs on the
 # budget.
 EVEN = Setting(0.7, ((0.62, 0.4, 0.3), (0.62, 0.4, 0.3)))
 CROWDED = Setting(0.5, ((0.95, 0.2, 0.2), (0.97, 0.97, 0.97)))
+# With thresholds, where a step's number is that of chances of the step before: the other's drafts
+# leave room for a likely first draft of ours alone; and for one if three drafts were sure.
+SURE = Setting(0, ((0.62, 0.4, 0.3), (0.62, 0.9, 0.9)), 0.5)
+SURE_CROWDED = Setting(0, ((0.3, 0.2, 0.2), (0.97, 0.97, 0.5)), 0.65)
 
 
 class ToySpeculator(SpecFormerSpeculator):
@@ -129,11 +136,15 @@ def admitted(steps: tuple[Known, ...], setting: Setting) -> int:
         num_computed_tokens_np=np.ones(2, dtype=np.int32),
         prefill_len=SimpleNamespace(np=np.ones(2, dtype=np.int32)),
     )
-    manager = AdaptiveVerificationManager(states, torch.zeros(3, dtype=torch.int32), 1, 10**6)
-    rows = range(1, 17)
-    manager.cost_tables = build_cost_tables_from_curves(
-        [(1, 0.0), (2, 0.0)], [(n, 1 + setting.row_cost * n) for n in rows], 2, rows[-1]
-    )
+    layout = states, torch.zeros(3, dtype=torch.int32), 1, 10**6
+    manager: AdaptiveVerificationManager
+    if setting.threshold is not None:
+        manager = ThresholdManager(((1, 64, setting.threshold),), *layout)
+    else:
+        manager, rows = AdaptiveVerificationManager(*layout), range(1, 17)
+        manager.cost_tables = build_cost_tables_from_curves(
+            [(1, 0.0), (2, 0.0)], [(n, 1 + setting.row_cost * n) for n in rows], 2, rows[-1]
+        )
     batch: Any = SimpleNamespace(num_reqs=2, idx_mapping=torch.arange(2))
     manager.add_request(0)
     manager.add_request(1)
@@ -229,14 +240,20 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_law_is_the_targets() -> None:
     tight = Counter[int]()
-    for setting in (EVEN, CROWDED):
+    for setting in (EVEN, CROWDED, SURE, SURE_CROWDED):
         assert distance(laws(as_shipped, setting, tight)) == 0
     print(f"second steps by drafts verified {dict(tight)}; ", end="")
     assert len(tight) >= 3, "the steps verify as many drafts"
 
 
 @pytest.mark.parametrize(
-    ("mutant", "setting"), [(of_the_drawn_token, EVEN), (along_what_is_drawn, CROWDED)]
+    ("mutant", "setting"),
+    [
+        (of_the_drawn_token, EVEN),
+        (along_what_is_drawn, CROWDED),
+        (of_the_drawn_token, SURE),
+        (along_what_is_drawn, SURE_CROWDED),
+    ],
 )
 def test_a_confidence_that_knows_what_was_drawn_is_seen(
     mutant: Confidences, setting: Setting

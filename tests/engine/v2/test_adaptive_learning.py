@@ -9,6 +9,8 @@ import torch
 from slot_chances import Estimator
 from vllm.v1.worker.gpu.spec_decode.acceptance_estimator import OnlineAcceptanceEstimator
 
+from vllm_specformer.calibration import largest_log_odds
+
 K, REQUESTS, STEPS = 3, 5, 12
 
 
@@ -34,8 +36,8 @@ def test_our_replay_learns_as_vllms_kernels_do() -> None:
                 torch.zeros(REQUESTS, K),
                 torch.ones(REQUESTS),
             )
-            features = slot_chances.log_odds(logits.log_softmax(-1).amax(-1)).view(REQUESTS, K)
-            assert torch.allclose(theirs.features, features.float(), atol=1e-4)
+            features = largest_log_odds(logits).view(REQUESTS, K)
+            assert torch.allclose(theirs.features, features, atol=1e-4)
             admitted = rng.integers(0, K + 1, size=REQUESTS)
             accepted = np.array([rng.integers(0, n + 1) for n in admitted])
             for row in range(REQUESTS):

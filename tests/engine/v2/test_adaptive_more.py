@@ -1,8 +1,9 @@
-"""Adaptive verification beside what else a step may bring; `make test-slow` runs it."""
+"""Adaptive verification and thresholds beside what else a step may bring; `make test-slow`."""
 
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,12 @@ from support.outputs import Tokens, continuations, token_ids
 from support.paths import HEAD
 from support.personalities import counting_overlaps, personality
 from support.v2.adaptive import (
+    ROW_COST,
     Admissions,
     adaptive_engine,
+    as_it_is,
     best_prefixes,
+    cut_engine,
     dense_chances,
     ties,
     watching_admissions,
@@ -38,6 +42,18 @@ CLOSE = 1e-4  # as in test_adaptive.py
 SAMPLES, DEPTH = 160, 3
 
 
+def deciding_engine(
+    speculative: dict[str, Any],
+    threshold: float | None,
+    row_cost: float = ROW_COST,
+    **changes: Any,
+) -> AbstractContextManager[LLM]:
+    """By costs, or by a threshold."""
+    if threshold is None:
+        return adaptive_engine(speculative, row_cost, **changes)
+    return cut_engine(speculative, threshold, **changes)
+
+
 def assert_followed(seen: Admissions) -> None:
     assert seen.trimmed > 0
     for step in seen.steps:
@@ -50,15 +66,19 @@ def assert_parity(found: dict[Tokens, Tokens], answers: dict[Tokens, Tokens]) ->
     assert all(answers[p][: len(t)] == t for p, t in found.items())
 
 
+@pytest.mark.parametrize("threshold", [None, 0.4])
 @pytest.mark.parametrize("name", ["asynchronous", "replayed"])
 def test_parity_and_drafts_as_a_gpu_runs_steps(
-    name: str, reference: DenseReference, answers: dict[Tokens, Tokens]
+    name: str,
+    threshold: float | None,
+    reference: DenseReference,
+    answers: dict[Tokens, Tokens],
 ) -> None:
     """Steps planned before the last one's text is known; all steps by padded graphs."""
     params = [greedy(MAX_TOKENS - n % 4) for n in range(9)]
     with (
         personality(name) as changes,
-        adaptive_engine(drafting(K), **changes) as llm,
+        deciding_engine(drafting(K), threshold, **changes) as llm,
         counting_overlaps() as overlaps,
         watching(llm, answers) as watch,
         watching_admissions() as seen,
@@ -102,7 +122,7 @@ def test_a_schedule_and_a_head_of_another_kind(
     ):
         estimator = speculator(llm).acceptance_estimator
         assert estimator is not None
-        start = float(estimator.slope), estimator.intercepts.tolist()
+        curves = as_it_is(estimator)
         outputs = llm.generate(TEXTS[:6], params, use_tqdm=False)
         sampled = SamplingParams(temperature=0.8, seed=1, max_tokens=4)
         llm.generate(TEXTS[:2], sampled, use_tqdm=False)
@@ -110,7 +130,7 @@ def test_a_schedule_and_a_head_of_another_kind(
     assert {len(step.drafts) for step in told} == {2, K}
     reference = DenseReference(head)
     for step in told:
-        assert step.chances == pytest.approx(dense_chances(reference, step, *start), abs=CLOSE)
+        assert step.chances == pytest.approx(dense_chances(reference, step, curves), abs=CLOSE)
     for admission in seen.steps:
         assert all(n <= m for n, m in zip(admission.admitted, admission.scheduled, strict=True))
 
@@ -169,12 +189,18 @@ def sample(llm: LLM, text: str) -> list[Tokens]:
     return [tuple(completion.token_ids) for completion in output.outputs]
 
 
-def test_sampled_text_has_the_targets_law(reference: DenseReference) -> None:
+@pytest.mark.parametrize("threshold", [None, 0.3])
+def test_sampled_text_has_the_targets_law(
+    reference: DenseReference, threshold: float | None
+) -> None:
     text = prompts()[1]
     wide = {"max_num_seqs": 40, "max_num_batched_tokens": 512}
     prompt = tuple(tokenizer()(text)["input_ids"])
     laws = {n: joint_law(reference, prompt, n, 1.0) for n in range(1, DEPTH + 1)}
-    with adaptive_engine(drafting(K), row_cost=0.2, **wide) as llm, watching_admissions() as seen:
+    with (
+        deciding_engine(drafting(K), threshold, row_cost=0.2, **wide) as llm,
+        watching_admissions() as seen,
+    ):
         assert_law(laws, sample(llm, text))
     print(f"drafts admitted {dict(seen.admitted)}; ", end="")
     assert_followed(seen)

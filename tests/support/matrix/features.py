@@ -247,7 +247,8 @@ ENGINES: tuple[Engine, ...] = (
         "`draft_confidence_threshold`",
         speculative={"draft_confidence_threshold": [[1, 2, 0.2], [3, 64, 0.5]]},
         expected={V1: SAME, V2: REFUSED},
-        message="needs vLLM's V1 model runner",
+        message="full CUDA graphs",
+        note="on V2 with CUDA graphs: `tests/engine/v2/test_cut_v2.py`",
     ),
     Engine(
         "`verification=coupled`",

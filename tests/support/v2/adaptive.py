@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from vllm import LLM
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 from vllm.v1.worker.gpu import model_runner
@@ -30,6 +31,8 @@ from vllm.v1.worker.gpu.spec_decode.adaptive_verification import AdaptiveVerific
 from support.dense import DenseReference
 from support.outputs import Tokens
 from support.v2.engines import engine, runner
+from vllm_specformer.calibration import Calibration, Calibrations
+from vllm_specformer.engine.speculative_config import CONFIDENCE
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
 # Milliseconds by rows of the target: a row costs as much as a third of the first one.
@@ -39,6 +42,7 @@ ROW_COST = 1 / 3
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Let engines that are built meanwhile verify adaptively."""
+    load_general_plugins()  # which change what is changed here
     validate = VllmConfig._validate_adaptive_verification
 
     def with_graphs(self: VllmConfig) -> None:
@@ -72,6 +76,15 @@ def adaptive_engine(
         with as_on_a_gpu():
             llm = stack.enter_context(engine(speculative, **changes))
         set_costs(llm, row_cost)
+        yield llm
+
+
+@contextmanager
+def cut_engine(speculative: dict[str, Any], threshold: Any, **changes: Any) -> Iterator[LLM]:
+    """An engine that cuts drafts at a confidence threshold."""
+    with ExitStack() as stack:
+        with as_on_a_gpu():
+            llm = stack.enter_context(engine(speculative | {CONFIDENCE: threshold}, **changes))
         yield llm
 
 
@@ -184,17 +197,22 @@ def watching_chances(llm: LLM) -> Iterator[list[Told]]:
         yield seen
 
 
-def dense_chances(
-    reference: DenseReference, told: Told, slope: float, intercepts: Sequence[float]
-) -> list[float]:
-    """The same by the dense head, along its best tokens, for an estimator's coefficients."""
+def as_it_is(estimator: Any) -> Calibrations:
+    """The curve of vLLM's estimator, which is one for all requests."""
+    curve = Calibration(float(estimator.slope), tuple(estimator.intercepts.tolist()))
+    return Calibrations(curve, curve)
+
+
+def dense_chances(reference: DenseReference, told: Told, curves: Calibrations) -> list[float]:
+    """The same by the dense head, along its best tokens."""
     logits = reference.slot_logits(told.text, [len(told.text) - 2], len(told.chances))[0]
+    curve = curves.sampled if told.temperature else curves.greedy
     previous, chances = told.text[-1], []
-    for own, intercept in zip(logits, intercepts, strict=False):
+    for own, intercept in zip(logits, curve.intercepts, strict=False):
         biased = reference.biased(own, previous)
         previous = int(biased.argmax())
         largest = (biased / (told.temperature or 1)).softmax(-1).max()
-        chances.append(float(torch.sigmoid(slope * largest.logit() + intercept)))
+        chances.append(float(torch.sigmoid(curve.slope * largest.logit() + intercept)))
     return chances
 
 

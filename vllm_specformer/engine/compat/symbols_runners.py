@@ -6,8 +6,10 @@ from vllm_specformer.engine.compat.symbols import (
     CLASS,
     CONFIDENCE,
     COUPLED,
+    CUT_V2,
     DRAFT_TIME,
     DRAFTERS,
+    ESTIMATOR,
     KV_TRANSFER,
     MODEL,
     REQUESTS,
@@ -27,6 +29,8 @@ _DRAFT_V2 = "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator"
 _CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 _DFLASH_GRAPHS = "vllm.v1.worker.gpu.spec_decode.dflash.cudagraph:DFlashCudaGraphManager"
+_ESTIMATOR = "vllm.v1.worker.gpu.spec_decode.acceptance_estimator:OnlineAcceptanceEstimator"
+_MANAGER = "vllm.v1.worker.gpu.spec_decode.adaptive_verification:AdaptiveVerificationManager"
 _BATCH_V2 = "vllm.v1.worker.gpu.input_batch"
 
 RUNNER_V1: tuple[Reliance, ...] = (
@@ -370,5 +374,50 @@ VERIFICATION: tuple[Reliance, ...] = (
         V2,
         "tells adaptive verification how sure the head is; sample_draft's own call does nothing",
         "logits idx_mapping draft_step",
+    ),
+    *members(_DRAFT_V2, V2, "what tells the chances", "acceptance_estimator"),
+    call(
+        f"{_ESTIMATOR}.__init__",
+        ESTIMATOR,
+        "keeps features and chances by request",
+        "max_num_reqs num_speculative_steps device",
+    ),
+    override(
+        f"{_ESTIMATOR}.predict",
+        ESTIMATOR,
+        "log-odds to chances",
+        "logits idx_mapping draft_step confidence_probs temperature",
+    ),
+    override(
+        f"{_ESTIMATOR}.step",
+        ESTIMATOR,
+        "learns from the target's verdict",
+        "idx_mapping num_sampled num_rejected",
+    ),
+    *members(
+        _ESTIMATOR,
+        ESTIMATOR,
+        "its curve and what it keeps",
+        "slope intercepts features predictions num_speculative_steps device",
+    ),
+    call(
+        f"{_MANAGER}.__init__",
+        CUT_V2,
+        "keeps the chances of a batch",
+        "req_states query_start_loc num_bonus_tokens max_total_logits",
+    ),
+    override(
+        f"{_MANAGER}.get_num_tokens",
+        CUT_V2,
+        "chooses a step's budget",
+        "num_tokens_per_req draft_tokens",
+    ),
+    override(f"{_MANAGER}.batches_to_profile", CUT_V2, "measures costs", "capture_sizes"),
+    override(f"{_MANAGER}.set_initial_cost_curves", CUT_V2, "takes them", "samples"),
+    *members(
+        _MANAGER,
+        CUT_V2,
+        "the chances that the host knows, and the step's budget",
+        "_stale_confidences _stale_idx _batch_budget cost_tables req_states num_speculative_steps",
     ),
 )
