@@ -7,7 +7,7 @@ PAIR ?= smollm2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup target demo serve test test-slow test-statistics test-families test-matrix test-next-vllm kv-groups soak lint bench trees candidates bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
+.PHONY: help setup target demo serve test test-slow test-install test-statistics test-families test-matrix test-next-vllm kv-groups soak lint bench trees candidates bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +36,7 @@ serve: setup  ## leave a server with the bundled pair running in the foreground 
 # file's tests share engines, so they stay in one worker; two engines must not bind their threads to
 # the same core. Files run in order: the longest, the V2 runner's, comes early.
 SUITE = -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-	-m "not slow and not statistics and not families and not matrix and not soak"
+	-m "not slow and not statistics and not families and not matrix and not soak and not install"
 NEXT_VLLM ?= 0.33.0
 test: export OMP_NUM_THREADS = 1
 test: export VLLM_CPU_OMP_THREADS_BIND = nobind
@@ -49,6 +49,9 @@ test-next-vllm: setup  ## the tests that vLLM takes part in, on one without a CP
 
 test-slow: setup  ## run the slow tests
 	$(BIN)/python -m pytest -q -m slow
+
+test-install: setup  ## wheel and sdist, installed beside vLLM into a clean environment and taken out again
+	$(BIN)/python -m pytest -q -m install
 
 test-statistics: setup  ## sampling frequencies of the verification rules over many draws
 	$(BIN)/python -m pytest -q -m statistics
