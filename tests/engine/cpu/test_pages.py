@@ -210,12 +210,16 @@ def test_negative_slots_are_skipped() -> None:
 @pytest.mark.parametrize("dtype", ERROR_RATIO, ids=str)
 @pytest.mark.parametrize("head_size", [64, 80])
 def test_turns_as_the_head_does(head_size: int, dtype: torch.dtype) -> None:
-    """Bit for bit: the slots are rotated by `rotate`."""
+    """The slots are rotated by `rotate`.
+
+    Up to one rounding: some processors (AVX2) fuse product and sum in vLLM's operation.
+    """
     torch.manual_seed(42)
     table, positions = rotary_table(500, head_size, 1e4), torch.randint(500, (9,))
     rows = torch.randn(9, 6, head_size).to(dtype)[:, 1:4]
     before = rows.clone()
-    assert torch.equal(rotated(rows, table, positions), rotate(rows, table, positions))
+    found, expected = rotated(rows, table, positions), rotate(rows, table, positions)
+    torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert torch.equal(rows, before)
 
 
