@@ -109,6 +109,11 @@ def _predicted(result: Result, cell: Cell, plain: dict[tuple[int, int], Cell]) -
         if plan is None:
             return None
         return plan.expected_ratio(without.lengths, cell.concurrency, plan.count_at)
+    if cell.speculative.get("enable_adaptive_verification"):
+        plan = plan.with_adaptive(cell.speculative)
+        if plan is None:
+            return None
+        return plan.expected_ratio(without.lengths, cell.concurrency, plan.count_at)
     count = cell.speculative["num_speculative_tokens"]
     return plan.expected_ratio(without.lengths, cell.concurrency, lambda batch: count)
 

@@ -66,6 +66,21 @@ def trees_of_evaluation(path: Path) -> dict[float, dict[int, float]]:
     }
 
 
+def kept_of_evaluation(path: Path, temperature: float) -> dict[int, list[float]]:
+    """Share of accepted drafts among the likeliest, by number of drafts; see planning/adaptive.py.
+
+    Empty where the evaluation was made without `--likeliest`.
+
+    Raises:
+        SpecFormerError: no such file, or another kind of file.
+    """
+    for group in _groups(path):
+        if group["temperature"] == round(temperature, 4):
+            kept = group.get("kept_of_likeliest", {})
+            return {int(k.removeprefix("K=")): shares for k, shares in kept.items()}
+    return {}
+
+
 def _at(evaluated: dict[int, dict[str, Any]], count: int, path: Path) -> float:
     if count in evaluated:
         return float(evaluated[count]["tokens_per_step"])

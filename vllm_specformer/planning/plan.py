@@ -18,7 +18,7 @@ from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.head_files import find_head
 from vllm_specformer.pairing import check_pair, check_weights
 from vllm_specformer.places import lasting, named_target
-from vllm_specformer.planning.acceptance import from_evaluation, from_shares
+from vllm_specformer.planning.acceptance import from_evaluation, from_shares, kept_of_evaluation
 from vllm_specformer.planning.chips import Chip, find_chip
 from vllm_specformer.planning.choose import PlanRow, combine
 from vllm_specformer.planning.from_bench import rows_from_bench
@@ -62,7 +62,7 @@ def _under_load(options: PlanSettings, bench: Path) -> Plan:
     source = f"measured under load by `specformer bench` ({bench}, {about['rounds']} rounds)"
     kept = {name: about[name] for name in ("target", "head", "versions", "hardware")}
     trees = _trees(options, rows, partial(costs_by_rows, rows))
-    return Plan.of(rows, kept | {"costs": source}, options.margin, trees)
+    return Plan.of(rows, kept | {"costs": source}, options.margin, trees, _kept(options))
 
 
 def _on_paper(options: PlanSettings, chip: Chip) -> Plan:
@@ -103,7 +103,7 @@ def _on_paper(options: PlanSettings, chip: Chip) -> Plan:
         f"{chip.source}",
     }
     trees = _trees(options, rows, partial(costs, beam=BEAM))
-    return Plan.of(rows, about, options.margin, trees)
+    return Plan.of(rows, about, options.margin, trees, _kept(options))
 
 
 def _configuration(name: str, revision: str | None) -> dict[str, Any]:
@@ -138,6 +138,11 @@ def _given_acceptance(options: PlanSettings, counts: Sequence[int]) -> dict[int,
 def _trees(options: PlanSettings, rows: Sequence[PlanRow], costs: Costs) -> list[Trees]:
     """Trees beside these chains, where --eval has any."""
     return [] if options.eval is None else trees_of(options.eval, options.temperature, rows, costs)
+
+
+def _kept(options: PlanSettings) -> dict[int, list[float]] | None:
+    """What the likeliest drafts keep, where --eval tells."""
+    return None if options.eval is None else kept_of_evaluation(options.eval, options.temperature)
 
 
 def _measured(
@@ -185,4 +190,4 @@ def _measured(
         "engine_args": dict(options.engine_args),
     }
     trees = _trees(options, rows, partial(costs_by_rows, rows))
-    return Plan.of(rows, about, options.margin, trees)
+    return Plan.of(rows, about, options.margin, trees, _kept(options))

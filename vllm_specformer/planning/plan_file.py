@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from vllm_specformer.batch_ranges import closed, is_count, ranges_problem
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.planning.adaptive import Kept, adaptive_rows
 from vllm_specformer.planning.choose import (
     MARGIN,
     PlanRow,
@@ -31,7 +33,8 @@ class Plan:
     """What to draft at which batch size; `rows` are empty for a schedule written by hand.
 
     `margin` is what drafting has to gain over K = 0, as a share; `trees` are trees beside chains,
-    the first at the temperature that the plan is for.
+    the first at the temperature that the plan is for; `adaptive` are chains of which only the
+    likeliest drafts are verified.
     """
 
     schedule: list[list[int]]
@@ -39,6 +42,7 @@ class Plan:
     about: dict[str, Any] = field(default_factory=dict)
     margin: float = MARGIN
     trees: list[Trees] = field(default_factory=list)
+    adaptive: list[PlanRow] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -47,8 +51,11 @@ class Plan:
         about: dict[str, Any],
         margin: float,
         trees: Sequence[Trees] = (),
+        kept: Kept | None = None,
     ) -> Plan:
-        return cls(schedule(rows, margin), rows, about, margin, list(trees))
+        """Args: as the fields; `kept` of the likeliest drafts, by number of drafts."""
+        adaptive = adaptive_rows(rows, kept) if kept else []
+        return cls(schedule(rows, margin), rows, about, margin, list(trees), adaptive)
 
     @property
     def pays(self) -> bool:
@@ -123,6 +130,55 @@ class Plan:
             return None
         return self.trees[0].config(head, self.margin)
 
+    def adaptive_config(self, head: str) -> dict[str, Any] | None:
+        """The same for the V2 runner with adaptive verification; None where it is not known."""
+        if not self.adaptive:
+            return None
+        ours = {"method": "specformer", "model": head, "enable_adaptive_verification": True}
+        return ours | _counts(schedule(self.adaptive, self.margin))
+
+    def with_adaptive(self, config: Mapping[str, Any]) -> Plan | None:
+        """What a speculative config with adaptive verification should bring; None if not known."""
+        if not self.adaptive:
+            return None
+        count = config["num_speculative_tokens"]
+        ranges = config.get("num_speculative_tokens_per_batch_size") or [[1, 1, count]]
+        return Plan(ranges, self.adaptive)
+
+    @property
+    def fixed_count(self) -> int:
+        """The one K that is best for all batch sizes together, by the mean of its gains' logs."""
+
+        def gain(count: int) -> float:
+            ratios = [row.ratio for row in self.rows if row.count == count]
+            return statistics.geometric_mean(ratios)
+
+        return max(sorted(self.counts - {0}), key=gain)
+
+    def mechanisms(self) -> dict[int, dict[str, float]]:
+        """Expected tokens per second of each way to decide what is verified, by batch size.
+
+        `none`, the best `fixed` K, the `schedule`, and where they are known `adaptive`
+        verification and the best `tree`.
+        """
+        found = {}
+        adaptive = schedule(self.adaptive, self.margin) if self.adaptive else []
+        for batch in sorted({row.batch for row in self.rows}):
+            own = {row.count: row for row in self.rows if row.batch == batch}
+            chosen = {"fixed": own[self.fixed_count], "schedule": own[self.count_at(batch)]}
+            if adaptive:
+                count = Plan(adaptive).count_at(batch)
+                chosen["adaptive"] = next(
+                    row for row in self.adaptive if (row.batch, row.count) == (batch, count)
+                )
+            if self.trees:
+                chosen["tree"] = self.trees[0].best(batch, self.margin)[1]
+            plain = batch / own[self.fixed_count].plain
+            found[batch] = {"none": plain} | {
+                name: plain * row.ratio for name, row in chosen.items()
+            }
+        return found
+
     def with_trees(self, config: Mapping[str, Any]) -> Plan | None:
         """What a speculative config with trees should bring; None where no tree was looked at."""
         if not self.trees:
@@ -138,8 +194,11 @@ class Plan:
             "speculative_config": self.speculative_config(head) if self.pays else None,
             "confident_config": self.confident_config(head) if self.pays else None,
             "tree_config": self.tree_config(head),
+            "adaptive_config": self.adaptive_config(head),
+            "tokens_per_second": self.mechanisms(),
             "rows": rows_to_json(self.rows),
             "trees": [trees.to_json() for trees in self.trees],
+            "adaptive": rows_to_json(self.adaptive),
             "about": self.about,
         }
 
@@ -176,6 +235,7 @@ def read_plan(path: Path) -> Plan:
         content["about"],
         content.get("margin", MARGIN),
         [Trees.from_json(trees) for trees in content.get("trees", [])],
+        rows_from_json(content.get("adaptive", [])),
     )
 
 

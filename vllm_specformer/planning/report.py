@@ -25,6 +25,32 @@ def print_plan(plan: Plan, head: str) -> None:
         console.print(f"{what} at none of these batch sizes: serve without {it}.")
     if plan.trees:
         _print_trees(plan, head, console)
+    _print_mechanisms(plan, head, console)
+
+
+def _print_mechanisms(plan: Plan, head: str, console: Console) -> None:
+    """Every way to decide what is verified, side by side."""
+    names = list(next(iter(plan.mechanisms().values())))
+    table = Table(
+        title="expected tokens/s, and over no speculation",
+        title_justify="left",
+    )
+    titles = {"fixed": f"K={plan.fixed_count}"}
+    for name in ("requests", *(titles.get(name, name) for name in names)):
+        table.add_column(name, justify="right")
+    for batch, rates in plan.mechanisms().items():
+        best = max(rates.values())
+        cells = []
+        for rate in rates.values():
+            text = f"{rate:,.0f} ({rate / rates['none']:.2f})"
+            cells.append(f"[bold]{text}[/]" if rate == best else text)
+        table.add_row(str(batch), *cells)
+    console.print(table)
+    adaptive = plan.adaptive_config(head)
+    if adaptive is not None:
+        console.print("Serve with adaptive verification, on the V2 runner", style="bold")
+        config = json.dumps(adaptive)
+        console.print(f"--speculative-config {shlex.quote(config)}", markup=False, soft_wrap=True)
 
 
 def _print_chains(plan: Plan, head: str, console: Console) -> None:
@@ -37,7 +63,7 @@ def _print_chains(plan: Plan, head: str, console: Console) -> None:
     config = json.dumps(plan.speculative_config(head))
     console.print("\nServe with", style="bold")
     console.print(f"--speculative-config {shlex.quote(config)}", markup=False, soft_wrap=True)
-    console.print("or, on the V1 runner, with drafts cut where the head is not sure", style="bold")
+    console.print("or with drafts cut where the head is not sure", style="bold")
     config = json.dumps(plan.confident_config(head))
     console.print(f"--speculative-config {shlex.quote(config)}", markup=False, soft_wrap=True)
 

@@ -197,7 +197,7 @@ RUNNER_V2: tuple[Reliance, ...] = (
         "hidden_states spec_step_idx",
     ),
     call(f"{_DRAFT_V2}.__init__", V2, "sets up buffers", "vllm_config device"),
-    call(f"{_DRAFT_V2}.load_model", V2, "calls load_draft_model", "target_model"),
+    override(f"{_DRAFT_V2}.load_model", V2, "calls load_draft_model", "target_model"),
     call(
         f"{_DRAFT_V2}.set_attn",
         V2,
