@@ -2,8 +2,8 @@
 
     python benchmarks/context_windows.py       # benchmarks/results/context-windows.json, 4 minutes
 
-Acceptance is that of the bundled head, which was trained on whole contexts, replayed with a window;
-a head that is trained with one can only do better. Time is that of both attentions of a draft step
+Acceptance is that of the bundled head, which was trained on whole contexts, replayed with a window.
+Time is that of both attentions of a draft step
 on this CPU (float32, one thread, its own processor time), of the shape of a head for Qwen3-8B.
 """
 

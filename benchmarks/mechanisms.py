@@ -7,7 +7,7 @@
 
 Tokens per second of Qwen3-8B in bfloat16, a head as `specformer train` makes it, by the roofline
 of `specformer plan`; acceptance as in the evaluation. Nothing of it is measured. Writes
-benchmarks/results/mechanisms.json and prints the table of docs/performance.md.
+benchmarks/results/mechanisms.json and prints the table of docs/gpu-predictions.md.
 """
 
 from __future__ import annotations

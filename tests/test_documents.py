@@ -13,6 +13,7 @@ import pytest
 from support.cli_reference import parser_of
 from support.paths import ROOT
 from vllm_specformer.cli.main import SERVE
+from vllm_specformer.engine.patches.ledger import declared
 from vllm_specformer.engine.speculative_config import (
     ADAPTIVE,
     CONFIDENCE,
@@ -26,6 +27,7 @@ DOCUMENTS = sorted(
         *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
         ROOT / "kernels" / "README.md",
         *ROOT.glob("docs/*.md"),
+        *ROOT.glob("kernels/specformer_kernels/*/README.md"),
         *ROOT.glob("examples/**/README.md"),
     ]
 )
@@ -80,11 +82,11 @@ def is_closed(line: str) -> bool:
 def words_of(line: str) -> list[str]:
     """The words of a `specformer` command, without what stands around it."""
     words = shlex.split(line, comments=True)
-    ends = [i for i, word in enumerate(words) if word in ("&&", "|", "||", ";", ">", "&")]
-    words = words[: min(ends, default=len(words))]
     for index, word in enumerate(words):
-        if Path(word).name == "specformer":
-            return words[index + 1 :]
+        if Path(word).name == "specformer" or word == "vllm_specformer.cli.main":
+            rest = words[index + 1 :]
+            ends = [i for i, word in enumerate(rest) if word in ("&&", "|", "||", ";", ">", "&")]
+            return rest[: min(ends, default=len(rest))]
     return []
 
 
@@ -127,6 +129,11 @@ def test_configurations_are_json(path: Path) -> None:
         for option, value in pairwise(words):
             if option in ("--speculative-config", "--engine-args"):
                 json.loads(value.partition("=")[2] if re.match(r"\w+=", value) else value)
+
+
+def test_the_proposal_counts_our_changes() -> None:
+    text = (ROOT / "docs" / "upstream.md").read_text()
+    assert f"needs {len(list(declared()))} changes of vLLM" in text
 
 
 def test_every_field_of_ours_has_a_row() -> None:

@@ -150,6 +150,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     pair = PAIRS[args.pair]
+    if not Path(pair.target).is_dir():
+        raise ServerError(f"{pair.target} is missing: run `make target`, or use --pair bundled")
     drafts = args.num_speculative_tokens
     if drafts is not None:
         pair = replace(pair, drafts=drafts, drafts_together=drafts)

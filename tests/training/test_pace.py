@@ -133,11 +133,12 @@ def test_texts_that_may_be_evaluated() -> None:
         anchors=15,
         trained_anchors=10,
         slots=2.5,
+        scored=30,
         budgets=(2, 4),
     )
     layer = 4 * 16 * 16 + 3 * 16 * 24
     slot = layer + 16 * 40
-    assert work.step == 8 * (20 * 1000 + 10 * 2.5 * 3 * slot)
+    assert work.step == 8 * (20 * 1000 + 10 * 2.5 * 3 * (layer + 16 * 30))
     assert work.evaluated_text == 20 * 1000 + 15 * 6 * slot
     assert work.most_texts(100) == int(0.1 * 100 * work.step / work.evaluated_text) > 1
     assert work.most_texts(1) == 1

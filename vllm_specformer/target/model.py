@@ -230,6 +230,13 @@ def check_parts(target: HookedTarget, name: str) -> None:
             "something more to them, which the head's drafts would lack",
             "this family is not supported",
         )
+    some = torch.arange(0, whole.shape[-1], 97, device=whole.device)
+    if not _close(target.lm_head_of(some)(last), whole[..., some], _SAME):
+        raise UnsupportedTargetError(
+            f"target {name}: its lm_head is more than a matrix and a bias, so it cannot score some "
+            "of its tokens alone, which training does",
+            "this family is not supported",
+        )
     if target.hook_ids[0] == 0 and not _parallel(target.embed(tokens), states[0]):
         raise UnsupportedTargetError(
             f"target {name}: its first layer does not read the embedding, up to one factor (a "

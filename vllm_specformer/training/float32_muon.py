@@ -18,7 +18,7 @@ _OBLONG = 2
 
 
 class Float32Muon(torch.optim.Muon):
-    """`torch.optim.Muon`, of the same arguments and states, with its iteration in float32."""
+    """`torch.optim.Muon` of the same states with its iteration in float32, original rates only."""
 
     @torch.no_grad()
     def step(  # type: ignore[override]

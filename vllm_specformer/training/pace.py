@@ -97,6 +97,7 @@ class Work:
         anchors: float,
         trained_anchors: float,
         slots: float,
+        scored: int,
         budgets: tuple[int, ...],
     ) -> Work:
         """
@@ -105,15 +106,18 @@ class Work:
             texts: in a step.
             anchors: of a text; `trained_anchors` of them are drawn in training.
             slots: that a training step runs.
+            scored: tokens that it scores, of those of the head.
             budgets: numbers of drafted tokens that are evaluated.
         """
         size = config.hidden_size
         layer = 4 * size * size + 3 * size * config.intermediate_size
-        slot = config.num_slot_layers * layer + size * config.num_scored_tokens
+        layers = config.num_slot_layers * layer
+        slot = layers + size * config.num_scored_tokens
+        trained_slot = layers + size * min(scored, config.num_scored_tokens)
         target = tokens * target_parameters
         run = sum(k if config.nested_slots else config.num_draft_slots for k in budgets)
         trained = min(anchors, trained_anchors) * slots * (1 + _BACKWARD)
-        return cls(texts * (target + trained * slot), target + anchors * run * slot)
+        return cls(texts * (target + trained * trained_slot), target + anchors * run * slot)
 
     def most_texts(self, steps_between: float) -> int:
         """Texts that may be evaluated after so many steps each time; at least one."""

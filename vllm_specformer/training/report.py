@@ -288,6 +288,9 @@ def kind_of_head(config: SpecFormerConfig) -> str:
     ]
     if config.num_slot_layers > 1:
         parts.insert(1, f"{config.num_slot_layers} slot layers")
+    if config.context_window:
+        sinks = f" and the first {config.context_sinks:,}" if config.context_sinks else ""
+        parts.append(f"seeing the last {config.context_window:,} tokens{sinks}")
     if config.markov_rank:
         parts.append(f"Markov term of rank {config.markov_rank}")
     if config.draft_vocab_size:

@@ -43,6 +43,8 @@ class Inputs:
         return {
             "settings": self.settings.model_dump(exclude={*PLACES, *OF_SPEED}),
             "init": self.init_digest,
+            "sample_vocab": self.settings.sample(self.device),
+            "draw_seed": self.draw_seed,
             "target": self.target.fingerprint,
             "data": data_digest(*self.manifests),
             "processes": self.processes,
@@ -60,8 +62,8 @@ class Inputs:
     def draw_seed(self) -> int:
         """Decides the order of the texts, and what each step draws.
 
-        It differs from run to run in a chain of `--init`, so that short runs in a row see all
-        texts; which of them are held out depends on `--seed` alone.
+        It differs from run to run in a chain of `--init`, so that a short run does not begin with
+        the texts of the one before; which texts are held out depends on `--seed` alone.
         """
         seed = self.settings.seed
         return seed if self.init_digest is None else seed + int(self.init_digest[:12], 16)
@@ -191,7 +193,8 @@ def about(
         },
         "settings": settings.model_dump(exclude={"out", "finish"})
         | places
-        | {"anchors_per_text": settings.anchors(inputs.device) or "all"},
+        | {"anchors_per_text": settings.anchors(inputs.device) or "all"}
+        | {"sample_vocab": settings.sample(inputs.device)},
         "head": head.config.to_dict(),
         "texts": counts,
         "parameters": sum(p.numel() for p in head.parameters()),

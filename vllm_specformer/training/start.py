@@ -71,6 +71,8 @@ def config_of_start(
             )
     shape = {field: getattr(begun, field) for field in SHAPE_FIELDS.values()}
     shape |= {field: asked[field] for field in _FREE & asked.keys()}
+    if not shape["context_window"] and "context_sinks" not in asked:
+        shape["context_sinks"] = 0
     return head_config("default", target, name, **shape)
 
 

@@ -35,6 +35,7 @@ from vllm_specformer.target.model import (
 from vllm_specformer.training import report
 from vllm_specformer.training.draft_vocabulary import choose_tokens, coverage, suggestion
 from vllm_specformer.training.heldout import evaluation_budgets
+from vllm_specformer.training.optimizers import cpu_has_bfloat16
 from vllm_specformer.training.pace import Clock, Work
 from vllm_specformer.training.packed_head import PackedHead
 from vllm_specformer.training.packing import Batch, Batches, Budget, plan_all
@@ -137,12 +138,6 @@ def _leave(processes: PartialState) -> None:
         processes.destroy_process_group()
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 by itself; without, float32 is faster."""
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
 def _run(
     inputs: Inputs,
     directory: RunDirectory,
@@ -191,7 +186,8 @@ def _run(
         judged = held_out if len(held_out) else trained
         counts["covered"] = coverage(texts, judged, vocabulary.numpy(), config.vocab_size)
     if main:
-        _introduce(settings, config, batches.steps, counts, packed, device)
+        longest = int(texts.lengths[trained].max())
+        _introduce(settings, config, batches.steps, counts, packed, device, longest)
         if config.draft_vocab_size == 0 and settings.draft_vocab is None:
             for note in suggestion(texts, trained, config):
                 _say(note)
@@ -284,6 +280,7 @@ def _work(
         anchors=anchors,
         trained_anchors=settings.anchors(inputs.device) or anchors,
         slots=sum(counts) / len(counts),
+        scored=settings.sample(inputs.device) or config.num_scored_tokens,
         budgets=evaluation_budgets(config.num_draft_slots),
     )
 
@@ -347,6 +344,7 @@ def _introduce(
     counts: dict[str, Any],
     packed: bool,
     device: torch.device,
+    longest: int,
 ) -> None:
     _say(
         f"{counts['read']:,} conversations: {counts['trained_on']:,} to train on, "
@@ -369,6 +367,13 @@ def _introduce(
         _say(
             "note: this target does not keep texts apart that share a row; texts of similar length "
             "are padded instead"
+        )
+    visible = config.context_window + config.context_sinks
+    if config.context_window and visible >= longest:
+        _say(
+            f"note: no text is longer than {longest:,} tokens, so the head sees all of each; a "
+            f"window of {config.context_window:,} has no effect in this training (--max-length, "
+            "longer answers)"
         )
     _say(f"{steps:,} steps on {device.type}, {config.num_draft_slots} slots, {settings.optimizer}")
 

@@ -153,9 +153,8 @@ class HeadTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         s = self.settings
-        model, bf16 = model or self.model, self.args.bf16
         rates = (s.rate, s.vector_learning_rate)
-        optimizer = build_optimizer(model, s.optimizer, *rates, s.weight_decay, bf16)
+        optimizer = build_optimizer(model or self.model, s.optimizer, *rates, s.weight_decay)
         self.optimizer = optimizer
         return optimizer
 

@@ -1,10 +1,10 @@
 """The tokens that one training step scores, where it does not score them all.
 
-Most of a step's arithmetic over a large vocabulary concerns tokens that neither target nor head
-would ever say there. So the tokens that matter in the batch are scored one by one, and of the
-others every n-th, which then stands for n of them: the sampled softmax of Jean et al.
-(arXiv 1412.2007), section 3, with the proposals drawn evenly, so that every correction is log n.
-Cross entropy, divergence and total variation are those of the coarser distributions.
+Most of a step's arithmetic over a large vocabulary concerns tokens that the target would never say
+there. So the tokens that matter to it in the batch are scored one by one, and of the others every
+n-th, which then stands for n of them: the sampled softmax of Jean et al. (arXiv 1412.2007), section
+3, with the proposals drawn evenly, so that every correction is log n. Cross entropy, divergence and
+total variation are those of the coarser distributions.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.slot_loss import IGNORED
 
 _CERTAIN = 0.5  # share of the tokens that are scored because they matter
+_LEAST = 0.25  # least share of those that stand for others
 _LABEL = 2.0  # above every probability
 
 
@@ -48,8 +49,8 @@ def draw_sample(
 ) -> VocabularySample:
     """The tokens to score in a step.
 
-    All labels are among them, then those to which the target gives most at any position. What is
-    drawn depends on the labels alone, so a repeated step draws the same.
+    All labels are among them, then those to which the target gives most at any position. There is
+    no other randomness than in these, so a repeated step draws the same.
 
     Args:
         target: what it scores are the N tokens.
@@ -66,7 +67,9 @@ def draw_sample(
     chosen = torch.zeros(total, dtype=torch.bool, device=likely.device)
     chosen[likely.topk(certain).indices] = True
     rest = (~chosen).nonzero().squeeze(-1)
-    stride = max(1, math.ceil(len(rest) / max(1, size - certain)))
+    # Many labels must not leave a single token to stand for all others.
+    spare = max(size - certain, math.ceil(size * _LEAST))
+    stride = max(1, math.ceil(len(rest) / spare))
     first = int(known.sum()) % stride
     drawn = rest[first::stride]
     offsets = torch.zeros(total, device=likely.device)
