@@ -45,6 +45,7 @@ SUBJECTS = (
     "new_requests",
     "kv_groups",
     "candidates",
+    "extraction",
     "worker",
 )
 # They act only where somebody asks for SpecFormer. Made on every vLLM, so that one which is not
