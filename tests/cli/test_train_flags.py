@@ -59,6 +59,10 @@ DEFAULTS = {
     "device": "auto",
     "memory": None,
     "cache_states": 0.0,
+    "states": "transformers",
+    "states_disk": 8.0,
+    "engine_args": {},
+    "engine_devices": None,
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from support.distill.fakes import (
     CONTEXT,
@@ -121,9 +122,20 @@ def test_a_target_no_head_can_be_trained_for_starts_no_engine(
 
     directory = shutil.copytree(target, tmp_path / "target")
     write_description(directory, {"quant_method": "unheard-of"})
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.qweight"] = torch.zeros(1)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnsupportedTargetError, match=r"quantised \(unheard-of\).*cannot unpack"):
         distill(options(directory, prompts, tmp_path / "out"), never, silent)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_only_vllm_can_run(target: Path, prompts: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    directory = shutil.copytree(target, tmp_path / "target")
+    write_description(directory, {"quant_method": "unheard-of"})
+    distill(options(directory, prompts, tmp_path / "out"), open_fake, said.append)
+    assert any("train with --states vllm, which needs them not" in line for line in said)
 
 
 def test_shards_hold_what_the_input_says_whatever_else_was_distilled(

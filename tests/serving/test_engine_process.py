@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,15 @@ def test_an_engine_that_ends_shows_its_last_messages(
     with EngineProcess({}) as engine, pytest.raises(EngineProcessError, match="stand above"):
         engine.call(f"{worker}:die")
     assert "out of memory" in capfd.readouterr().err
+
+
+def test_it_is_killed_at_work(worker: str, tmp_path: Path) -> None:
+    with EngineProcess({}, tmp_path / "log") as engine, ThreadPoolExecutor() as executor:
+        answer = executor.submit(engine.call, f"{worker}:sleep", seconds=60)
+        time.sleep(0.2)
+        engine.kill()
+        with pytest.raises(EngineProcessError, match="ended with code -9"):
+            answer.result(10)
 
 
 @pytest.mark.parametrize("busy", ["loading", "answering", "waiting"])

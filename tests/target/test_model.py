@@ -33,7 +33,8 @@ from transformers import (
 )
 
 from support.family_targets import make_target
-from vllm_specformer.target.hidden_states import HookedTarget, logit_changes
+from vllm_specformer.target.ends import logit_changes
+from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.target.model import (
     UnsupportedTargetError,
     auto_class,

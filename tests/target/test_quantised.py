@@ -139,7 +139,7 @@ def test_missing_packages_are_named_together(
     packages = [entry.partition(":")[0] for entry in quantised._PACKAGES[method]]
     message = described({"quant_method": method} | more)
     assert f"its weights are quantised ({method})" in message
-    assert f"without {' and '.join(packages)}; pip install {' '.join(packages)}, or" in message
+    assert f"without {' and '.join(packages)}; pip install {' '.join(packages)}, take" in message
     assert re.search(INSTEAD, message)
 
 
@@ -154,7 +154,7 @@ def test_what_transformers_says_is_told(described: Callable[[dict[str, Any]], st
     """It wants a GPU for this one, or a package."""
     message = described({"quant_method": "eetq"})
     assert re.search(
-        r"cannot unpack them here \(.*(GPU|eetq|kernels).*\); see to that, or", message
+        r"cannot unpack them here \(.*(GPU|eetq|kernels).*\); see to that, take", message
     )
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, Olmo2Config, PreTra
 
 from support.training_runs import command, refusal
 from support.training_texts import make_texts, write_distilled
-from vllm_specformer.training import train as run
+from vllm_specformer.training import states as run
 
 SHAPE = {
     "vocab_size": 40,

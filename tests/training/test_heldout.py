@@ -70,7 +70,7 @@ def test_replay_is_that_of_single_texts(trained: PackedHead, target_model: PreTr
     texts = repetitive()
     batches = [[[0, 1], [2, 3, 4]], [[5]]]
     result = evaluate(
-        trained, target, texts, batches, lambda fields: make_rows(target, fields), memory=50_000
+        trained, target, texts, batches, lambda fields, _: make_rows(target, fields), memory=50_000
     )
     assert tuple(result.acceptance) == evaluation_budgets(SLOTS) == (4, 5)
     served = SpecFormerHead(trained.config).double()
@@ -96,7 +96,7 @@ def test_losses_are_those_of_training(trained: PackedHead, target_model: PreTrai
         target,
         texts,
         plan_all(texts.lengths, Budget(50)),
-        lambda fields: make_rows(target, fields),
+        lambda fields, _: make_rows(target, fields),
     )
     torch.testing.assert_close(torch.tensor(result.slot_losses), per_slot, rtol=1e-4, atol=1e-5)
     labels = trained.to_indices(rows.labels(SLOTS), IGNORED)

@@ -44,6 +44,8 @@ from vllm_specformer.distill.settings import DistillSettings
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.target.files import find_target, read_json, target_record
 from vllm_specformer.target.model import check_trainable
+from vllm_specformer.target.quantised import CannotUnpackError, output_is_quantised
+from vllm_specformer.target.without_layers import count_parameters
 
 _SHARD, _CPU_SHARD = 1000, 128  # prompts
 _TRIED_TEMPLATES = 50  # conversations that are rendered before the engine starts
@@ -161,6 +163,16 @@ class _Run:
         self._check_same()
         self._try_template()
 
+    def _check_trainable(self) -> None:
+        """Refuse, before an engine starts, a target that no head can be trained for."""
+        try:
+            check_trainable(self.target)
+        except CannotUnpackError as error:
+            if output_is_quantised(self.target):
+                raise
+            count_parameters(self.target)
+            self.report(f"note: {error.problem}; train with --states vllm, which needs them not")
+
     def finish(self, open_engine: OpenEngine) -> Manifest:
         """Make the missing shards."""
         manifest = self._manifest()
@@ -168,7 +180,7 @@ class _Run:
             shards = f"{self.settings.num_shards} shard{'s' * (self.settings.num_shards > 1)}"
             there = f", {len(manifest.shards)} of them finished" if manifest else ""
             # Its answers are of no use if no head can learn from them.
-            check_trainable(self.target)
+            self._check_trainable()
             self.report(
                 f"{len(self.ids)} prompts in {shards}{there}; starting {self.options.engine}"
             )

@@ -151,7 +151,9 @@ def checked(
 
 # Ways of spreading a model over devices that the head cannot follow, and why.
 _NOT_SPREAD = {
-    "pipeline_parallel_size": "its hidden states come from layers of every stage",
+    # See docs/one-step.md, "What is refused".
+    "pipeline_parallel_size": "its hidden states come from layers of every stage, and those of the "
+    "last one alone are kept from being overwritten",
     "decode_context_parallel_size": "its K/V lie whole on every rank, not spread by token",
     "prefill_context_parallel_size": "its K/V lie whole on every rank, not spread by token",
 }

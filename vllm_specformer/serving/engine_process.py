@@ -56,6 +56,7 @@ class EngineProcess:
                 stderr=output,
                 text=True,
                 env=self._environment,
+                start_new_session=True,  # Ctrl-C is for the one who started it
             )
         try:
             self._answer(self._engine)
@@ -76,6 +77,10 @@ class EngineProcess:
             EngineProcessError: the process ended.
         """
         return self._answer({"function": function, "arguments": arguments})
+
+    def kill(self) -> None:
+        """End it at once; a `call` under way in another thread raises EngineProcessError."""
+        self._process.kill()
 
     def _answer(self, order: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None

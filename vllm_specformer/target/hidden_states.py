@@ -4,35 +4,28 @@ Id 0 is the embedding output, id `i` the residual stream after layer `i`, id `L`
 last layer BEFORE the final norm. Transformers' own `hidden_states[-1]` is taken after that norm; a
 head trained on it and served by vLLM would be silently wrong, so the states are captured by hooks.
 A scaled embedding (Gemma, Granite) is scaled in state 0, as vLLM hands it out, and unscaled in
-`HookedTarget.embed`, as the engine looks it up.
+`TargetEnds.embed`, as the engine looks it up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
 
-from vllm_specformer.target.parts import LAYER_NAMES, NORM_NAMES, find_part
+from vllm_specformer.target.ends import TargetEnds
+from vllm_specformer.target.parts import LAYER_NAMES, find_part
 
 
-class HookedTarget:
+class HookedTarget(TargetEnds):
     """A frozen target that returns hooked states and, on request, logits."""
 
     def __init__(self, target: PreTrainedModel, hook_ids: Sequence[int]) -> None:
-        self.target = target.eval().requires_grad_(False)
-        self.decoder = find_decoder(target)
+        super().__init__(target, hook_ids)
         self.layers = find_part(self.decoder, LAYER_NAMES)
-        self.norm = find_part(self.decoder, NORM_NAMES)
-        self.hook_ids = tuple(hook_ids)
-        self._softcap, self._scale = logit_changes(target.config)
         self._states: dict[int, Tensor] = {}
-        self._output: Callable[[Tensor], Tensor] = target.get_output_embeddings()
-        self._kept_rows: tuple[Tensor, Tensor | None] | None = None
         for layer_id, layer in enumerate(self.layers):
             if layer_id in self.hook_ids:
                 layer.register_forward_pre_hook(self._keep_input(layer_id), with_kwargs=True)
@@ -80,61 +73,3 @@ class HookedTarget:
     def forget(self) -> None:
         """Drop the states of a run that failed halfway."""
         self._states.clear()
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Rows of the target's embedding table for int64 tokens [...]: [..., H].
-
-        Without the scale that some families multiply them by: vLLM applies it in one place or
-        another, and the head's norm takes it out again.
-        """
-        return F.embedding(tokens, self.target.get_input_embeddings().weight)
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Slot states [..., H] -> logits [..., V], through the target's final norm and lm_head."""
-        return self.lm_head(self.norm(states))
-
-    def score_only(self, token_ids: Tensor) -> None:
-        """From now on give logits of these tokens alone, int64 [N]; copies their lm_head rows."""
-        self._kept_rows = weight, bias = _rows(*self._own_rows(), token_ids)
-        self._output = partial(F.linear, weight=weight, bias=bias)
-
-    def _own_rows(self) -> tuple[Tensor, Tensor | None]:
-        full = self.target.get_output_embeddings()
-        return full.weight, full.bias
-
-    def lm_head(self, normed: Tensor) -> Tensor:
-        """States behind the final norm [..., H] -> logits [..., V], with the family's changes."""
-        return self._changed(self._output(normed))
-
-    def lm_head_of(self, indices: Tensor) -> Callable[[Tensor], Tensor]:
-        """`lm_head` of some of the tokens that it scores, int64 [S]; copies their rows."""
-        weight, bias = _rows(*(self._kept_rows or self._own_rows()), indices)
-        return lambda normed: self._changed(F.linear(normed, weight, bias))
-
-    def _changed(self, logits: Tensor) -> Tensor:
-        if self._softcap:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits if self._scale == 1 else logits * self._scale
-
-
-def _rows(weight: Tensor, bias: Tensor | None, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-    indices = indices.to(weight.device)
-    return weight[indices], None if bias is None else bias[indices]
-
-
-def find_decoder(target: PreTrainedModel) -> nn.Module:
-    """The stack of layers between embedding and lm_head; some classes hand out themselves."""
-    decoder = target.get_decoder()
-    return decoder.model if decoder is target else decoder
-
-
-def logit_changes(config: PreTrainedConfig) -> tuple[float, float]:
-    """What a family does to its logits: the cap (0: none), and the factor applied after it.
-
-    The fields and the order are those of vLLM's `LogitsProcessor` calls; `target.check_parts` holds
-    the outcome against the model's own.
-    """
-    text = config.get_text_config()
-    scale = getattr(text, "logit_scale", None) or 1.0
-    scale /= getattr(text, "logits_scaling", None) or 1.0
-    return getattr(text, "final_logit_softcapping", None) or 0.0, scale

@@ -28,7 +28,8 @@ from transformers.models.auto.modeling_auto import (
 
 from vllm_specformer.config import HeadConfigError, SpecFormerConfig
 from vllm_specformer.families import read_families
-from vllm_specformer.target.hidden_states import HookedTarget, find_decoder
+from vllm_specformer.target.ends import find_decoder
+from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.target.packed_weights import read_unpacked
 from vllm_specformer.target.parts import LAYER_NAMES, NORM_NAMES, find_part
 from vllm_specformer.target.quantised import check_quantised, packed
@@ -124,7 +125,7 @@ def check_trainable(directory: Path) -> None:
     head_config("default", config, str(directory))
     check_quantised(config, directory)
     with torch.device("meta"):
-        check_decoder(_built(directory, auto_class(config).from_config, config), str(directory))
+        check_decoder(built(directory, auto_class(config).from_config, config), str(directory))
 
 
 def load_target(directory: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -136,7 +137,7 @@ def load_target(directory: Path, dtype: torch.dtype, device: torch.device) -> Pr
     """
     config = read_target_config(directory)
     check_quantised(config, directory)
-    model, info = _built(directory, _from_files, directory, config, dtype)
+    model, info = built(directory, _from_files, directory, config, dtype)
     if missing := sorted(info["missing_keys"]):
         raise UnsupportedTargetError(
             f"target {directory}: its files lack {', '.join(missing[:3])}"
@@ -145,7 +146,7 @@ def load_target(directory: Path, dtype: torch.dtype, device: torch.device) -> Pr
         )
     check_decoder(model, str(directory))
     model = model.to(device).eval()
-    _call_hooks(model)
+    call_hooks(model)
     return model.requires_grad_(False)
 
 
@@ -176,7 +177,7 @@ def _from_files(directory: Path, config: PreTrainedConfig, dtype: torch.dtype) -
     return kind.from_pretrained(None, config=plain, state_dict=weights, **options)
 
 
-def _built(directory: Path, build: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def built(directory: Path, build: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """What `build` makes of the target, with its errors explained."""
     try:
         return build(*args, **options)
@@ -188,7 +189,7 @@ def _built(directory: Path, build: Callable[..., Any], *args: Any, **options: An
 
 
 @torch.no_grad()
-def _call_hooks(model: PreTrainedModel) -> None:
+def call_hooks(model: PreTrainedModel) -> None:
     """Run the whole model once if it has hooks: its parts are called by themselves later.
 
     compressed-tensors unpacks all weights in a hook of the outermost module, at its first call.
@@ -237,7 +238,7 @@ def check_parts(target: HookedTarget, name: str) -> None:
             "of its tokens alone, which training does",
             "this family is not supported",
         )
-    if target.hook_ids[0] == 0 and not _parallel(target.embed(tokens), states[0]):
+    if target.hook_ids[0] == 0 and not parallel(target.embed(tokens), states[0]):
         raise UnsupportedTargetError(
             f"target {name}: its first layer does not read the embedding, up to one factor (a "
             "position is added, or a norm comes first)",
@@ -280,10 +281,10 @@ def _probe_tokens(target: HookedTarget) -> Tensor:
     vocabulary = target.target.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (2, 2 * _PROBE_LENGTH), generator=generator)
-    return tokens.to(target.target.device)
+    return tokens.to(target.device)
 
 
-def _parallel(a: Tensor, b: Tensor) -> bool:
+def parallel(a: Tensor, b: Tensor) -> bool:
     """Whether one is the other times a positive factor."""
     a, b = a.float(), b.float()
     factor = (a * b).sum() / a.square().sum()

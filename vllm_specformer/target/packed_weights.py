@@ -9,7 +9,7 @@ of the packages GPTQModel and AutoAWQ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,17 @@ def obstacle(described: Mapping[str, Any]) -> str:
 
 
 def read_unpacked(
-    directory: Path, described: Mapping[str, Any], dtype: torch.dtype
+    directory: Path,
+    described: Mapping[str, Any],
+    dtype: torch.dtype,
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, with weights in the place of what they are packed into.
+    """The tensors of a checkpoint, with weights in the place of what they are packed into.
 
     Args:
         described: as in `obstacle`, which must have found none.
         dtype: of the weights.
+        wanted: which of the files' tensors to read, by name.
 
     Raises:
         ValueError: a part of a packed weight is missing.
@@ -61,7 +65,7 @@ def read_unpacked(
     packed: dict[str, dict[str, Tensor]] = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
+            for name in filter(wanted, file.keys()):
                 layer, _, part = name.rpartition(".")
                 if part not in _PARTS:
                     tensors[name] = file.get_tensor(name)

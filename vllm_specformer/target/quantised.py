@@ -31,9 +31,14 @@ _PACKAGES = {
 _INSTEAD = (
     "distil and train with the checkpoint it was quantised from: a head of that one fits this one"
 )
-_EMBEDDING = re.compile(
-    r"(embed_tokens|word_embeddings|wte)\.(weight_packed|weight_scale|qweight)$"
-)
+_RUN_BY_VLLM = "take `specformer train --states vllm`"
+_QUANTISED = r"\.(weight_packed|weight_scale\w*|qweight)$"
+_EMBEDDING = re.compile(rf"(embed_tokens|word_embeddings|wte){_QUANTISED}")
+_OUTPUT = re.compile(rf"(lm_head|embed_out){_QUANTISED}")
+
+
+class CannotUnpackError(UnsupportedTargetError):
+    """Transformers cannot unpack a target's weights here; vLLM may run it all the same."""
 
 
 def check_quantised(config: PreTrainedConfig, directory: Path) -> None:
@@ -44,8 +49,8 @@ def check_quantised(config: PreTrainedConfig, directory: Path) -> None:
         directory: its files; of the weights the tables of tensors are read.
 
     Raises:
-        UnsupportedTargetError: a package is missing, the method is unknown or needs another device,
-            or the embedding is quantised.
+        CannotUnpackError: a package is missing, the method is unknown or needs another device.
+        UnsupportedTargetError: the embedding is quantised.
     """
     described = _described(config)
     if described is None:
@@ -70,11 +75,22 @@ def packed(config: PreTrainedConfig) -> tuple[dict[str, Any], PreTrainedConfig] 
     described = _described(config)
     if described is None or packed_weights.obstacle(described):
         return None
-    plain = deepcopy(config)
-    for place in (plain, plain.get_text_config()):
+    return described, plain(config)
+
+
+def plain(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration without a description of quantised weights."""
+    changed = deepcopy(config)
+    for place in (changed, changed.get_text_config()):
         if hasattr(place, "quantization_config"):
             del place.quantization_config
-    return described, plain
+    return changed
+
+
+def output_is_quantised(directory: Path) -> bool:
+    """Whether embedding or lm_head are quantised in these files, which is rare."""
+    ends = (_EMBEDDING, _OUTPUT)
+    return any(end.search(name) for name in _tensors(directory) for end in ends)
 
 
 def _described(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -90,9 +106,9 @@ def _check_packages(method: str, whose: str) -> None:
     packages = [entry.partition(":") for entry in _PACKAGES.get(method, ())]
     missing = [name for name, _, module in packages if find_spec(module or name) is None]
     if missing:
-        raise UnsupportedTargetError(
+        raise CannotUnpackError(
             f"{whose}, and Transformers cannot unpack them without {' and '.join(missing)}",
-            f"pip install {' '.join(missing)}, or {_INSTEAD}",
+            f"pip install {' '.join(missing)}, {_RUN_BY_VLLM}, or {_INSTEAD}",
         )
 
 
@@ -105,9 +121,9 @@ def _ask_transformers(described: dict[str, Any], whose: str) -> None:
         quantizer.validate_environment(device_map=None, weights_only=True)
     except Exception as error:  # each method raises its own
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise UnsupportedTargetError(
+        raise CannotUnpackError(
             f"{whose}, and Transformers cannot unpack them here ({reason})",
-            f"see to that, or {_INSTEAD}",
+            f"see to that, {_RUN_BY_VLLM}, or {_INSTEAD}",
         ) from None
 
 

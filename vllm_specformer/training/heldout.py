@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_specformer.target.ends import TargetEnds
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.acceptance import Acceptance
 from vllm_specformer.training.packed_head import DEFAULT_MEMORY, HookedRows, PackedHead
@@ -19,7 +20,7 @@ from vllm_specformer.training.packing import Batch, collate
 from vllm_specformer.training.texts import Texts
 
 # Lays a batch's tensors out as rows with the target's states.
-MakeRows = Callable[[dict[str, Tensor]], HookedRows]
+MakeRows = Callable[[dict[str, Tensor], Batch], HookedRows]
 
 
 @dataclass
@@ -68,7 +69,7 @@ def evaluation_budgets(slots: int) -> tuple[int, ...]:
 @torch.no_grad()
 def evaluate(
     head: PackedHead,
-    target: HookedTarget,
+    target: TargetEnds,
     texts: Texts,
     batches: Iterable[Batch],
     make_rows: MakeRows,
@@ -77,7 +78,7 @@ def evaluate(
     """Replay the answers of all texts with the drafts of the head."""
     result = Evaluation(evaluation_budgets(head.config.num_draft_slots))
     for batch in batches:
-        rows = make_rows(collate(texts, batch, None, None))
+        rows = make_rows(collate(texts, batch, None, None), batch)
         for budget, acceptance in result.acceptance.items():
             drafts, losses, counts = head.drafts(rows, target, budget, memory)
             if budget == max(result.budgets):
@@ -120,6 +121,6 @@ def drafts_at(drafts: dict[int, list[int]], position: int) -> list[int]:
 
 def run_target(target: HookedTarget, fields: dict[str, Tensor], packed: bool) -> HookedRows:
     """The rows of a batch, on the target's device, with the target's states."""
-    fields = {name: value.to(target.target.device) for name, value in fields.items()}
+    fields = {name: value.to(target.device) for name, value in fields.items()}
     states, last = target(fields["input_ids"], fields["position_ids"] if packed else None)
     return HookedRows(states, last, **fields)

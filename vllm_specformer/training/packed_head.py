@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vllm_specformer.head import SpecFormerHead
-from vllm_specformer.target.hidden_states import HookedTarget
+from vllm_specformer.target.ends import TargetEnds
 from vllm_specformer.training.accumulated import Accumulated, Gradients
 from vllm_specformer.training.slot_loss import IGNORED, Mix, TargetProbs, slot_loss
 from vllm_specformer.training.vocabulary_sample import VocabularySample, draw_sample
@@ -123,7 +123,7 @@ class PackedHead(SpecFormerHead):
     def forward(  # type: ignore[override]
         self,
         rows: HookedRows,
-        target: HookedTarget,
+        target: TargetEnds,
         num_slots: int,
         objective: Objective,
     ) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ class PackedHead(SpecFormerHead):
         return _Context(rows.at(context, rows.anchors), rows.at(query, rows.anchors), key, value)
 
     def slot_states(
-        self, context: _Context, rows: HookedRows, target: HookedTarget, part: slice, num_slots: int
+        self, context: _Context, rows: HookedRows, target: TargetEnds, part: slice, num_slots: int
     ) -> Tensor:
         """What `SpecFormerHead.forward` gives for some of the anchors: [rows, part, K, H].
 
@@ -195,7 +195,7 @@ class PackedHead(SpecFormerHead):
         context: _Context,
         gradients: Gradients,
         rows: HookedRows,
-        target: HookedTarget,
+        target: TargetEnds,
         labels: _Labels,
         objective: Objective,
     ) -> tuple[Tensor, Tensor]:
@@ -238,7 +238,7 @@ class PackedHead(SpecFormerHead):
     def _target_probs(
         self,
         rows: HookedRows,
-        target: HookedTarget,
+        target: TargetEnds,
         part: slice,
         num_slots: int,
         mix: Mix,
@@ -261,7 +261,7 @@ class PackedHead(SpecFormerHead):
         return TargetProbs.of(sample.lm_head(seen) + sample.offsets), places
 
     def _sample(
-        self, rows: HookedRows, target: HookedTarget, labels: _Labels, objective: Objective
+        self, rows: HookedRows, target: TargetEnds, labels: _Labels, objective: Objective
     ) -> VocabularySample | None:
         """The tokens that this step scores; None: all."""
         total = self.config.num_scored_tokens
@@ -276,7 +276,7 @@ class PackedHead(SpecFormerHead):
         self,
         states: Tensor,
         slot: int,
-        target: HookedTarget,
+        target: TargetEnds,
         labels: _Labels,
         part: slice,
         mix: Mix,
@@ -301,7 +301,7 @@ class PackedHead(SpecFormerHead):
 
     @torch.no_grad()
     def drafts(
-        self, rows: HookedRows, target: HookedTarget, wanted: int, memory: int = DEFAULT_MEMORY
+        self, rows: HookedRows, target: TargetEnds, wanted: int, memory: int = DEFAULT_MEMORY
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Greedy drafts as the engine makes them when asked for `wanted` tokens.
 
@@ -327,7 +327,7 @@ class PackedHead(SpecFormerHead):
     def chances(
         self,
         rows: HookedRows,
-        target: HookedTarget,
+        target: TargetEnds,
         wanted: int,
         temperature: float,
         memory: int = DEFAULT_MEMORY,
@@ -364,7 +364,7 @@ class PackedHead(SpecFormerHead):
         states: Tensor,
         slot: int,
         rows: HookedRows,
-        target: HookedTarget,
+        target: TargetEnds,
         labels: _Labels,
         part: slice,
         temperature: float,

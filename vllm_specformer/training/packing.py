@@ -8,6 +8,7 @@ seen, and nothing has to be remembered.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,6 +205,7 @@ class Batches(torch.utils.data.Dataset):
         self.per_text, self.slot_counts, self.per_step = per_text, tuple(slot_counts), per_step
         self._lengths = texts.lengths[indices]
         self._plans: list[list[Batch]] = []
+        self._planning = threading.Lock()  # states may be made ahead, by a thread
         if steps is None:
             while len(self._plans) < epochs:
                 self._plan()
@@ -220,8 +222,9 @@ class Batches(torch.utils.data.Dataset):
     def batch(self, number: int) -> Batch:
         """Indices of the texts of one batch."""
         for epoch in range(number + 1):
-            if epoch == len(self._plans):
-                self._plan()
+            with self._planning:
+                if epoch == len(self._plans):
+                    self._plan()
             plan = self._plans[epoch]
             if number < len(plan):
                 return [[int(self.indices[i]) for i in row] for row in plan[number]]
@@ -234,4 +237,4 @@ class Batches(torch.utils.data.Dataset):
         fields = collate(self.texts, batch, self.per_text, rng)
         slots = draw_slots(self.slot_counts, self.seed, number // self.per_step)
         tokens = int(self.texts.lengths[[i for row in batch for i in row]].sum())
-        return fields | {"num_slots": slots, "num_tokens": tokens, "texts": batch}
+        return fields | {"num_slots": slots, "num_tokens": tokens, "texts": batch, "number": number}

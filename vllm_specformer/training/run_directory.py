@@ -4,6 +4,7 @@
     log.jsonl, log.csv  what was measured while it trained
     checkpoints/        the last checkpoint; removed when the run is complete
     best/               the head with the best acceptance so far; likewise
+    .states/            hidden states that vLLM has written, while it runs
     about.json          what the result's provenance says of the run itself; likewise
     config.json, model.safetensors, README.md, provenance.json, training.png: the result
 
@@ -56,6 +57,7 @@ class RunDirectory:
         self.staging = self.checkpoints / ".partial"
         self.log = path / "log.jsonl"
         self.about = path / "about.json"
+        self.states = path / ".states"
         self.provenance = path / "provenance.json"
 
     def begin(self, record: dict[str, Any], versions: dict[str, str]) -> list[str]:
@@ -143,7 +145,7 @@ class RunDirectory:
 
     def clean_up(self) -> None:
         """Remove what only a run in progress needs."""
-        for path in (self.checkpoints, self.best, self.best_staging):
+        for path in (self.checkpoints, self.best, self.best_staging, self.states):
             shutil.rmtree(path, ignore_errors=True)
         self.about.unlink(missing_ok=True)
 

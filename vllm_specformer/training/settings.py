@@ -12,13 +12,21 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from vllm_specformer.config import MAX_SLOT_LAYERS, MAX_SLOTS
-from vllm_specformer.settings import CommandSettings, Directory, Flag, Revision
+from vllm_specformer.serving.hidden_states import OWN
+from vllm_specformer.settings import (
+    CommandSettings,
+    Directory,
+    Flag,
+    JsonObject,
+    Revision,
+    refuse_own,
+)
 from vllm_specformer.training.slot_loss import Mix
 
 # They may move between the beginning of a run and its continuation; a run remembers what is there.
 PLACES = ("target", "data", "out", "finish", "init")
-# May change then, too: it decides about rounding only.
-OF_SPEED = ("cache_states",)
+# May change then, too: they decide about speed and rounding only.
+OF_SPEED = ("cache_states", "states_disk", "engine_args", "engine_devices")
 SLOT_DECAY = 0.85
 COSINE_FLOOR = 0.02  # of the highest rate: 5e-4 falls to 1e-5, as in the paper
 DECAY_SHARE = 0.5  # of the steps of a trapezoid
@@ -228,6 +236,50 @@ class TrainSettings(CommandSettings):
         "it runs once per text instead of once per epoch; never more than a quarter of what is "
         "free. A run that is continued then equals an undisturbed one up to rounding only.",
     )
+
+    states: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="Who runs the target: Transformers in this process, or a vLLM engine beside "
+        "it, for targets of any size and quantisation that vLLM serves; of the weights "
+        "this process then loads embedding, final norm and lm_head alone.",
+    )
+    states_disk: float = Field(
+        8.0,
+        gt=0,
+        description="GiB of disk, beside --out, for vLLM's states that wait to be trained on; "
+        "never more than a quarter of what is free.",
+    )
+    engine_args: JsonObject = Field(
+        {},
+        description="More arguments for vLLM's engine, such as '{\"tensor_parallel_size\": 2}'.",
+    )
+    engine_devices: str | None = Field(
+        None,
+        description="GPUs of vLLM's engine, as in 1,2; default: this process's, of whose memory it "
+        "takes 60%.",
+    )
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> TrainSettings:
+        """Refuse settings that would have no effect."""
+        of_vllm = {"states_disk", "engine_args", "engine_devices"} & self.model_fields_set
+        if self.states == "transformers" and of_vllm:
+            raise ValueError(
+                f"{self.written(min(of_vllm))}: it is about vLLM's engine; add --states vllm, or "
+                "leave it out"
+            )
+        if self.states == "vllm" and self.cache_states:
+            raise ValueError(
+                f"--cache-states {self.cache_states}: with --states vllm every epoch's states are "
+                "made anew; leave it out, --states-disk bounds what waits to be trained on"
+            )
+        refuse_own(self.engine_args, OWN, "the training")
+        if self.engine_args.get("pipeline_parallel_size", 1) != 1:
+            raise ValueError(
+                "--engine-args: 'pipeline_parallel_size': the states of earlier stages are not "
+                "kept from being overwritten; use 'tensor_parallel_size'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from vllm_specformer.config import HeadConfigError, HeadFields, SpecFormerConfig, read_head_config
 from vllm_specformer.head import SpecFormerHead
-from vllm_specformer.target.hidden_states import HookedTarget
+from vllm_specformer.target.ends import TargetEnds
 from vllm_specformer.target.model import head_config
 from vllm_specformer.training.settings import SHAPE_FIELDS
 
@@ -87,7 +87,7 @@ def start_from(head: SpecFormerHead, start: Path) -> None:
 
 
 @torch.no_grad()
-def start_flat(head: SpecFormerHead, target: HookedTarget) -> None:
+def start_flat(head: SpecFormerHead, target: TargetEnds) -> None:
     """Set the slots' biases of a new head; nothing else of it is changed."""
     size = head.config.hidden_size
     direction = flattest(target, size).to(head.positional_proj.bias)
@@ -97,14 +97,14 @@ def start_flat(head: SpecFormerHead, target: HookedTarget) -> None:
 
 
 @torch.no_grad()
-def flattest(target: HookedTarget, size: int) -> Tensor:
+def flattest(target: TargetEnds, size: int) -> Tensor:
     """The state of root mean square 1 whose logits differ least, float32 [size].
 
     Behind a norm logits are linear in the direction of a state, so those of the unit states tell
     all: it is the last principal component of their differences between tokens.
     """
-    device = target.target.device
-    unit = torch.eye(size, device=device, dtype=target.target.dtype)
+    device = target.device
+    unit = torch.eye(size, device=device, dtype=target.dtype)
     columns = []
     for rows in unit.split(_ROWS):
         logits = target.logits(rows)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.heldout import run_target
 from vllm_specformer.training.packed_head import HookedRows
 from vllm_specformer.training.packing import Batch
+from vllm_specformer.training.rows import lay_out, parts_of, texts_of
 from vllm_specformer.training.texts import Texts
 
 _OF_FREE = 0.25  # of the disk's free space that the file may take at most
@@ -41,7 +41,7 @@ class StateCache:
         self.used = 0
         self._places: dict[int, tuple[int, int]] = {}  # text -> first byte, bytes
         self._file = tempfile.TemporaryFile(dir=directory, prefix=".states.")  # noqa: SIM115
-        self._dtype = torch.float32
+        self._dtype, self._parts = torch.float32, 0
 
     def __len__(self) -> int:
         """Texts that it has."""
@@ -60,8 +60,8 @@ class StateCache:
 
     def _keep(self, rows: HookedRows, batch: Batch) -> None:
         states = torch.stack([*rows.hooked_states, rows.last_states], dim=2).cpu()
-        self._dtype = states.dtype
-        for row, first, index in _texts_of(batch, self.texts):
+        self._dtype, self._parts = states.dtype, states.shape[2]
+        for row, first, index in texts_of(batch, self.texts):
             size = states[row, first].numel() * states.element_size()
             length = int(self.texts.lengths[index])
             if index in self._places or self.used + size * length > self.limit:
@@ -79,30 +79,14 @@ class StateCache:
             self.used += len(content)
 
     def _read(self, target: HookedTarget, fields: dict[str, Tensor], batch: Batch) -> HookedRows:
-        count, width = fields["input_ids"].shape
-        parts = len(target.hook_ids) + 1
-        found: Tensor | None = None
-        for row, first, index in _texts_of(batch, self.texts):
-            start, size = self._places[index]
-            content = bytearray(os.pread(self._file.fileno(), size, start))
-            states = torch.frombuffer(content, dtype=self._dtype)
-            states = states.view(int(self.texts.lengths[index]), parts, -1)
-            if found is None:  # padding is 0: no anchor sees it
-                found = states.new_zeros(count, width, parts, states.shape[-1])
-            found[row, first : first + len(states)] = states
-        assert found is not None
-        device = target.target.device
-        *hooked, last = found.to(device).unbind(2)
-        moved = {name: value.to(device) for name, value in fields.items()}
-        return HookedRows([part.contiguous() for part in hooked], last.contiguous(), **moved)
+        laid_out = lay_out(self._states_of, batch, self.texts, fields["input_ids"].shape[1])
+        *hooked, last = parts_of(laid_out, target.device, self._dtype)
+        moved = {name: value.to(target.device) for name, value in fields.items()}
+        return HookedRows(hooked, last, **moved)
 
-
-def _texts_of(batch: Sequence[Sequence[int]], texts: Texts) -> list[tuple[int, int, int]]:
-    """Row, first place in it, and index of every text of a batch."""
-    found = []
-    for row, indices in enumerate(batch):
-        first = 0
-        for index in indices:
-            found.append((row, first, index))
-            first += int(texts.lengths[index])
-    return found
+    def _states_of(self, index: int) -> Tensor:
+        """A text's states [tokens, ids, H]: those that are hooked, and the last."""
+        start, size = self._places[index]
+        content = bytearray(os.pread(self._file.fileno(), size, start))
+        states = torch.frombuffer(content, dtype=self._dtype)
+        return states.view(int(self.texts.lengths[index]), self._parts, -1)

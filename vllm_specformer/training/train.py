@@ -24,12 +24,8 @@ from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.pairing import check_weights
 from vllm_specformer.places import check_target_name, lasting
 from vllm_specformer.target.files import end_token_ids, find_target, target_record
-from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.target.model import (
-    can_pack,
-    check_parts,
     head_config,
-    load_target,
     read_target_config,
 )
 from vllm_specformer.training import report
@@ -43,7 +39,8 @@ from vllm_specformer.training.result import Inputs, about, write_json, write_res
 from vllm_specformer.training.run_directory import RunDirectory, disk_errors
 from vllm_specformer.training.settings import EVAL_TEXTS, TrainSettings
 from vllm_specformer.training.start import config_of_start, start_flat, start_from
-from vllm_specformer.training.state_cache import StateCache
+from vllm_specformer.training.states import States, open_states
+from vllm_specformer.training.streamed_states import check_states
 from vllm_specformer.training.texts import Texts, read_texts, split
 from vllm_specformer.training.trainer import (
     HeadTrainer,
@@ -52,7 +49,6 @@ from vllm_specformer.training.trainer import (
 )
 
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _GPU_MEMORY, _CPU_MEMORY = 2048, 256
 _COUNTED = 500  # texts whose anchors tell how many a text has
 
@@ -145,19 +141,34 @@ def _run(
     quiet: bool,
     stop: Callable[[], bool],
 ) -> None:
-    settings, device, main = inputs.settings, processes.device, processes.is_main_process
+    settings = inputs.settings
     target_config = read_target_config(inputs.directory)
     name = settings.target_name or lasting(settings.target)
     if settings.init is None:
         config = head_config(settings.preset, target_config, name, **settings.head_fields())
     else:
         config = config_of_start(settings.init, target_config, name, settings.shape_options())
+    if settings.states == "vllm":
+        check_states(config, processes.num_processes)
     texts, trained, held_out = _read_texts(inputs, config.max_position_embeddings)
+    with open_states(inputs, config, texts, directory, processes.device) as states:
+        _train(inputs, config, states, texts, trained, held_out, directory, processes, quiet, stop)
 
-    model = load_target(inputs.directory, _DTYPES[inputs.dtype], device)
-    transformers.utils.logging.disable_progress_bar()  # one bar is enough from here on
-    target = HookedTarget(model, config.aux_hidden_state_layer_ids)
-    check_parts(target, settings.target)
+
+def _train(
+    inputs: Inputs,
+    config: SpecFormerConfig,
+    states: States,
+    texts: Texts,
+    trained: np.ndarray,
+    held_out: np.ndarray,
+    directory: RunDirectory,
+    processes: PartialState,
+    quiet: bool,
+    stop: Callable[[], bool],
+) -> None:
+    settings, device, main = inputs.settings, processes.device, processes.is_main_process
+    target = states.ends
     torch.manual_seed(settings.seed)
     head = PackedHead(config)
     if settings.init is not None:
@@ -167,10 +178,10 @@ def _run(
         vocabulary.copy_(_draft_vocabulary(inputs, config, texts, trained))
     if vocabulary is not None:
         target.score_only(vocabulary)
-    packed = settings.batch_size is None and can_pack(target)
+    packed = settings.batch_size is None and states.can_pack()
     batches = _batches(inputs, config, texts, trained, packed)
-    parameters = sum(p.numel() for p in model.parameters())
-    work = _work(inputs, config, texts, trained, batches.steps, parameters)
+    states.begin(batches)
+    work = _work(inputs, config, texts, trained, batches.steps, states.parameters)
     if settings.eval_texts is None and settings.max_hours is None:
         between = settings.eval_every or default_eval_every(batches.steps)
         held_out = held_out[: work.most_texts(between)]
@@ -201,10 +212,9 @@ def _run(
     checkpoint = directory.last_checkpoint()
     if checkpoint is None and settings.init is None:
         start_flat(head, target)
-    cache = int(settings.cache_states * 2**30)
     trainer = HeadTrainer(
         head,
-        target,
+        states,
         batches,
         evaluated,
         settings,
@@ -217,11 +227,9 @@ def _run(
             bf16=inputs.dtype == "bfloat16",
             evaluate=bool(evaluated),
         ),
-        packed=packed,
         memory=(settings.memory or default) << 20,
-        save_dtype=_save_dtype(target_config),
+        save_dtype=_save_dtype(read_target_config(inputs.directory)),
         clock=clock,
-        cache=StateCache(directory.path, cache, texts) if cache else None,
         callbacks=[reporter],
         quiet=quiet,
     )

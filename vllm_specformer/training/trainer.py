@@ -20,8 +20,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.target.hidden_states import HookedTarget
-from vllm_specformer.training.heldout import Evaluation, evaluate, run_target
+from vllm_specformer.training.heldout import Evaluation, evaluate
 from vllm_specformer.training.optimizers import build_optimizer
 from vllm_specformer.training.pace import EVALUATIONS, Clock, factor
 from vllm_specformer.training.packed_head import HookedRows, Objective, PackedHead
@@ -29,7 +28,7 @@ from vllm_specformer.training.packing import Batch, Batches
 from vllm_specformer.training.result import save_head
 from vllm_specformer.training.run_directory import RunDirectory, disk_errors
 from vllm_specformer.training.settings import COSINE_FLOOR, DECAY_SHARE, TrainSettings
-from vllm_specformer.training.state_cache import StateCache
+from vllm_specformer.training.states import States
 
 
 class DivergedError(SpecFormerError):
@@ -97,10 +96,9 @@ class HeadTrainer(Trainer):
     """Trains a head beside its frozen target.
 
     Args:
-        packed: whether the target keeps texts of one row apart by their positions.
+        states: of the target, for `batches` and `held_out`.
         held_out: batches of the texts that are evaluated.
         save_dtype: of the weights that are served.
-        cache: keeps the target's states of the texts that are trained on, if given.
         clock: counts the run's time; with a limit it decides the learning rate, too.
         quiet: show no progress.
     """
@@ -108,25 +106,23 @@ class HeadTrainer(Trainer):
     def __init__(
         self,
         head: PackedHead,
-        target: HookedTarget,
+        states: States,
         batches: Batches,
         held_out: list[Batch],
         settings: TrainSettings,
         directory: RunDirectory,
         arguments: TrainingArguments,
         *,
-        packed: bool,
         memory: int,
         save_dtype: torch.dtype,
         clock: Clock,
-        cache: StateCache | None,
         callbacks: list[TrainerCallback],
         quiet: bool = False,
     ) -> None:
-        self.target, self.settings, self.directory = target, settings, directory
-        self.packed, self.memory, self.save_dtype = packed, memory, save_dtype
+        self.states, self.settings, self.directory = states, settings, directory
+        self.memory, self.save_dtype = memory, save_dtype
         self.texts, self.held_out = batches.texts, held_out
-        self.clock, self.cache, self.quiet = clock, cache, quiet
+        self.clock, self.quiet = clock, quiet
         sample = settings.sample(arguments.device.type)
         self.objective = Objective(settings.weights(), settings.mix, memory, sample)
         self.loss_is_scaled_for_ga = False
@@ -173,9 +169,9 @@ class HeadTrainer(Trainer):
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
         return self.lr_scheduler
 
-    def rows(self, fields: dict[str, Tensor]) -> HookedRows:
-        """Run the target over a batch."""
-        return run_target(self.target, fields, self.packed)
+    def rows(self, fields: dict[str, Tensor], batch: Batch) -> HookedRows:
+        """A batch of held-out texts with the target's states."""
+        return self.states.held_out(batch, fields)
 
     def compute_loss(
         self,
@@ -184,14 +180,12 @@ class HeadTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Tensor:
-        slots, tokens, batch = (inputs.pop(name) for name in ("num_slots", "num_tokens", "texts"))
-        self._since = self._since or time.perf_counter()
-        rows = (
-            self.rows(inputs)
-            if self.cache is None
-            else self.cache.rows(self.target, inputs, batch, self.packed)
+        slots, tokens, batch, number = (
+            inputs.pop(name) for name in ("num_slots", "num_tokens", "texts", "number")
         )
-        loss, per_slot = model(rows, self.target, slots, self.objective)
+        self._since = self._since or time.perf_counter()
+        rows = self.states.trained(number, batch, inputs)
+        loss, per_slot = model(rows, self.states.ends, slots, self.objective)
         known = per_slot.isfinite()
         self._slot_sums[0, :slots] += per_slot.nan_to_num(0.0, 0.0, 0.0)
         self._slot_sums[1, :slots] += known
@@ -254,7 +248,7 @@ class HeadTrainer(Trainer):
         with self.accelerator.autocast():
             result = evaluate(
                 self.model,
-                self.target,
+                self.states.ends,
                 self.texts,
                 shown,
                 self.rows,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_specformer.target.hidden_states import HookedTarget
+from vllm_specformer.target.ends import TargetEnds
 from vllm_specformer.training.slot_loss import IGNORED
 
 _CERTAIN = 0.5  # share of the tokens that are scored because they matter
@@ -45,7 +45,7 @@ class VocabularySample:
 
 @torch.no_grad()
 def draw_sample(
-    target: HookedTarget, total: int, states: Tensor, labels: Tensor, size: int, memory: int
+    target: TargetEnds, total: int, states: Tensor, labels: Tensor, size: int, memory: int
 ) -> VocabularySample:
     """The tokens to score in a step.
 
@@ -80,7 +80,7 @@ def draw_sample(
     return VocabularySample(indices, offsets[indices], target.lm_head_of(indices))
 
 
-def _likeliest(target: HookedTarget, states: Tensor, total: int, memory: int) -> Tensor:
+def _likeliest(target: TargetEnds, states: Tensor, total: int, memory: int) -> Tensor:
     """The largest probability that each token has at any position, float32 [N]."""
     rows = max(1, memory // (3 * 4 * total))
     found = torch.zeros(total, device=states.device)

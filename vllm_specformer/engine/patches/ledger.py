@@ -46,6 +46,7 @@ SUBJECTS = (
     "kv_groups",
     "candidates",
     "threshold",
+    "extraction",
     "worker",
 )
 # They act only where somebody asks for SpecFormer. Made on every vLLM, so that one which is not

@@ -1,0 +1,31 @@
+"""Files of states are whole, or the engine ends (the rest with real engines, see v1 and v2)."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vllm_specformer.engine.extraction.connector import PARTIAL, _write, _Written
+
+STATES = {"hidden_states": torch.rand(3, 2, 4), "token_ids": torch.arange(3)}
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    place = tmp_path / "text.safetensors"
+    with ThreadPoolExecutor() as executor:
+        written = _Written(executor.submit(_write, STATES, str(place)))
+    assert written.query()
+    torch.testing.assert_close(load_file(place), STATES)
+    assert not place.with_name(place.name + PARTIAL).exists()
+
+
+def test_a_write_that_fails_is_told(tmp_path: Path) -> None:
+    place = tmp_path / "no such folder" / "text.safetensors"
+    with ThreadPoolExecutor() as executor:
+        written = _Written(executor.submit(_write, STATES, str(place)))
+    with pytest.raises(Exception, match="No such file"):
+        written.query()
