@@ -262,7 +262,8 @@ class TrainSettings(CommandSettings):
     @model_validator(mode="after")
     def _has_effect(self) -> TrainSettings:
         """Refuse settings that would have no effect."""
-        of_vllm = {"states_disk", "engine_args", "engine_devices"} & self.model_fields_set
+        names = ("states_disk", "engine_args", "engine_devices")
+        of_vllm = [n for n in names if getattr(self, n) != type(self).model_fields[n].default]
         if self.states == "transformers" and of_vllm:
             raise ValueError(
                 f"{self.written(min(of_vllm))}: it is about vLLM's engine; add --states vllm, or "
