@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from support.personalities import FP8, NAMES
+from support.processor import wants_fp8_cache
 from support.v2.child import ADAPTERS, CANDIDATES, FOLDER, MATRIX, run_child
 
 FAMILIES = FOLDER / "test_family_groups.py"  # with `make test-families`
@@ -51,6 +52,7 @@ def test_parity_and_drafts_under_each_personality(
 
 
 @pytest.mark.slow
+@wants_fp8_cache
 def test_parity_beside_an_fp8_cache(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

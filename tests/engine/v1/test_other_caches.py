@@ -12,6 +12,7 @@ from support.drafts import compare, truth, watching
 from support.engines import Job, drafting, engine, greedy, prompts
 from support.heads import make_head
 from support.outputs import continuations
+from support.processor import wants_fp8_cache
 from support.seen_states import SeenStates, seeing
 
 JOB = Job(prompts()[:12], greedy(24))
@@ -24,7 +25,7 @@ def groups_of(llm: Any) -> list[tuple[int, Any]]:
     return [(len(group.layer_names), group.kv_cache_spec) for group in config.kv_cache_groups]
 
 
-@pytest.mark.parametrize("cache", ["fp8", "fixed sizes"])
+@pytest.mark.parametrize("cache", [pytest.param("fp8", marks=wants_fp8_cache), "fixed sizes"])
 @pytest.mark.parametrize("kv_heads", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_drafts(cache: str, kv_heads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head's K and V keep their dtype; the target's group has its own spec, and layers more."""

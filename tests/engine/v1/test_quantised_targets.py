@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from support.family_pairs import Pair
 from support.paths import HEAD, PROMPTS, TARGET
+from support.processor import HAS_AVX512
 from support.quantised import quantise
 from support.served_pairs import served
 
@@ -43,7 +43,7 @@ KINDS = {
 
 # vLLM's build for processors without AVX-512 lacks the operation, with or without speculation.
 has_four_bits = pytest.mark.skipif(
-    not torch.cpu.get_capabilities().get("avx512_f"),
+    not HAS_AVX512,
     reason="vLLM's products with 4-bit weights want AVX-512",
 )
 
