@@ -289,7 +289,7 @@ def test_a_limit_on_the_hours_ends_the_run_in_time(
 def test_targets_that_cannot_pack_are_padded(
     pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vllm_specformer.training.train.can_pack", lambda target: False)
+    monkeypatch.setattr("vllm_specformer.training.states.can_pack", lambda target: False)
     provenance = train(pair, tmp_path / "out")
     assert provenance["packed"] is False
     assert "does not keep texts apart that share a row" in capsys.readouterr().out

@@ -44,7 +44,6 @@ class Inputs:
             "settings": self.settings.model_dump(exclude={*PLACES, *OF_SPEED}),
             "init": self.init_digest,
             "sample_vocab": self.settings.sample(self.device),
-            "draw_seed": self.draw_seed,
             "target": self.target.fingerprint,
             "data": data_digest(*self.manifests),
             "processes": self.processes,
