@@ -30,7 +30,8 @@ from vllm_specformer.target.files import find_target, target_record
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.target.model import load_target
 from vllm_specformer.training.heldout import run_target
-from vllm_specformer.training.packed_head import HookedRows, Objective, PackedHead
+from vllm_specformer.training.hooked_rows import HookedRows
+from vllm_specformer.training.packed_head import Objective, PackedHead
 from vllm_specformer.training.packing import Budget, collate, plan_epoch
 from vllm_specformer.training.settings import KL_WEIGHT, SLOT_DECAY
 from vllm_specformer.training.slot_loss import Mix

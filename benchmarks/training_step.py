@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.target.hidden_states import HookedTarget
-from vllm_specformer.training.packed_head import HookedRows, Objective, PackedHead
+from vllm_specformer.training.hooked_rows import HookedRows
+from vllm_specformer.training.packed_head import Objective, PackedHead
 from vllm_specformer.training.packing import Batch, Budget, collate, plan_epoch
 from vllm_specformer.training.settings import SLOT_DECAY
 from vllm_specformer.training.slot_loss import IGNORED

@@ -14,7 +14,7 @@ from vllm_specformer.evaluation.replay import Alter, DraftedText, draft_texts
 from vllm_specformer.evaluation.served import Served
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.acceptance import Acceptance
-from vllm_specformer.training.packed_head import HookedRows
+from vllm_specformer.training.hooked_rows import HookedRows
 
 COUNT = 4
 

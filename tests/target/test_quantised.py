@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from support.quantised import SCHEMES, quantise, write_description
 from vllm_specformer.target import quantised
@@ -21,24 +21,6 @@ from vllm_specformer.target.unsupported import UnsupportedTargetError
 
 ON_CPU = (torch.float32, torch.device("cpu"))
 INSTEAD = r"or distil and train with the checkpoint it was quantised from: .* fits this one$"
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("plain") / "target"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from support.family_targets import FAMILIES
 from support.quantised import SCHEMES, quantise
@@ -45,25 +44,6 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert_same_ends(tmp_path)
     assert count_parameters(tmp_path) == sum(p.numel() for p in model.parameters())
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("plain") / "target"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
-    return directory
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -15,7 +15,8 @@ from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.acceptance import Acceptance
 from vllm_specformer.training.heldout import Evaluation, evaluate, evaluation_budgets
-from vllm_specformer.training.packed_head import HookedRows, Objective, PackedHead
+from vllm_specformer.training.hooked_rows import HookedRows
+from vllm_specformer.training.packed_head import Objective, PackedHead
 from vllm_specformer.training.packing import Budget, collate, plan_all
 from vllm_specformer.training.slot_loss import IGNORED
 from vllm_specformer.training.texts import Texts

@@ -16,7 +16,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from support.training_texts import make_texts
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.target.hidden_states import HookedTarget
-from vllm_specformer.training.packed_head import HookedRows, Objective, PackedHead
+from vllm_specformer.training.hooked_rows import HookedRows
+from vllm_specformer.training.packed_head import Objective, PackedHead
 from vllm_specformer.training.packing import collate
 
 # The bound, for what is beyond the head's own size.

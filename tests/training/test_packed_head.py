@@ -12,7 +12,8 @@ from support.training_texts import make_texts
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.hidden_states import HookedTarget
-from vllm_specformer.training.packed_head import HookedRows, Objective, PackedHead
+from vllm_specformer.training.hooked_rows import HookedRows
+from vllm_specformer.training.packed_head import Objective, PackedHead
 from vllm_specformer.training.packing import collate
 from vllm_specformer.training.slot_loss import IGNORED, Mix
 from vllm_specformer.training.texts import Texts

@@ -16,7 +16,7 @@ from support.training_runs import train
 from support.training_texts import make_texts
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.heldout import run_target
-from vllm_specformer.training.packed_head import HookedRows
+from vllm_specformer.training.hooked_rows import HookedRows
 from vllm_specformer.training.packing import Batch, collate
 from vllm_specformer.training.state_cache import StateCache
 from vllm_specformer.training.texts import Texts

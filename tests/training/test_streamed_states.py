@@ -24,7 +24,7 @@ from vllm_specformer.serving.engine_process import EngineProcessError
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training import report, streamed_states
 from vllm_specformer.training.heldout import run_target
-from vllm_specformer.training.packed_head import HookedRows
+from vllm_specformer.training.hooked_rows import HookedRows
 from vllm_specformer.training.packing import Batches, Budget, collate
 from vllm_specformer.training.rows import texts_of
 from vllm_specformer.training.streamed_states import check_states, states_from_vllm

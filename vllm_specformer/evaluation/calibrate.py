@@ -22,7 +22,8 @@ from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.evaluation.trees import BATCH_TOKENS, ScoredPart, scored_parts
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.heldout import run_target
-from vllm_specformer.training.packed_head import DEFAULT_MEMORY, HookedRows, PackedHead
+from vllm_specformer.training.hooked_rows import HookedRows
+from vllm_specformer.training.packed_head import DEFAULT_MEMORY, PackedHead
 from vllm_specformer.training.packing import Batch, Budget, collate, plan_all
 from vllm_specformer.training.slot_loss import IGNORED
 from vllm_specformer.training.texts import Texts

@@ -20,7 +20,8 @@ from vllm_specformer.evaluation.agreement import Agreement, Step, engine_steps
 from vllm_specformer.evaluation.replay import Alter, draft_texts
 from vllm_specformer.evaluation.served import Served
 from vllm_specformer.target.hidden_states import HookedTarget
-from vllm_specformer.training.packed_head import HookedRows, PackedHead
+from vllm_specformer.training.hooked_rows import HookedRows
+from vllm_specformer.training.packed_head import PackedHead
 from vllm_specformer.training.texts import Texts
 
 # A hypothesis is named if it explains this share of the engine's steps, and so much of what the

@@ -27,7 +27,8 @@ from vllm_specformer.evaluation.trees import TreeReplay
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.acceptance import Acceptance, Drafter, Lookup, repeated_fraction
 from vllm_specformer.training.heldout import drafts_at, drafts_by_text, run_target
-from vllm_specformer.training.packed_head import DEFAULT_MEMORY, HookedRows, PackedHead
+from vllm_specformer.training.hooked_rows import HookedRows
+from vllm_specformer.training.packed_head import DEFAULT_MEMORY, PackedHead
 from vllm_specformer.training.packing import Batch, Budget, collate, plan_all
 from vllm_specformer.training.texts import Texts
 

@@ -17,6 +17,14 @@ from torch import Tensor
 _OBLONG = 2
 
 
+def loss_of(closure: Callable[[], float] | None) -> float | None:
+    """The loss that an optimiser's step is given to compute, with gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class Float32Muon(torch.optim.Muon):
     """`torch.optim.Muon` of the same states with its iteration in float32, original rates only."""
 
@@ -24,10 +32,7 @@ class Float32Muon(torch.optim.Muon):
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None
     ) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from vllm_specformer.target.ends import TargetEnds
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.acceptance import Acceptance
-from vllm_specformer.training.packed_head import DEFAULT_MEMORY, HookedRows, PackedHead
+from vllm_specformer.training.hooked_rows import HookedRows
+from vllm_specformer.training.packed_head import DEFAULT_MEMORY, PackedHead
 from vllm_specformer.training.packing import Batch, collate
 from vllm_specformer.training.texts import Texts
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_specformer.training.float32_muon import Float32Muon
+from vllm_specformer.training.float32_muon import Float32Muon, loss_of
 
 ADAMW_BETAS = (0.9, 0.95)
 
@@ -82,10 +82,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None
     ) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for part in self._parts:
             part.step()
         return loss

@@ -20,6 +20,7 @@ from torch import Tensor
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.ends import TargetEnds
 from vllm_specformer.training.accumulated import Accumulated, Gradients
+from vllm_specformer.training.hooked_rows import HookedRows
 from vllm_specformer.training.slot_loss import IGNORED, Mix, TargetProbs, slot_loss
 from vllm_specformer.training.vocabulary_sample import VocabularySample, draw_sample
 
@@ -40,47 +41,6 @@ class Objective:
     mix: Mix = field(default_factory=Mix)
     memory: int = DEFAULT_MEMORY
     sample: int = 0
-
-
-@dataclass(frozen=True)
-class HookedRows:
-    """Packed rows and what the target made of them.
-
-    `hooked_states` G x [rows, T, H] and `last_states` [rows, T, H], after the final norm;
-    `input_ids`, `position_ids`, `segments` int64 [rows, T]; `anchors`, `ends` int64 [rows, A] (see
-    `packing.collate`).
-    """
-
-    hooked_states: list[Tensor]
-    last_states: Tensor
-    input_ids: Tensor
-    position_ids: Tensor
-    segments: Tensor
-    anchors: Tensor
-    ends: Tensor
-
-    def at(self, values: Tensor, positions: Tensor) -> Tensor:
-        """Values [rows, T, ...] at int64 positions [rows, A]: [rows, A, ...]."""
-        rows = torch.arange(len(values), device=values.device).unsqueeze(-1)
-        return values[rows, positions]
-
-    @property
-    def bonus_tokens(self) -> Tensor:
-        """The token after each anchor, int64 [rows, A]."""
-        return self.at(self.input_ids, self.after_anchors(1))
-
-    def after_anchors(self, distance: int) -> Tensor:
-        """Positions so far behind the anchors, kept within the row."""
-        return (self.anchors + distance).clamp(max=self.input_ids.shape[1] - 1)
-
-    def labels(self, num_slots: int) -> Tensor:
-        """Token `t+2+i` of the same answer, else `IGNORED`: int64 [rows, A, num_slots]."""
-        slots = torch.arange(num_slots, device=self.anchors.device)
-        positions = self.anchors.unsqueeze(-1) + 2 + slots
-        tokens = self.input_ids.gather(
-            1, positions.clamp(max=self.input_ids.shape[1] - 1).flatten(1)
-        )
-        return tokens.view_as(positions).masked_fill(positions >= self.ends.unsqueeze(-1), IGNORED)
 
 
 @dataclass(frozen=True)
@@ -286,18 +246,28 @@ class PackedHead(SpecFormerHead):
     ) -> tuple[Tensor, Tensor]:
         """Sums over one slot of some anchors: the loss that is trained, and its cross entropy."""
         own = labels.indices[:, part, slot].flatten()
-        previous = labels.previous[:, part, slot]
-        if sample is None:
-            logits = self.scored(target.logits(states))
-            if self.config.markov_rank:
-                logits = logits + self.markov_logits(previous)
-        else:
+        if sample is not None:
             own = sample.places(own)
-            logits = sample.lm_head(target.norm(states)) + sample.offsets
-            if self.config.markov_rank:
-                logits = logits + self.markov_logits(previous, sample.indices)
+        logits = self._logits(states, target, labels.previous[:, part, slot], sample)
         at = None if places is None else places[:, :, slot].flatten()
         return slot_loss(logits.flatten(0, 1), own, mix, probs, at)
+
+    def _logits(
+        self,
+        states: Tensor,
+        target: TargetEnds,
+        previous: Tensor,
+        sample: VocabularySample | None = None,
+    ) -> Tensor:
+        """Of slot states [..., H] behind tokens [...]: [..., N], or [..., S] of a sample."""
+        if sample is None:
+            logits, indices = self.scored(target.logits(states)), None
+        else:
+            logits = sample.lm_head(target.norm(states)) + sample.offsets
+            indices = sample.indices
+        if self.config.markov_rank:
+            logits = logits + self.markov_logits(previous, indices)
+        return logits
 
     @torch.no_grad()
     def drafts(
@@ -372,9 +342,7 @@ class PackedHead(SpecFormerHead):
     ) -> Tensor:
         """`chances` of one slot at some anchors, [rows, anchors of the part]."""
         own = labels.indices[:, part, slot]
-        logits = self.scored(target.logits(states))
-        if self.config.markov_rank:
-            logits = logits + self.markov_logits(labels.previous[:, part, slot])
+        logits = self._logits(states, target, labels.previous[:, part, slot])
         seen = rows.at(rows.last_states, rows.after_anchors(1 + slot)[:, part])
         tokens = rows.at(rows.input_ids, rows.after_anchors(2 + slot)[:, part])
         q = _log_prob(logits.float() / temperature, own.clamp(min=0))

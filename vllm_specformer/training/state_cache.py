@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.heldout import run_target
-from vllm_specformer.training.packed_head import HookedRows
+from vllm_specformer.training.hooked_rows import HookedRows
 from vllm_specformer.training.packing import Batch
 from vllm_specformer.training.rows import lay_out, parts_of, texts_of
 from vllm_specformer.training.texts import Texts

@@ -16,7 +16,7 @@ from vllm_specformer.target.ends import TargetEnds
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.target.model import can_pack, check_parts, load_target
 from vllm_specformer.training.heldout import run_target
-from vllm_specformer.training.packed_head import HookedRows
+from vllm_specformer.training.hooked_rows import HookedRows
 from vllm_specformer.training.packing import Batch, Batches
 from vllm_specformer.training.result import Inputs
 from vllm_specformer.training.run_directory import RunDirectory

@@ -31,7 +31,7 @@ from vllm_specformer.target.ends import TargetEnds
 from vllm_specformer.target.model import parallel
 from vllm_specformer.target.unsupported import UnsupportedTargetError
 from vllm_specformer.target.without_layers import count_parameters, load_ends
-from vllm_specformer.training.packed_head import HookedRows
+from vllm_specformer.training.hooked_rows import HookedRows
 from vllm_specformer.training.packing import Batch, Batches
 from vllm_specformer.training.rows import lay_out, parts_of
 from vllm_specformer.training.texts import Texts

@@ -21,9 +21,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.training.heldout import Evaluation, evaluate
+from vllm_specformer.training.hooked_rows import HookedRows
 from vllm_specformer.training.optimizers import build_optimizer
 from vllm_specformer.training.pace import EVALUATIONS, Clock, factor
-from vllm_specformer.training.packed_head import HookedRows, Objective, PackedHead
+from vllm_specformer.training.packed_head import Objective, PackedHead
 from vllm_specformer.training.packing import Batch, Batches
 from vllm_specformer.training.result import save_head
 from vllm_specformer.training.run_directory import RunDirectory, disk_errors
