@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_specformer.config import HeadConfigError
 from vllm_specformer.data.files import write_atomic
+from vllm_specformer.head_fields import HeadConfigError
 from vllm_specformer.hub import HubError, config_of, download
 from vllm_specformer.names import describes_head
 

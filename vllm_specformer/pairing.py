@@ -9,9 +9,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from vllm_specformer.config import MIN_TARGET_LAYERS, HeadConfigError, SpecFormerConfig
+from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.errors import SpecFormerError, SpeculativeConfigError
 from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.head_fields import MIN_TARGET_LAYERS, HeadConfigError
 
 WEIGHTS_FILE = "model.safetensors"
 

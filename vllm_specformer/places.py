@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vllm_specformer.config import HeadConfigError, SpecFormerConfig
+from vllm_specformer.config import SpecFormerConfig
+from vllm_specformer.head_fields import HeadConfigError
 from vllm_specformer.hub import config_of
 
 # "name" or "owner/name"; a name cannot begin with a dot, so "../target" is none.

@@ -89,7 +89,7 @@ class HeadShape:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> HeadShape:
-        """From the fields of a head, by the names they have in `config.HeadFields`."""
+        """From the fields of a head, by the names they have in `head_fields.HeadFields`."""
         return cls(
             hidden=fields["hidden_size"],
             heads=fields["num_attention_heads"],

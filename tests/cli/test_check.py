@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from support.paths import HEAD, TARGET
 from vllm_specformer import __version__
 from vllm_specformer.cli.main import main
-from vllm_specformer.config import HeadConfigError
 from vllm_specformer.errors import SpecFormerError, SpeculativeConfigError
+from vllm_specformer.head_fields import HeadConfigError
 from vllm_specformer.pairing import HeadWeightError
 from vllm_specformer.target.files import target_record
 

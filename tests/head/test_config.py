@@ -9,16 +9,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedConfig, Qwen3Config
 
-from vllm_specformer.config import (
-    ARCHITECTURE,
-    MAX_SLOT_LAYERS,
-    MAX_SLOTS,
-    HeadConfigError,
-    HeadFields,
-    SpecFormerConfig,
-    paper_hooks,
-    read_head_config,
-)
+from vllm_specformer.config import ARCHITECTURE, SpecFormerConfig, paper_hooks, read_head_config
+from vllm_specformer.head_fields import MAX_SLOT_LAYERS, MAX_SLOTS, HeadConfigError, HeadFields
 
 
 def target(**changes: Any) -> PreTrainedConfig:

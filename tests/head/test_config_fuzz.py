@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import Qwen3Config
 
-from vllm_specformer.config import HeadConfigError, SpecFormerConfig, read_head_config
+from vllm_specformer.config import SpecFormerConfig, read_head_config
+from vllm_specformer.head_fields import HeadConfigError
 
 SCALARS = (
     st.none()

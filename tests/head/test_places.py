@@ -11,8 +11,8 @@ import pytest
 
 from vllm_specformer.bench.arms import Arm, build
 from vllm_specformer.bench.cells import Cell, Cells, Key
-from vllm_specformer.config import HeadConfigError
 from vllm_specformer.data.prompts import scan
+from vllm_specformer.head_fields import HeadConfigError
 from vllm_specformer.places import check_target_name, lasting
 from vllm_specformer.target.files import target_record
 

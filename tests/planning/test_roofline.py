@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from support.paths import HEAD, TARGET
-from vllm_specformer.config import HeadFields, read_head_config
+from vllm_specformer.config import read_head_config
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.head_fields import HeadFields
 from vllm_specformer.planning.chips import CHIPS, Chip, find_chip
 from vllm_specformer.planning.roofline import Work, attention, draft_step, matmul, target_step
 from vllm_specformer.shapes import HeadShape, TargetShape

@@ -27,11 +27,12 @@ from vllm_specformer.bench.cells import Cell, Cells, Key, all_keys, load_average
 from vllm_specformer.bench.client import Client
 from vllm_specformer.bench.prompts import digest, write_data_set
 from vllm_specformer.bench.settings import BenchSettings, server_arguments
-from vllm_specformer.config import HeadFields, read_head_config
+from vllm_specformer.config import read_head_config
 from vllm_specformer.data.files import directory_lock, write_atomic
 from vllm_specformer.data.openings import read_prompts
 from vllm_specformer.environment import hardware, versions
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.head_fields import HeadFields
 from vllm_specformer.head_files import find_head
 from vllm_specformer.pairing import check_pair, check_weights
 from vllm_specformer.places import lasting, named_target

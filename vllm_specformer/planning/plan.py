@@ -11,10 +11,11 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from vllm_specformer.candidates import BEAM
-from vllm_specformer.config import HeadFields, SpecFormerConfig, read_head_config
+from vllm_specformer.config import SpecFormerConfig, read_head_config
 from vllm_specformer.data.openings import read_prompts
 from vllm_specformer.environment import hardware, versions
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.head_fields import HeadFields
 from vllm_specformer.head_files import find_head
 from vllm_specformer.pairing import check_pair, check_weights
 from vllm_specformer.places import lasting, named_target

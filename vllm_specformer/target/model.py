@@ -26,8 +26,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from vllm_specformer.config import HeadConfigError, SpecFormerConfig
+from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.families import read_families
+from vllm_specformer.head_fields import HeadConfigError
 from vllm_specformer.target.ends import find_decoder
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.target.packed_weights import read_unpacked

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from vllm_specformer.config import MAX_SLOT_LAYERS, MAX_SLOTS
+from vllm_specformer.head_fields import MAX_SLOT_LAYERS, MAX_SLOTS
 from vllm_specformer.serving.hidden_states import OWN
 from vllm_specformer.settings import (
     CommandSettings,

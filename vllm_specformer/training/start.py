@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from vllm_specformer.config import HeadConfigError, HeadFields, SpecFormerConfig, read_head_config
+from vllm_specformer.config import SpecFormerConfig, read_head_config
 from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.head_fields import HeadConfigError, HeadFields
 from vllm_specformer.target.ends import TargetEnds
 from vllm_specformer.target.model import head_config
 from vllm_specformer.training.settings import SHAPE_FIELDS

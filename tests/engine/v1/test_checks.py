@@ -20,7 +20,6 @@ from vllm.config import ModelConfig
 
 from support.configs import SLOTS, asking, configured
 from support.paths import HEAD, TARGET
-from vllm_specformer.config import HeadConfigError
 from vllm_specformer.engine.attention import DraftAttentionBackend
 from vllm_specformer.engine.checks import (
     check_batch_invariance,
@@ -29,6 +28,7 @@ from vllm_specformer.engine.checks import (
     is_specformer,
 )
 from vllm_specformer.errors import SpeculativeConfigError
+from vllm_specformer.head_fields import HeadConfigError
 from vllm_specformer.pairing import HeadWeightError
 
 Edit = Callable[[dict[str, Any]], None]

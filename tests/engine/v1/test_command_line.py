@@ -19,9 +19,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from support.engines import drafting
 from support.paths import HEAD, TARGET
 from vllm_specformer.cli.main import main
-from vllm_specformer.config import HeadConfigError, read_head_config
+from vllm_specformer.config import read_head_config
 from vllm_specformer.engine.compat.versions import installed_vllm
 from vllm_specformer.engine.speculative_config import confidence_ranges, drafts_with_head
+from vllm_specformer.head_fields import HeadConfigError
 from vllm_specformer.places import named_target
 
 K = 3

@@ -14,10 +14,10 @@ from vllm.engine.arg_utils import EngineArgs
 from support.engines import drafting
 from support.paths import HEAD, TARGET
 from vllm_specformer.cli.main import main
-from vllm_specformer.config import HeadConfigError
 from vllm_specformer.engine.checks import is_specformer
 from vllm_specformer.engine.speculative_config import drafts_with_head
 from vllm_specformer.errors import SpeculativeConfigError
+from vllm_specformer.head_fields import HeadConfigError
 from vllm_specformer.head_files import find_head
 from vllm_specformer.pairing import HeadWeightError
 

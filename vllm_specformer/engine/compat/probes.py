@@ -25,7 +25,8 @@ from vllm_specformer.engine.compat.symbols import (
 from vllm_specformer.engine.compat.symbols_candidates import TREES
 from vllm_specformer.engine.compat.symbols_cpu import CPU_RUNNER
 from vllm_specformer.engine.compat.symbols_extraction import EXTRACTION
-from vllm_specformer.engine.compat.symbols_runners import RUNNER_V1, RUNNER_V2, VERIFICATION
+from vllm_specformer.engine.compat.symbols_runners import RUNNER_V1, RUNNER_V2
+from vllm_specformer.engine.compat.symbols_verification import VERIFICATION
 from vllm_specformer.engine.patches.ledger import Patch, declared
 
 
