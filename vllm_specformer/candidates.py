@@ -52,6 +52,7 @@ def draft_tree(
     bonus_tokens: Tensor,
     num_nodes: int,
     *,
+    gates: Tensor | None = None,
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
@@ -63,6 +64,7 @@ def draft_tree(
         logits: slot logits before the Markov term, [R, n, V or N].
         bonus_tokens: the token after the anchor, int64 [R]: the tree's root.
         num_nodes: drafted nodes per request, 1 to 63.
+        gates: of the slots, [R, n, rank], of a head with gates (`SpecFormerHead.markov_gates`).
         temperature: float32 [R]; at most 0 is greedy. None: all are.
         seeds: the requests' seeds, int64 [R], required with `temperature`.
         positions: of the anchors, int64 [R], required with `temperature`. Slot i is decided at the
@@ -80,6 +82,7 @@ def draft_tree(
         head,
         logits,
         bonus_tokens,
+        gates=gates,
         temperature=temperature,
         seeds=seeds,
         positions=positions,
@@ -94,6 +97,7 @@ def draft_lists(
     logits: Tensor,
     bonus_tokens: Tensor,
     *,
+    gates: Tensor | None = None,
     temperature: Tensor | None = None,
     seeds: Tensor | None = None,
     positions: Tensor | None = None,
@@ -113,10 +117,15 @@ def draft_lists(
         decided = (ahead[:, None] + positions).unbind(0)
     log_probs, tokens, origins = [], [], [bonus_tokens.new_zeros((requests, BEAM))]
     previous, paths = bonus_tokens[:, None], None
+    gates = None if gates is None else gates.unsqueeze(-2)  # the same for all nodes of a slot
     for slot in range(slots):
+        markov = None
+        if head.config.markov_rank:
+            gate = None if gates is None else gates[:, slot]
+            markov = head.markov_logits(previous, gate)
         found = tree_candidates(
             scored[:, slot],
-            head.markov_logits(previous) if head.config.markov_rank else None,
+            markov,
             LIST,
             temperature=temperature,
             seeds=seeds,

@@ -13,7 +13,7 @@ just sampled, slot `i` predicts `t+2+i`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -128,6 +128,12 @@ def rotary_table(positions: int, head_dim: int, theta: float) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
+def slot_by_slot(logits: Tensor, gates: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Each slot's logits [..., N] and gates [..., rank], of [..., K, N] and [..., K, rank]."""
+    of_gates = (None,) * logits.shape[-2] if gates is None else gates.unbind(-2)
+    return zip(logits.unbind(-2), of_gates, strict=True)
+
+
 class SpecFormerHead(PreTrainedModel):
     """Draft head of one target, whose embedding, final norm and lm_head are not part of it."""
 
@@ -160,6 +166,8 @@ class SpecFormerHead(PreTrainedModel):
             self.markov_embed = nn.Embedding(config.vocab_size, config.markov_rank)
             scored = config.num_scored_tokens
             self.markov_lm_head = nn.Linear(config.markov_rank, scored, bias=False)
+        if config.markov_gate:
+            self.markov_gate = nn.Linear(size, config.markov_rank, bias=False)
         # The tokens it scores, as target ids in increasing order; a training puts its choice here.
         ids = torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None
         self.draft_token_ids: Tensor | None
@@ -175,7 +183,8 @@ class SpecFormerHead(PreTrainedModel):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         # The head starts as a blend of the hooks alone; the terms added to it fade in.
-        if self.config.markov_rank and module is getattr(self, "markov_lm_head", None):
+        faded_in = (getattr(self, name, None) for name in ("markov_lm_head", "markov_gate"))
+        if isinstance(module, nn.Linear) and any(module is part for part in faded_in):
             nn.init.zeros_(module.weight)
 
     @property
@@ -276,13 +285,31 @@ class SpecFormerHead(PreTrainedModel):
         slots = slots + layer.slot_attn.output(attended)
         return slots + layer.ffn(layer.ffn_norm(slots))
 
-    def markov_logits(self, previous_tokens: Tensor, indices: Tensor | None = None) -> Tensor:
-        """Low-rank term `U[x_{i-1}] V` of the tokens one slot earlier: int64 [...] -> [..., N].
+    def markov_gates(self, normed: Tensor) -> Tensor | None:
+        """What slots make of the tokens before them: states behind the final norm -> factors.
+
+        [..., n, H] -> [..., n, rank] in one pass over all slots; None if the head has no gates.
+        """
+        return 1 + self.markov_gate(normed) if self.config.markov_gate else None
+
+    def markov_logits(
+        self,
+        previous_tokens: Tensor,
+        gates: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        """Low-rank term `(U[x_{i-1}] * g_i) V` of the tokens one slot earlier: [..., N].
 
         Any token may come earlier; added to are the N tokens that the head scores, or those of
         them at `indices`, int64 [S].
+
+        Args:
+            previous_tokens: int64 [...], target ids.
+            gates: of the slots, [..., rank], as `markov_gates` says; None: 1.
         """
         earlier = self.markov_embed(previous_tokens)
+        if gates is not None:
+            earlier = earlier * gates
         if indices is None:
             return self.markov_lm_head(earlier)
         return F.linear(earlier, self.markov_lm_head.weight[indices])
@@ -370,14 +397,20 @@ class SpecFormerHead(PreTrainedModel):
         return attended.flatten(3, 4)
 
     @torch.no_grad()
-    def draft(self, logits: Tensor, bonus_tokens: Tensor) -> Tensor:
-        """Greedy drafts from slot logits [..., K, V or N], bonus tokens [...]: int64 [..., K]."""
+    def draft(self, logits: Tensor, bonus_tokens: Tensor, gates: Tensor | None = None) -> Tensor:
+        """Greedy drafts, int64 [..., K].
+
+        Args:
+            logits: of the slots, [..., K, V or N].
+            bonus_tokens: int64 [...].
+            gates: of the slots, [..., K, rank], as `markov_gates` says.
+        """
         logits = self.scored(logits)
         if not self.config.markov_rank:
             return self.to_tokens(logits.argmax(-1))
         previous, chosen = bonus_tokens, []
-        for slot in logits.unbind(-2):
-            previous = self.to_tokens((slot + self.markov_logits(previous)).argmax(-1))
+        for own, gate in slot_by_slot(logits, gates):
+            previous = self.to_tokens((own + self.markov_logits(previous, gate)).argmax(-1))
             chosen.append(previous)
         return torch.stack(chosen, dim=-1)
 

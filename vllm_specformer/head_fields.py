@@ -91,6 +91,11 @@ class HeadFields(BaseModel):
         description="Rank of the term that adds U[previous token] V to a slot's logits; 0: none. "
         "It makes sampling sequential over the slots (the head still runs once).",
     )
+    markov_gate: bool = Field(
+        False,  # heads written before the field was there have none
+        description="Let every slot scale the entries of U[previous token] by what it knows of the "
+        "context, so that the term is one of the context, too.",
+    )
     draft_vocab_size: int = Field(
         0,
         ge=0,
@@ -145,6 +150,10 @@ class HeadFields(BaseModel):
             raise ValueError(
                 f"context_sinks={self.context_sinks} needs a context_window: without one the whole "
                 "context is seen"
+            )
+        if self.markov_gate and not self.markov_rank:
+            raise ValueError(
+                "markov_gate=true needs a markov_rank above 0: it scales the entries of that term"
             )
         for name in ("tree_ranking", "tree_ranking_sampled"):
             taus = getattr(self, name)

@@ -85,6 +85,7 @@ class HeadShape:
     bonus: bool = True
     nested: bool = True
     markov_rank: int = 0
+    markov_gate: bool = False
     visible: int = 0  # most context tokens that it sees; 0: all
 
     @classmethod
@@ -104,6 +105,7 @@ class HeadShape:
             bonus=fields["use_bonus_embedding"],
             nested=fields["nested_slots"],
             markov_rank=fields["markov_rank"],
+            markov_gate=fields.get("markov_gate", False),
             visible=fields.get("context_window", 0) + fields.get("context_sinks", 0),
         )
 

@@ -103,15 +103,15 @@ def dense(
     reference: DenseReference, own: list[int], anchor: int, wanted: torch.Tensor, t: float
 ) -> list[tuple[float, ...]]:
     """Slot, log-odds, chance and weight of one anchor's drafts."""
-    (logits,) = reference.slot_logits(own[: anchor + 2], [anchor], SLOTS)
+    (slots,) = reference.slot_states(own[: anchor + 2], [anchor], SLOTS)
     rows, weight = [], 1.0
     best = previous = own[anchor + 1]
-    for slot, scores in enumerate(logits):
+    for slot, state in enumerate(slots):
         if anchor + 2 + slot >= len(own):
             break
         token = own[anchor + 2 + slot]
-        along = reference.biased(scores, best) / (t or 1)
-        q = (reference.biased(scores, previous) / (t or 1)).softmax(-1)
+        along = reference.biased(state, best) / (t or 1)
+        q = (reference.biased(state, previous) / (t or 1)).softmax(-1)
         p = wanted[anchor + 1 + slot].softmax(-1)
         best, previous = int(along.argmax()), token
         odds = float(along.softmax(-1).max().logit())

@@ -43,8 +43,9 @@ def test_drafts_are_those_of_the_served_head(
             slots = served.forward(
                 states, anchors, pair.target.embed(bonus), pair.head.slots_to_run(count)
             )
-            logits = pair.target.logits(slots[:, :, :count])
-            expected = pair.head.draft(logits, bonus)[0].tolist()
+            normed = pair.target.norm(slots[:, :, :count])
+            gates = pair.head.markov_gates(normed)
+            expected = pair.head.draft(pair.target.lm_head(normed), bonus, gates)[0].tolist()
             assert sorted(text.drafts[count]) == list(range(start - 1, end - 2))
             for position, drafts in text.drafts[count].items():
                 assert drafts == expected[position], (text.id, position, count)
@@ -101,7 +102,8 @@ def test_chances_are_those_of_the_served_head(
             slots = served.forward(
                 states, anchors, pair.target.embed(tokens[None, 1:]), pair.head.slots_to_run(count)
             )
-            logits = pair.target.logits(slots[:, :, :count])[0]
+            normed = pair.target.norm(slots[0, :, :count])
+            logits, gates = pair.target.lm_head(normed), pair.head.markov_gates(normed)
             assert sorted(text.chances[count]) == list(range(start - 1, end - 2))
             for position, chances in text.chances[count].items():
                 for slot, chance in enumerate(chances):
@@ -111,7 +113,8 @@ def test_chances_are_those_of_the_served_head(
                         continue
                     scores = logits[position, slot]
                     if markov:
-                        scores = scores + pair.head.markov_logits(tokens[place - 1])
+                        gate = None if gates is None else gates[position, slot]
+                        scores = scores + pair.head.markov_logits(tokens[place - 1], gate)
                     q = scores.softmax(-1)[tokens[place]]
                     expected = min(1.0, float(q / p[place - 1, tokens[place]]))
                     assert chance == pytest.approx(expected, rel=1e-3, abs=1e-6)

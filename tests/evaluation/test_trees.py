@@ -91,17 +91,18 @@ def test_replay_of_one_text(pair: Pair, temperature: float) -> None:
         for nodes in (3, 16):
             count = min(nodes, 8)
             slots = served.forward(states, anchors, pair.target.embed(bonus), count)
-            logits = pair.target.logits(slots)[0]
+            normed = pair.target.norm(slots)[0]
+            logits, gates = pair.target.lm_head(normed), pair.head.markov_gates(normed)
             assert sorted(text.accepted[nodes]) == list(range(start - 1, end - 2))
             for position, accepted in text.accepted[nodes].items():
-                own = logits[position : position + 1].clone()
+                at = slice(position, position + 1)
+                own = logits[at].clone()
                 if noise is not None:
                     own += temperature * noise[position + 1 : position + 1 + count]
                 # Greedy scores, as the noise is in them.
                 ranking = Ranking(((0.9 if temperature else 0.8),) * 8, (9.0,) * 8)
-                lists = draft_lists(
-                    pair.head, own, bonus[0, position : position + 1], ranking=ranking
-                )
+                gate = None if gates is None else gates[at]
+                lists = draft_lists(pair.head, own, bonus[0, at], gates=gate, ranking=ranking)
                 tree = select_tree(*lists, nodes)
                 ahead = text.tokens[position + 2 : end][:count]
                 assert accepted == walk(tree, 0, ahead), (text.id, position)
@@ -158,7 +159,7 @@ def test_ranking_is_found(pair: Pair) -> None:
         labels[:, :, slot] = before
     labels[:, ::7, 1:] = IGNORED
     with torch.no_grad():
-        fit.add(pair.head, ScoredPart(slice(0, 400), scores, bonus, labels))
+        fit.add(pair.head, ScoredPart(slice(0, 400), scores, bonus, labels, None))
     found = torch.tensor(fit.ranking)
     assert found[3] == 1.0  # a slot without labels
     assert ((found[:3] / truth).log().abs() < 0.15).all(), found

@@ -45,11 +45,12 @@ HEADS = pytest.mark.parametrize(
     "changes",
     [
         {"markov_rank": 3},
+        {"markov_rank": 3, "markov_gate": True},
         {"markov_rank": 3, "draft_vocab_size": 25},
         {"draft_vocab_size": 25},
         {"tree_ranking": (), "tree_ranking_sampled": ()},
     ],
-    ids=["markov", "markov, draft vocabulary", "draft vocabulary", "plain"],
+    ids=["markov", "gates", "markov, draft vocabulary", "draft vocabulary", "plain"],
 )
 
 
@@ -66,6 +67,14 @@ def inputs(requests: int, slots: int = SLOTS) -> dict[str, Tensor]:
     }
 
 
+def case(requests: int, **changes: Any) -> tuple[SpecFormerHead, dict[str, Tensor]]:
+    """A head, and inputs for it; with gates if it has them."""
+    head, given = make(**changes), inputs(requests)
+    if head.config.markov_gate:
+        given["gates"] = torch.randn(requests, SLOTS, head.config.markov_rank)
+    return head, given
+
+
 class Oracle:
     """One request: log-probabilities of a node's children, node by node, by target id."""
 
@@ -75,6 +84,8 @@ class Oracle:
         self.heat = float(given["temperature"][request])
         self.seed, self.anchor = given["seeds"][request], given["positions"][request]
         self.slots = len(self.logits)
+        gates = given.get("gates")
+        self.gates = [None] * self.slots if gates is None else gates[request]
 
     @torch.no_grad()
     def children(self, path: tuple[int, ...]) -> list[tuple[float, int]]:
@@ -83,7 +94,8 @@ class Oracle:
         ids = torch.arange(VOCAB) if head.draft_token_ids is None else head.draft_token_ids
         scores = self.logits[slot, ids].double()
         if head.config.markov_rank:
-            scores = scores + head.markov_logits(torch.tensor([*self.bonus[None], *path])[-1])
+            previous = torch.tensor([*self.bonus[None], *path])[-1]
+            scores = scores + head.markov_logits(previous, self.gates[slot])
         if self.heat > 0:
             position = self.anchor + 1 + slot
             noise = gumbel(self.seed, position, ids, Stream.TARGET, torch.float64)
@@ -153,7 +165,7 @@ def assert_is(tree: Tree, expected: Callable[[int], Paths]) -> None:
 @HEADS
 @pytest.mark.parametrize("num_nodes", [1, 4, 16, 63])
 def test_is_the_best_of_a_beam(num_nodes: int, changes: dict[str, Any]) -> None:
-    head, given = make(**changes), inputs(8)
+    head, given = case(8, **changes)
     tree = draft_tree(head, num_nodes=num_nodes, **given)
     assert_is(tree, lambda request: Oracle(head, given, request).beam(num_nodes))
 
@@ -164,7 +176,7 @@ def test_a_wide_beam_finds_what_the_best_first_search_finds(
 ) -> None:
     """A node that has children in a tree of n is among the n best of its slot."""
     monkeypatch.setattr(candidates, "BEAM", 8)
-    head, given = make(**changes), inputs(8)
+    head, given = case(8, **changes)
     tree = draft_tree(head, num_nodes=8, **given)
     assert_is(tree, lambda request: Oracle(head, given, request).best_first(8))
 
@@ -188,9 +200,10 @@ def test_without_temperatures_all_are_greedy() -> None:
 @HEADS
 def test_main_chain_is_the_plain_draft(changes: dict[str, Any]) -> None:
     """At temperature 0; where the beam lost it, it ends early."""
-    head, given = make(**changes), inputs(8)
-    drafts = head.draft(given["logits"], given["bonus_tokens"])
-    tree = draft_tree(head, given["logits"], given["bonus_tokens"], 63)
+    head, given = case(8, **changes)
+    greedy = {name: given[name] for name in ("logits", "bonus_tokens", "gates") if name in given}
+    drafts = head.draft(**greedy)
+    tree = draft_tree(head, num_nodes=63, **greedy)
     for request in range(8):
         best = max(paths_of(tree, request)[:SLOTS], key=len)
         assert best == tuple(drafts[request, : len(best)].tolist())
@@ -200,7 +213,7 @@ def test_main_chain_is_the_plain_draft(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("num_nodes", [3, 5, 16])
 def test_chains(num_nodes: int, changes: dict[str, Any]) -> None:
     """Each the best child of the one before, also where a tree would have ended it earlier."""
-    head, given = make(**changes), inputs(8)
+    head, given = case(8, **changes)
     chains = torch.arange(8) % 3 != 0
     tree = draft_tree(head, num_nodes=num_nodes, chains=chains, **given)
     plain = draft_tree(head, num_nodes=num_nodes, **given)

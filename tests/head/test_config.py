@@ -173,7 +173,7 @@ def test_missing_field_is_named(name: str) -> None:
 def test_files_without_later_fields_are_read(tmp_path: Path) -> None:
     """Heads written before a field was there are what they were."""
     later = {"num_slot_layers", "draft_vocab_size", "tree_ranking", "tree_ranking_sampled"}
-    later |= {"context_window", "context_sinks"}
+    later |= {"context_window", "context_sinks", "markov_gate"}
     later |= {"acceptance_calibration", "acceptance_calibration_sampled"}
     assert later == OPTIONAL
     config = read_head_config(edited(tmp_path, **dict.fromkeys(OPTIONAL)))

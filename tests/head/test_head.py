@@ -346,13 +346,35 @@ def test_markov_term_conditions_each_slot_on_the_token_before() -> None:
     assert drafts.tolist() != logits.argmax(-1).tolist()
 
 
+def test_gates_scale_the_markov_term_slot_by_slot() -> None:
+    head = make(markov_rank=2, markov_gate=True)
+    embed, out = head.markov_embed.weight.detach(), head.markov_lm_head.weight.detach()
+    states = torch.randn(4, 3, SIZE, dtype=torch.double)
+    logits = torch.randn(4, 3, VOCAB, dtype=torch.double)
+    bonus = torch.tensor([0, 5, 11, 22])
+    gates = head.markov_gates(states)
+    assert gates is not None
+    drafts = head.draft(logits, bonus, gates)
+    for row in range(4):
+        previous = int(bonus[row])
+        for slot in range(3):
+            scaled = embed[previous] * (1 + head.markov_gate.weight.detach() @ states[row, slot])
+            scores = [float(logits[row, slot, v] + (scaled * out[v]).sum()) for v in range(VOCAB)]
+            previous = max(range(VOCAB), key=scores.__getitem__)
+            assert int(drafts[row, slot]) == previous
+    assert drafts.tolist() != head.draft(logits, bonus).tolist()
+
+
 def test_markov_term_starts_at_zero() -> None:
-    """A fresh head drafts as if it had no Markov term; training fades it in."""
-    config = make(markov_rank=4).config
+    """A fresh head drafts as if it had no Markov term; training fades it in. Gates begin at 1."""
+    config = make(markov_rank=4, markov_gate=True).config
     torch.manual_seed(0)
     fresh = SpecFormerHead(config)
     assert not fresh.markov_logits(torch.arange(VOCAB)).any()
     assert fresh.markov_embed.weight.any()
+    gates = fresh.markov_gates(torch.randn(2, SIZE))
+    assert gates is not None
+    assert (gates == 1).all()
 
 
 # --- files ---
@@ -360,7 +382,9 @@ def test_markov_term_starts_at_zero() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "changes", [{}, {"markov_rank": 4}, {"num_slot_layers": 3}], ids=lambda changes: str(changes)
+    "changes",
+    [{}, {"markov_rank": 4, "markov_gate": True}, {"num_slot_layers": 3}],
+    ids=lambda changes: str(changes),
 )
 def test_survives_saving(tmp_path: Path, changes: dict[str, Any]) -> None:
     head = make(**changes).float()

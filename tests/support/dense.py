@@ -27,10 +27,10 @@ class DenseReference:
         return self.target(ids)[0]
 
     @torch.no_grad()
-    def slot_logits(
+    def slot_states(
         self, text: Sequence[int], anchors: Sequence[int], num_tokens: int | None = None
     ) -> torch.Tensor:
-        """Logits of the slots at the given positions of `text`, without the Markov term.
+        """The slots at the given positions of `text`, behind the final norm: [anchors, K, H].
 
         With `num_tokens` as a pass that drafts so many, which may open fewer slots.
         """
@@ -40,12 +40,13 @@ class DenseReference:
         states = self.states(ids)
         bonus = self.target.embed(ids[0, where + 1])
         slots = self.head(states, where, bonus, self.head.slots_to_run(wanted))
-        return self.target.logits(slots)[0]
+        return self.target.norm(slots)[0]
 
     @torch.no_grad()
-    def biased(self, logits: torch.Tensor, previous: int) -> torch.Tensor:
-        """One slot's logits [V] given the token before it; -inf for tokens it does not score."""
-        logits = self.head.scored(logits)
+    def biased(self, slot: torch.Tensor, previous: int) -> torch.Tensor:
+        """Logits [V] of a slot's state [H] after a token; -inf where it scores none."""
+        logits = self.head.scored(self.target.lm_head(slot))
         if self.head.config.markov_rank:
-            logits = logits + self.head.markov_logits(torch.tensor(previous))
+            gate = self.head.markov_gates(slot)
+            logits = logits + self.head.markov_logits(torch.tensor(previous), gate)
         return self.head.over_vocabulary(logits[None], float("-inf"))[0]

@@ -124,9 +124,9 @@ def compare(reference: DenseReference, drafted: Iterable[Drafted]) -> Comparison
     for number, records in by_number.items():
         for text, group in _by_longest_text(records).items():
             anchors = [len(d.text) - 2 for d in group]
-            slots = reference.slot_logits(text, anchors, number)
-            for record, logits in zip(group, slots, strict=True):
-                _compare_one(reference, record, logits, result)
+            states = reference.slot_states(text, anchors, number)
+            for record, slots in zip(group, states, strict=True):
+                _compare_one(reference, record, slots, result)
     return result
 
 
@@ -142,11 +142,11 @@ def _by_longest_text(drafted: Iterable[Drafted]) -> dict[Tokens, list[Drafted]]:
 
 
 def _compare_one(
-    reference: DenseReference, record: Drafted, logits: torch.Tensor, result: Comparison
+    reference: DenseReference, record: Drafted, slots: torch.Tensor, result: Comparison
 ) -> None:
     previous = record.text[-1]
     for slot, draft in enumerate(record.drafts):
-        scores = reference.biased(logits[slot], previous)
+        scores = reference.biased(slots[slot], previous)
         expected = int(scores.argmax())
         result.compared += 1
         if draft != expected:

@@ -21,4 +21,5 @@ def head_drafts(
     anchors = torch.arange(len(text) - 1)[None]
     bonus = text[None, 1:]
     slots = head(states, anchors, target.embed(bonus), head.slots_to_run(num_tokens))
-    return head.draft(target.logits(slots[:, :, :num_tokens]), bonus)[0]
+    normed = target.norm(slots[:, :, :num_tokens])
+    return head.draft(target.lm_head(normed), bonus, head.markov_gates(normed))[0]

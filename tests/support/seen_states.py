@@ -33,7 +33,7 @@ class SeenStates(DenseReference):
         self.seen[tuple(text[: position + 1])] = torch.stack(list(states)).cpu()
 
     @torch.no_grad()
-    def slot_logits(
+    def slot_states(
         self, text: Sequence[int], anchors: Sequence[int], num_tokens: int | None = None
     ) -> Tensor:
         where = torch.tensor([list(anchors)])
@@ -42,7 +42,7 @@ class SeenStates(DenseReference):
         bonus = self.target.embed(torch.tensor(text)[where[0] + 1])
         wanted = num_tokens or self.head.config.num_draft_slots
         slots = self.head(tuple(states), where, bonus, self.head.slots_to_run(wanted))
-        return self.target.logits(slots)[0]
+        return self.target.norm(slots)[0]
 
 
 @contextmanager

@@ -29,7 +29,8 @@ KINDS = {
     "markov": {"markov_rank": 4},
     "window": {"context_window": 3, "context_sinks": 2},
     "two-slot-layers": {"num_slot_layers": 2},
-    "draft-vocabulary": {"markov_rank": 4, "draft_vocab_size": 26},
+    "gates": {"markov_rank": 4, "markov_gate": True},
+    "draft-vocabulary": {"markov_rank": 4, "markov_gate": True, "draft_vocab_size": 26},
     "paper": {"slot_mask": "slots", "use_bonus_embedding": False, "nested_slots": False},
 }
 
@@ -77,7 +78,7 @@ def plain_losses(
         labels = labels.view(previous.shape)
         assert 0 < (labels == IGNORED).sum() < (rows.labels(3) != IGNORED).sum()
     if head.config.markov_rank:
-        logits = logits + head.markov_logits(previous)
+        logits = logits + head.markov_logits(previous, head.markov_gates(target.norm(slots)))
     return [
         F.cross_entropy(logits[:, :, i].flatten(0, 1), labels[:, :, i].flatten()) for i in range(3)
     ]
@@ -208,7 +209,9 @@ def test_a_sample_of_the_vocabulary(head: PackedHead, target: HookedTarget) -> N
     for slot in range(3):
         seen = rows.at(rows.last_states, rows.after_anchors(1 + slot))
         p = (target.lm_head(seen)[..., sample.indices] + sample.offsets).softmax(-1)
-        logits = target.logits(slots[:, :, slot]) + head.markov_logits(labels.previous[..., slot])
+        normed = target.norm(slots[:, :, slot])
+        gates = head.markov_gates(normed)
+        logits = target.lm_head(normed) + head.markov_logits(labels.previous[..., slot], gates)
         log_q = (logits[..., sample.indices] + sample.offsets).log_softmax(-1)
         own = labels.indices[..., slot]
         kept = own != IGNORED

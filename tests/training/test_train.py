@@ -109,17 +109,22 @@ def test_the_same_seed_gives_the_same_head(pair: Path, finished: Path, tmp_path:
 
 
 def test_a_training_begins_with_another_head(pair: Path, finished: Path, tmp_path: Path) -> None:
-    """Its weights, shape and draft vocabulary, told by nothing but --init; a window may be new."""
+    """Its weights, shape and draft vocabulary, told by nothing but --init.
+
+    A window may be new, and gates, which do nothing yet.
+    """
     begun, out = tmp_path / "begun", tmp_path / "out"
     train(pair, begun, draft_vocab=20, max_steps=1)
     still: dict[str, Any] = {"learning_rate": 1e-12, "max_steps": 1, "slots": None}
-    still["context_window"] = 8
+    still |= {"context_window": 8, "markov_gate": True}
     provenance = train(pair, out, init=begun, markov_rank=None, seed=5, **still)
     windows = [read_head_config(head).context_window for head in (begun, out)]
     assert windows == [0, 8]
     assert provenance["settings"]["init"] == str(begun)
     expected = load_file(begun / "model.safetensors")
-    for name, value in load_file(out / "model.safetensors").items():
+    found = load_file(out / "model.safetensors")
+    assert not found.pop("markov_gate.weight").count_nonzero()
+    for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
 
 

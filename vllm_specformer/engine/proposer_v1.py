@@ -28,6 +28,7 @@ from vllm_specformer.engine.kv_transfer import moving_pages
 from vllm_specformer.engine.metrics import AcceptanceMonitor, DraftClock, timed
 from vllm_specformer.engine.model import keep_through_sleep
 from vllm_specformer.engine.patches.late_store import DeferredRows, has_time_between_steps
+from vllm_specformer.head import slot_by_slot
 
 
 class SpecFormerProposer(DFlashProposer):
@@ -224,9 +225,10 @@ class SpecFormerProposer(DFlashProposer):
             self._drawn = drawn if drawn.num_drawn else None
         # argmax over float32 is several times faster than over bfloat16 on a CPU.
         logits = self.model.compute_logits(slots.flatten(0, 1)).float()
+        head = self.model.head
         if self.model.config.markov_rank:
             tokens, probs, logits = self._sample_in_order(
-                logits.unflatten(0, slots.shape[:2]), bonus_tokens
+                logits.unflatten(0, slots.shape[:2]), bonus_tokens, head.markov_gates(slots)
             )
         else:
             tokens, probs = self._choose(logits)
@@ -240,17 +242,19 @@ class SpecFormerProposer(DFlashProposer):
         return self.cut.shorten(tokens, logits.view(*tokens.shape, -1), temperature)
 
     def _sample_in_order(
-        self, logits: Tensor, bonus_tokens: Tensor
+        self, logits: Tensor, bonus_tokens: Tensor, gates: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Slot by slot, each biased by the token chosen before it; logits [R, n, V or N].
+        """Slot by slot, each biased by the token chosen before it.
+
+        Of logits [R, n, V or N] and the gates of the Markov term [R, n, rank].
 
         Returns:
             Tokens [R, n]; their probabilities, if asked for; the logits, with their bias, if
             drafts are cut.
         """
         previous, tokens, probs, biased = bonus_tokens, [], [], []
-        for slot, own in enumerate(logits.unbind(1)):
-            scores = own + self.model.head.markov_logits(previous)
+        for slot, (own, gate) in enumerate(slot_by_slot(logits, gates)):
+            scores = own + self.model.head.markov_logits(previous, gate)
             previous, slot_probs = self._choose(scores, slot)
             if self.cut is not None:
                 biased.append(scores)

@@ -41,6 +41,7 @@ from vllm_specformer.engine.speculative_config import (
     confidence_ranges,
     verifies_coupled,
 )
+from vllm_specformer.head import slot_by_slot
 
 
 def drafts_by_batch_size(vllm_config: VllmConfig) -> list[int]:
@@ -411,17 +412,24 @@ class SpecFormerSpeculator(DFlashSpeculator):
         Fills `draft_tokens[:num_reqs, :wanted]`. Rows past `num_context` must be in the cache
         already.
         """
-        logits = self._slot_logits(num_reqs, num_context, wanted)
+        logits, gates = self._slot_logits(num_reqs, num_context, wanted)
         if self.model.config.markov_rank:
             bonus = self.inputs.bonus_tokens[:num_reqs]
-            self._sample_in_order(logits.unflatten(0, (num_reqs, -1)), bonus)
+            self._sample_in_order(logits, gates, bonus)
         else:
+            logits = logits.flatten(0, 1)
             self._predict_acceptance(logits, num_reqs, slice(0, wanted))
             sampled = self._sample(logits, num_reqs, slice(0, wanted))
             self.draft_tokens[:num_reqs, :wanted] = sampled.view(num_reqs, -1)
 
-    def _slot_logits(self, num_reqs: int, num_context: int, slots: int) -> Tensor:
-        """Store the first rows of the buffers and run the head: logits [num_reqs * slots, V]."""
+    def _slot_logits(
+        self, num_reqs: int, num_context: int, slots: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Store the first rows of the buffers and run the head.
+
+        Returns:
+            Logits [num_reqs, slots, V or N], and gates of the Markov term [num_reqs, slots, rank].
+        """
         bonus = self.inputs.bonus_tokens[:num_reqs]
         positions = self.inputs.anchor_positions[:num_reqs]
         anchors = self.hidden_states[self.inputs.anchor_rows[:num_reqs]]
@@ -430,21 +438,24 @@ class SpecFormerSpeculator(DFlashSpeculator):
         queries = self._store_context_and_query(0, num_context, normed, positions)
         table = None if self._block_table is None else self._block_table[:num_reqs]
         states = self.model(anchors, queries, positions, lens, bonus, table, slots)
-        return self.model.compute_logits(states.flatten(0, 1))
+        logits = self.model.compute_logits(states.flatten(0, 1))
+        return logits.view(num_reqs, slots, -1), self.model.head.markov_gates(states)
 
-    def _sample_in_order(self, logits: Tensor, bonus_tokens: Tensor) -> None:
-        """Slot by slot, each biased by the token chosen before it; logits [R, n, V or N].
+    def _sample_in_order(self, logits: Tensor, gates: Tensor | None, bonus_tokens: Tensor) -> None:
+        """Slot by slot, each biased by the token chosen before it.
+
+        Of logits [R, n, V or N] and the gates of the Markov term [R, n, rank].
 
         Beside drawn drafts adaptive verification is told of those that would be the best.
         """
         head, requests, slots = self.model.head, len(logits), logits.shape[1]
         has_best = self._is_adaptive and self.draft_logits is not None
         previous = best = bonus_tokens
-        for slot, own in enumerate(logits.unbind(1)):
+        for slot, (own, gate) in enumerate(slot_by_slot(logits, gates)):
             at = slice(slot, slot + 1)
-            biased = likeliest = own + head.markov_logits(previous)
+            biased = likeliest = own + head.markov_logits(previous, gate)
             if has_best and slot:
-                likeliest = own + head.markov_logits(best)
+                likeliest = own + head.markov_logits(best, gate)
             self._predict_acceptance(likeliest, requests, at)
             if has_best and slot + 1 < slots:
                 best = head.to_tokens(likeliest.argmax(-1))

@@ -125,14 +125,14 @@ def _of_part(
     weight = torch.ones(best.shape, device=best.device)
     columns: list[tuple[Tensor, ...]] = []
     for slot in range(part.labels.shape[2]):
-        label, own = part.labels[:, :, slot], part.scores[:, :, slot]
+        label, own, gate = part.labels[:, :, slot], part.scores[:, :, slot], part.gate(slot)
         is_known = label != IGNORED
         label = label.clamp(min=0)
-        along = own + head.markov_logits(best).float() if markov else own
+        along = own + head.markov_logits(best, gate).float() if markov else own
         odds = largest_log_odds(along / heat)
         best = head.to_tokens(along.argmax(-1))
         if temperature:
-            drawn = own + head.markov_logits(previous).float() if markov else own
+            drawn = own + head.markov_logits(previous, gate).float() if markov else own
             seen = rows.after_anchors(1 + slot)[:, part.anchors]
             chance, ratio = _overlap(
                 head, target, rows.at(rows.last_states, seen), drawn, label, heat

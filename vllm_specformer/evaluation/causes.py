@@ -90,6 +90,10 @@ def _mistakes(head: PackedHead, target: HookedTarget) -> Iterator[_Mistake]:
     )
     if config.markov_rank:
         yield _Mistake("the Markov term is left out", target, config={"markov_rank": 0})
+    if config.markov_gate:
+        yield _Mistake(
+            "the Markov term's gates are left out", target, config={"markov_gate": False}
+        )
 
 
 def _normed(rows: HookedRows) -> HookedRows:

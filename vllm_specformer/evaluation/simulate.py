@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vllm_specformer.candidates import draft_tree
-from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.head import SpecFormerHead, slot_by_slot
 from vllm_specformer.target.hidden_states import HookedTarget
 
 DETERMINISTIC, COUPLED = "deterministic", "coupled"
@@ -133,8 +133,12 @@ class _Writer:
         self.mask[:, self.end] = 1
         self._append(tokens[:, None], self.positions[:, None] + 1)
 
-    def draft(self, rows: Tensor, bonus: Tensor, slots: int) -> Tensor:
-        """Slot logits at the last position of some texts, [rows, slots, N]."""
+    def draft(self, rows: Tensor, bonus: Tensor, slots: int) -> tuple[Tensor, Tensor | None]:
+        """At the last position of some texts.
+
+        Returns:
+            Slot logits [rows, slots, N], and gates of the Markov term [rows, slots, rank].
+        """
         head, end = self.head, self.end
         key, value = self.key[rows, :end], self.value[rows, :end]
         mask = self.mask[rows, :end]
@@ -147,7 +151,8 @@ class _Writer:
         opened = head.expand(self.context[rows][:, None], attended, embedded, running)
         attend = head._attend_slots(key, value, visible)
         states = head.run_slots(opened, self.positions[rows][:, None], attend)
-        return head.scored(self.target.logits(states[:, 0, :slots])).float()
+        normed = self.target.norm(states[:, 0, :slots])
+        return head.scored(self.target.lm_head(normed)).float(), head.markov_gates(normed)
 
 
 @torch.inference_mode()
@@ -227,7 +232,8 @@ def _verified(
 class _Walk:
     """Where a text's step is: at which node, at which depth, of what was drafted."""
 
-    slots: Tensor | None = None  # [n, N], of a tree whose candidates are drawn as it is walked
+    # Logits and gates of each slot, of a tree whose candidates are drawn as it is walked.
+    slots: list[tuple[Tensor, Tensor | None]] | None = None
     tokens: list[int] = field(default_factory=list)  # of a tree's rows, and the rows below each
     children: list[list[int]] = field(default_factory=lambda: [[]])
     node: int = 0
@@ -260,10 +266,11 @@ class _Drafter:
             return
         arm, writer, rows = self.arm, self.writer, torch.tensor(texts)
         slots = len(arm.widths) or min(arm.slots, arm.nodes)
-        logits = writer.draft(rows, emitted[rows], slots)
+        logits, gates = writer.draft(rows, emitted[rows], slots)
         if arm.widths:
-            for row, own in zip(texts, logits, strict=True):
-                self.walks[row] = _Walk(own)
+            for place, row in enumerate(texts):
+                gate = None if gates is None else gates[place]
+                self.walks[row] = _Walk(list(slot_by_slot(logits[place], gate)))
             return
         heat = self.temperature if arm.rule == COUPLED else 0.0
         tree = draft_tree(
@@ -271,6 +278,7 @@ class _Drafter:
             logits,
             emitted[rows],
             arm.nodes,
+            gates=gates,
             temperature=torch.full((len(rows),), heat),
             seeds=self.seeds[rows],
             positions=writer.positions[rows],
@@ -291,9 +299,10 @@ class _Drafter:
             return [walk.tokens[node] for node in walk.children[walk.node]], None
         if walk.depth == len(widths):
             return [], None
-        logits = walk.slots[walk.depth][None]
+        own, gate = walk.slots[walk.depth]
+        logits = own[None]
         if self.head.config.markov_rank:
-            logits = logits + self.head.markov_logits(self.writer.previous[row : row + 1])
+            logits = logits + self.head.markov_logits(self.writer.previous[row : row + 1], gate)
         logits = self.head.over_vocabulary(logits, -math.inf)
         q, width = logits[0].double(), widths[walk.depth]
         if self.arm.rule == WITH:

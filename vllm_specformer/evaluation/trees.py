@@ -79,6 +79,7 @@ class TreeReplay:
                     head,
                     part.scores.flatten(0, 1),
                     part.bonus_tokens.flatten(),
+                    gates=None if part.gates is None else part.gates.flatten(0, 1),
                     ranking=ranking,
                 )
                 for index in sizes:
@@ -107,13 +108,19 @@ class ScoredPart:
 
     `anchors` which; `scores` float32 [rows, part, n, N], the slots' logits before the Markov term,
     at a temperature T above 0 with T times the target's noise; `bonus_tokens` int64 [rows, part];
-    `labels` int64 [rows, part, n], the text's tokens, `IGNORED` past an answer's end.
+    `labels` int64 [rows, part, n], the text's tokens, `IGNORED` past an answer's end; `gates`
+    [rows, part, n, rank] of the Markov term, if the head has them.
     """
 
     anchors: slice
     scores: Tensor
     bonus_tokens: Tensor
     labels: Tensor
+    gates: Tensor | None
+
+    def gate(self, slot: int) -> Tensor | None:
+        """The gates of one slot, [rows, part, rank]."""
+        return None if self.gates is None else self.gates[:, :, slot]
 
 
 @torch.no_grad()
@@ -132,11 +139,13 @@ def scored_parts(
     held = (wanted + _WORKSPACE) * head.config.num_scored_tokens
     for part in head._parts(rows, running, held, memory):
         slots = head.slot_states(context, rows, target, part, running)[:, :, :wanted]
-        scores = head.scored(target.logits(slots)).float()
+        normed = target.norm(slots)
+        scores = head.scored(target.lm_head(normed)).float()
         if temperature > 0:
             noise = _noise_of_texts(head, target, rows, part, labels[:, part], temperature, seed)
             scores = scores + temperature * noise
-        yield ScoredPart(part, scores, rows.bonus_tokens[:, part], labels[:, part])
+        bonus, gates = rows.bonus_tokens[:, part], head.markov_gates(normed)
+        yield ScoredPart(part, scores, bonus, labels[:, part], gates)
 
 
 def _noise_of_texts(
@@ -208,7 +217,9 @@ class RankingFit:
             is_label = places[:, :, slot] != IGNORED
             scores, own = part.scores[:, :, slot][is_label], places[:, :, slot][is_label]
             if head.config.markov_rank:
-                scores = scores + head.markov_logits(before[:, :, slot][is_label]).float()
+                gate = part.gate(slot)
+                gate = None if gate is None else gate[is_label]
+                scores = scores + head.markov_logits(before[:, :, slot][is_label], gate).float()
             for index, tau in enumerate(GRID):
                 scaled = scores / tau
                 best = scaled.gather(1, own[:, None])[:, 0]

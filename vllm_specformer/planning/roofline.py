@@ -148,4 +148,6 @@ def draft_step(
     parts["logits"] = linear(drafted, size, head.scored)
     if head.markov_rank:
         parts["markov"] = linear(batch * beam, head.markov_rank, head.scored).times(slots)
+        if head.markov_gate:
+            parts["markov"] += linear(drafted, size, head.markov_rank)
     return Step(parts)

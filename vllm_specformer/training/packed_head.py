@@ -192,7 +192,8 @@ class PackedHead(SpecFormerHead):
     def _markov_parameters(self) -> list[Tensor]:
         if not self.config.markov_rank:
             return []
-        return [self.markov_embed.weight, self.markov_lm_head.weight]
+        gate = [self.markov_gate.weight] if self.config.markov_gate else []
+        return [self.markov_embed.weight, self.markov_lm_head.weight, *gate]
 
     @torch.no_grad()
     def _target_probs(
@@ -260,13 +261,14 @@ class PackedHead(SpecFormerHead):
         sample: VocabularySample | None = None,
     ) -> Tensor:
         """Of slot states [..., H] behind tokens [...]: [..., N], or [..., S] of a sample."""
+        normed = target.norm(states)
         if sample is None:
-            logits, indices = self.scored(target.logits(states)), None
+            logits, indices = self.scored(target.lm_head(normed)), None
         else:
-            logits = sample.lm_head(target.norm(states)) + sample.offsets
+            logits = sample.lm_head(normed) + sample.offsets
             indices = sample.indices
         if self.config.markov_rank:
-            logits = logits + self.markov_logits(previous, indices)
+            logits = logits + self.markov_logits(previous, self.markov_gates(normed), indices)
         return logits
 
     @torch.no_grad()
@@ -290,7 +292,9 @@ class PackedHead(SpecFormerHead):
                 losses[slot] += self._slot_loss(
                     slots[:, :, slot], slot, target, labels, part, Mix()
                 )[1]
-            found.append(self.draft(target.logits(slots), rows.bonus_tokens[:, part]))
+            normed = target.norm(slots)
+            bonus, gates = rows.bonus_tokens[:, part], self.markov_gates(normed)
+            found.append(self.draft(target.lm_head(normed), bonus, gates))
         return torch.cat(found, dim=1), losses, labels.counts
 
     @torch.no_grad()

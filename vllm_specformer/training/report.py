@@ -292,7 +292,8 @@ def kind_of_head(config: SpecFormerConfig) -> str:
         sinks = f" and the first {config.context_sinks:,}" if config.context_sinks else ""
         parts.append(f"seeing the last {config.context_window:,} tokens{sinks}")
     if config.markov_rank:
-        parts.append(f"Markov term of rank {config.markov_rank}")
+        gated = "gated " if config.markov_gate else ""
+        parts.append(f"{gated}Markov term of rank {config.markov_rank}")
     if config.draft_vocab_size:
         parts.append(
             f"a draft vocabulary of {config.draft_vocab_size:,} of the target's "

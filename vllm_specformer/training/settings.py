@@ -44,6 +44,7 @@ SHAPE_FIELDS = {
     "slots": "num_draft_slots",
     "slot_layers": "num_slot_layers",
     "markov_rank": "markov_rank",
+    "markov_gate": "markov_gate",
     "draft_vocab": "draft_vocab_size",
     "hooks": "aux_hidden_state_layer_ids",
     "slot_mask": "slot_mask",
@@ -110,6 +111,10 @@ class TrainSettings(CommandSettings):
         ge=0,
         description="Rank of the term that sees the previous draft; 0: none; default: 64, none for "
         "the paper's head.",
+    )
+    markov_gate: bool | None = Field(
+        None,
+        description="Whether slots scale that term's entries by what they know of the context.",
     )
     draft_vocab: int | None = Field(
         None, ge=0, description="Score only so many tokens, the answers' most frequent; 0: all."

@@ -29,6 +29,8 @@ _TIMES = 4.0  # the length of a bias, in lengths of the random part of a slot
 _INIT_STD = 0.02  # of a head's weights, see SpecFormerHead._init_weights
 # Fields of the shape that no weight depends on: another value may be asked for.
 _FREE = {"context_window", "context_sinks"}
+# Parts that do nothing when they are new: they may be added.
+_ADDED = {"markov_gate": True}
 # Fields that are neither the target's nor of the head's shape.
 _OTHER = (
     "target_name_or_path",
@@ -54,9 +56,9 @@ def config_of_start(
     """
     begun = read_head_config(start)
     for field, value in asked.items():
-        if field in _FREE:
-            continue
         has = getattr(begun, field)
+        if field in _FREE or (not has and _ADDED.get(field) == value):
+            continue
         if (list(value) if isinstance(value, tuple) else value) != has:
             raise HeadConfigError(
                 f"--init {start}: its {field} is {has}, {value} was asked for",
@@ -71,7 +73,7 @@ def config_of_start(
                 "begin with a head of this target, or without --init",
             )
     shape = {field: getattr(begun, field) for field in SHAPE_FIELDS.values()}
-    shape |= {field: asked[field] for field in _FREE & asked.keys()}
+    shape |= {field: asked[field] for field in (_FREE | set(_ADDED)) & asked.keys()}
     if not shape["context_window"] and "context_sinks" not in asked:
         shape["context_sinks"] = 0
     return head_config("default", target, name, **shape)
@@ -80,11 +82,13 @@ def config_of_start(
 def start_from(head: SpecFormerHead, start: Path) -> None:
     """Take over all weights of the head in a directory, and its draft vocabulary.
 
+    What `head` has beyond them stays as it begins, see `_ADDED`.
+
     Raises:
         OSError: its weights are not there or cannot be read.
     """
     other = SpecFormerHead.from_pretrained(start, dtype=torch.float32)
-    head.load_state_dict(other.state_dict())
+    head.load_state_dict(head.state_dict() | other.state_dict())
 
 
 @torch.no_grad()

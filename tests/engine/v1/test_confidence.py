@@ -83,11 +83,11 @@ def test_drafts_are_the_dense_heads_up_to_the_threshold(cut: tuple[Watch, dict[s
 
 def confidence(reference: DenseReference, text: Tokens, slots: int) -> list[float]:
     """Product of the chances up to each slot, by the dense head and its calibration."""
-    (logits,) = reference.slot_logits(text, [len(text) - 2], slots)
+    (states,) = reference.slot_states(text, [len(text) - 2], slots)
     curve = Calibrations.of(reference.head.config).greedy
     previous, product, found = text[-1], 1.0, []
-    for slot, intercept in zip(logits, curve.intercepts, strict=False):
-        scores = reference.biased(slot, previous)
+    for state, intercept in zip(states, curve.intercepts, strict=False):
+        scores = reference.biased(state, previous)
         odds = curve.slope * scores.softmax(-1).max().logit() + intercept
         product *= float(odds.sigmoid())
         found.append(product)

@@ -223,7 +223,7 @@ def test_requests_at_the_maximum_length(
 @pytest.mark.parametrize("preset", ["paper", "default"])
 def test_other_heads(tmp_path: Path, answers: Answers, preset: str) -> None:
     """The second has more K/V heads than the target, hence pages of another size."""
-    changes = {"draft_vocab_size": 700, "markov_rank": 8}
+    changes = {"draft_vocab_size": 700, "markov_rank": 8, "markov_gate": True}
     if preset == "default":
         changes = {"num_key_value_heads": 4, "num_draft_slots": 5}
     changes |= {"num_slot_layers": 2}

@@ -90,10 +90,11 @@ def test_other_numbers_of_drafts(num_tokens: int | None, plain: Plain) -> None:
         ("default", {"num_key_value_heads": 4, "head_dim": 32, "num_draft_slots": 5}),
         (
             "paper",
-            {"use_bonus_embedding": True, "markov_rank": 8, "draft_vocab_size": 700},
+            {"use_bonus_embedding": True, "markov_rank": 8, "markov_gate": True}
+            | {"draft_vocab_size": 700},
         ),
     ],
-    ids=["paper", "no-markov", "other-kv-shape", "paper-bonus-markov-vocabulary"],
+    ids=["paper", "no-markov", "other-kv-shape", "paper-bonus-gates-vocabulary"],
 )
 def test_other_heads(tmp_path: Path, plain: Plain, preset: str, changes: dict) -> None:
     head = make_head(tmp_path / "head", preset, **changes)

@@ -100,7 +100,8 @@ def test_vllm_reads_every_preset(tmp_path: Path, preset: str) -> None:
 
     target = AutoConfig.from_pretrained(TARGET)
     assert isinstance(target, Qwen3Config)
-    config = SpecFormerConfig.preset(preset, target, str(TARGET), markov_rank=3, num_draft_slots=5)
+    markov = {"markov_rank": 3, "markov_gate": True}
+    config = SpecFormerConfig.preset(preset, target, str(TARGET), num_draft_slots=5, **markov)
     SpecFormerHead(config).save_pretrained(tmp_path)
     read = SpeculatorsConfig.from_pretrained(tmp_path)
     assert read.architectures == ["SpecFormerDraftModel"]

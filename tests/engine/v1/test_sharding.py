@@ -81,6 +81,7 @@ def test_a_head_that_is_not_sharded(tmp_path: Path) -> None:
 def test_two_layers_one_kv_head_and_a_draft_vocabulary(tmp_path: Path) -> None:
     """Both ranks hold the K/V head; the head's tokens are taken from the gathered logits."""
     changes = {"num_key_value_heads": 1, "num_slot_layers": 2, "draft_vocab_size": 700}
+    changes |= {"markov_gate": True}
     head = make_head(tmp_path / "head", "default", num_draft_slots=6, markov_rank=8, **changes)
     assert_ranks_agree(tmp_path, head)
 

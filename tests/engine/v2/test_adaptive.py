@@ -115,8 +115,8 @@ def test_chances_are_those_of_the_dense_head(
     apart = 0
     for told in seen:
         assert told.chances == pytest.approx(dense_chances(reference, told, curves), abs=CLOSE)
-        logits = reference.slot_logits(told.text, [len(told.text) - 2], K)[0]
-        apart += int(reference.biased(logits[0], told.text[-1]).argmax()) != told.drafts[0]
+        slots = reference.slot_states(told.text, [len(told.text) - 2], K)[0]
+        apart += int(reference.biased(slots[0], told.text[-1]).argmax()) != told.drafts[0]
     assert len(seen) >= 15
     assert apart > 0, "every draft is the best token, nothing was drawn"
 

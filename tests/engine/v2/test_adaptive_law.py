@@ -80,7 +80,9 @@ class ToySpeculator(SpecFormerSpeculator):
         self.draws = draws
         self.num_speculative_steps = K
         q = torch.tensor(Q, dtype=torch.float32) / CELLS
-        head = SimpleNamespace(markov_logits=lambda tokens: q.log()[tokens], to_tokens=lambda x: x)
+        head = SimpleNamespace(
+            markov_logits=lambda tokens, _: q.log()[tokens], to_tokens=lambda x: x
+        )
         self.model = SimpleNamespace(head=head)
         self.draft_logits = torch.zeros(1) if draws_apart else None
         self.draft_tokens = torch.zeros(1, K, dtype=torch.int64)
@@ -99,7 +101,7 @@ class ToySpeculator(SpecFormerSpeculator):
 def draft(before: int, draws: Text, **changes: bool) -> Known:
     """Confidences of a step after token `before` that draws these tokens."""
     ours = ToySpeculator(draws, **changes)
-    ours._sample_in_order(torch.zeros(1, K, TOKENS), torch.tensor([before]))
+    ours._sample_in_order(torch.zeros(1, K, TOKENS), None, torch.tensor([before]))
     assert ours.draft_tokens[0].tolist() == list(draws)
     return tuple(float(c) for c in ours.draft_token_confidence_probs[0])
 

@@ -39,6 +39,7 @@ from support.v2.triton_ops import OUR_KERNELS, Launched, use_triton
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
 
 CLOSE = 1e-4  # as in test_adaptive.py
+GATED = {"markov_rank": 8, "markov_gate": True}
 SAMPLES, DEPTH = 160, 3
 
 
@@ -211,7 +212,7 @@ def test_no_host_read_in_a_step(
     answers: dict[Tokens, Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Drafting and what it tells, on the kernels; some steps draft fewer tokens."""
-    head = make_head(tmp_path / "head", "default", draft_vocab_size=700, markov_rank=8)
+    head = make_head(tmp_path / "head", "default", draft_vocab_size=700, **GATED)
     reads = HostReads()
     reads.patch(monkeypatch)
     launches = use_triton(monkeypatch, reads.pausing)

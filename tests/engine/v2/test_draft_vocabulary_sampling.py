@@ -21,22 +21,25 @@ REQUESTS, STEPS, STATES, SCORED = 3, 4, 5, 90
 ROWS = REQUESTS * STEPS
 
 
-def make_head(vocabulary: int, scored: Tensor, markov_rank: int = 0) -> SpecFormerHead:
+def make_head(vocabulary: int, scored: Tensor, **markov: Any) -> SpecFormerHead:
     target = AutoConfig.from_pretrained(TARGET)
     changes = {"vocab_size": vocabulary, "draft_vocab_size": len(scored)}
-    config = SpecFormerConfig.preset("default", target, "t", markov_rank=markov_rank, **changes)
+    config = SpecFormerConfig.preset("default", target, "t", **changes, **markov)
     head = SpecFormerHead(config)
     head.draft_token_ids.copy_(scored)
-    if markov_rank:
+    if markov:
         torch.nn.init.normal_(head.markov_lm_head.weight)
         torch.nn.init.normal_(head.markov_embed.weight)
     return head
 
 
-@pytest.fixture(params=[0, 4], ids=["no-markov", "markov"])
+@pytest.fixture(
+    params=[{}, {"markov_rank": 4}, {"markov_rank": 4, "markov_gate": True}],
+    ids=["no-markov", "markov", "gates"],
+)
 def head(request: pytest.FixtureRequest) -> SpecFormerHead:
     torch.manual_seed(0)
-    return make_head(2048, torch.randperm(2048)[:SCORED].sort().values, request.param)
+    return make_head(2048, torch.randperm(2048)[:SCORED].sort().values, **request.param)
 
 
 def speculator(head: SpecFormerHead, kind: str) -> SpecFormerSpeculator:
@@ -61,7 +64,12 @@ def speculator(head: SpecFormerHead, kind: str) -> SpecFormerSpeculator:
 
 
 def one_by_one(
-    ours: SpecFormerSpeculator, head: SpecFormerHead, kind: str, logits: Tensor, bonus: Tensor
+    ours: SpecFormerSpeculator,
+    head: SpecFormerHead,
+    kind: str,
+    logits: Tensor,
+    gates: Tensor | None,
+    bonus: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Drafts [R, K] drawn from logits over the whole vocabulary, and those [R, K, V]."""
     full = torch.full((REQUESTS, STEPS, head.config.vocab_size), float("-inf"))
@@ -74,7 +82,8 @@ def one_by_one(
             row = request * STEPS + step
             scores = logits[row]
             if head.config.markov_rank:
-                scores = scores + head.markov_logits(previous)
+                gate = None if gates is None else gates[request, step]
+                scores = scores + head.markov_logits(previous, gate)
             full[request, step, head.draft_token_ids] = scores
             previous = full[request, step].argmax()
             if kind != "greedy":
@@ -99,9 +108,10 @@ def test_drafts_are_those_over_the_whole_vocabulary(head: SpecFormerHead, kind: 
     """With -inf for what is not scored: the same noise, by target id, the same probability."""
     ours = speculator(head, kind)
     logits, bonus = 2 * torch.randn(ROWS, SCORED), torch.tensor([5, 6, 7])
-    expected, full = one_by_one(ours, head, kind, logits, bonus)
+    gates = torch.randn(REQUESTS, STEPS, 4) if head.config.markov_gate else None
+    expected, full = one_by_one(ours, head, kind, logits, gates, bonus)
     if head.config.markov_rank:
-        ours._sample_in_order(logits.view(REQUESTS, STEPS, -1), bonus)
+        ours._sample_in_order(logits.view(REQUESTS, STEPS, -1), gates, bonus)
         found = ours.draft_tokens
     else:
         found = ours._sample(logits, REQUESTS, slice(0, STEPS)).view(REQUESTS, STEPS)

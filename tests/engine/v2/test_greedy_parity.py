@@ -62,10 +62,10 @@ def test_other_numbers_of_drafts(slots: int | None, answers: dict[Tokens, Tokens
 @pytest.mark.parametrize(
     ("preset", "changes"),
     [
-        ("paper", {"draft_vocab_size": 700, "markov_rank": 8}),
+        ("paper", {"draft_vocab_size": 700, "markov_rank": 8, "markov_gate": True}),
         ("default", {"num_key_value_heads": 4, "num_draft_slots": 5, "num_slot_layers": 2}),
     ],
-    ids=["paper-vocabulary", "no-markov-other-kv-shape-two-slot-layers"],
+    ids=["paper-vocabulary-gates", "no-markov-other-kv-shape-two-slot-layers"],
 )
 def test_other_heads(
     tmp_path: Path, answers: dict[Tokens, Tokens], preset: str, changes: dict[str, Any]

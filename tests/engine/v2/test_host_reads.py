@@ -136,6 +136,7 @@ def test_no_host_read_in_a_step(
     head = HEAD
     if method == "probabilistic":
         everything = {"num_slot_layers": 2, "draft_vocab_size": 700, "markov_rank": 8}
+        everything |= {"markov_gate": True}
         head = make_head(tmp_path / "head", "default", **everything)
     reads = HostReads()
     reads.patch(monkeypatch)

@@ -205,10 +205,10 @@ def as_it_is(estimator: Any) -> Calibrations:
 
 def dense_chances(reference: DenseReference, told: Told, curves: Calibrations) -> list[float]:
     """The same by the dense head, along its best tokens."""
-    logits = reference.slot_logits(told.text, [len(told.text) - 2], len(told.chances))[0]
+    slots = reference.slot_states(told.text, [len(told.text) - 2], len(told.chances))[0]
     curve = curves.sampled if told.temperature else curves.greedy
     previous, chances = told.text[-1], []
-    for own, intercept in zip(logits, curve.intercepts, strict=False):
+    for own, intercept in zip(slots, curve.intercepts, strict=False):
         biased = reference.biased(own, previous)
         previous = int(biased.argmax())
         largest = (biased / (told.temperature or 1)).softmax(-1).max()

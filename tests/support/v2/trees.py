@@ -98,12 +98,13 @@ def watching_trees(llm: LLM) -> Iterator[TreeWatch]:
 def dense_tree(reference: DenseReference, drafted: DraftedTree, nodes: int) -> tuple[Tokens, ...]:
     """Tokens and parents of the dense head's tree."""
     anchor = len(drafted.text) - 2
-    logits = reference.slot_logits(drafted.text, [anchor])
+    slots = reference.slot_states(drafted.text, [anchor])
     tree = draft_tree(
         reference.head,
-        logits,
+        reference.target.lm_head(slots),
         torch.tensor([drafted.text[-1]]),
         nodes,
+        gates=reference.head.markov_gates(slots),
         temperature=torch.tensor([drafted.temperature]),
         seeds=torch.tensor([drafted.seed]),
         positions=torch.tensor([anchor]),

@@ -114,14 +114,15 @@ class CandidateSpeculator(SpecFormerSpeculator):
 
     def _draft(self, num_reqs: int, num_context: int, wanted: int) -> None:
         slots = min(wanted, self.num_slots)
-        logits = self._slot_logits(num_reqs, num_context, slots)
+        logits, gates = self._slot_logits(num_reqs, num_context, slots)
         states = self.inputs.idx_mapping[:num_reqs]  # -1 in rows that pad a graph
         positions = self.inputs.anchor_positions[:num_reqs]
         tree = draft_tree(
             self.model.head,
-            logits.unflatten(0, (num_reqs, slots)),
+            logits,
             self.inputs.bonus_tokens[:num_reqs],
             wanted,
+            gates=gates,
             temperature=self.temperature[states],
             seeds=self.seeds[states],
             positions=positions,
