@@ -21,6 +21,7 @@ DEFAULTS = {
     "slots": 8,
     "slot_layers": None,
     "markov_rank": None,
+    "markov_gate": None,
     "draft_vocab": None,
     "hooks": None,
     "slot_mask": None,

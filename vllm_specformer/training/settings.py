@@ -114,7 +114,8 @@ class TrainSettings(CommandSettings):
     )
     markov_gate: bool | None = Field(
         None,
-        description="Whether slots scale that term's entries by what they know of the context.",
+        description="Whether slots scale that term's entries by what they know of the context; "
+        "default: yes, no for the paper's head.",
     )
     draft_vocab: int | None = Field(
         None, ge=0, description="Score only so many tokens, the answers' most frequent; 0: all."
@@ -385,6 +386,8 @@ class TrainSettings(CommandSettings):
             rank = MARKOV_RANK
         fields = {field: getattr(self, name) for name, field in SHAPE_FIELDS.items()}
         fields["markov_rank"] = rank
+        if self.markov_gate is None and self.preset == "default":
+            fields["markov_gate"] = bool(rank)
         return {name: value for name, value in fields.items() if value is not None}
 
 

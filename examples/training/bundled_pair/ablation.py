@@ -48,6 +48,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     # The rest changes one thing of the base each.
     "no Markov": ("--markov-rank", "0"),
     "Markov, rank 16": ("--markov-rank", "16"),
+    "gated Markov": ("--markov-gate",),
     "hook: last": ("--hooks", "6"),
     "hooks: last two": ("--hooks", "5,6"),
     "hooks: 1, 3, 5": ("--hooks", "1,3,5"),
@@ -158,7 +159,8 @@ def train(head: Path, arm: str, seed: int, args: argparse.Namespace) -> None:
     }
     if not arm.startswith("paper"):
         options |= {"--markov-rank": 64, "--kl-weight": 0}
-    run("train", *(str(part) for item in options.items() for part in item), *ARMS[arm])
+    given = [str(part) for item in options.items() for part in item]
+    run("train", *given, "--no-markov-gate", *ARMS[arm])
 
 
 def measure(head: Path, args: argparse.Namespace) -> dict[str, Any]:

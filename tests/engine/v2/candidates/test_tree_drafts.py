@@ -6,11 +6,14 @@ shows. Near ties may fall either way between the engine's sums and the dense hea
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from vllm import SamplingParams
 
 from support.dense import DenseReference
 from support.engines import drafting, greedy
+from support.heads import make_head
 from support.v2.engines import LONG, MAX_TOKENS, TEXTS, engine
 from support.v2.trees import DraftedTree, differing, watching_trees
 
@@ -49,3 +52,15 @@ def test_trees_after_chunks_and_cached_prefixes(reference: DenseReference) -> No
         with watching_trees(llm) as watch:
             llm.generate([*LONG[:2], TEXTS[0]], greedy(MAX_TOKENS), use_tqdm=False)
     assert_trees_equal(reference, watch.drafted, 16, at_least=8)
+
+
+def test_trees_of_a_head_with_gates(tmp_path: Path) -> None:
+    gates = {"markov_rank": 8, "markov_gate": True}
+    head = make_head(tmp_path / "head", "default", num_draft_slots=4, **gates)
+    params = [greedy(12), SamplingParams(temperature=0.8, seed=1, max_tokens=12)]
+    with engine(drafting(4, head, tree_nodes=12)) as llm, watching_trees(llm) as watch:
+        llm.generate(TEXTS[:4], params * 2, use_tqdm=False)
+    reference = DenseReference(head)
+    assert_trees_equal(reference, watch.drafted, 12, at_least=20)
+    reference.head.config.markov_gate = False
+    assert differing(reference, watch.drafted, 12) > len(watch.drafted) / 2
