@@ -39,7 +39,7 @@ def trained_on(data: Path, share: float) -> dict[str, Any]:
 def test_held_out_part_of_the_training_data(data: Path) -> None:
     ids, said = chosen(data, trained_on(data, 0.2))
     texts = make_texts(60, 40)
-    trained, _ = split(texts, 0.2, 100, 3)
+    trained, _ = split(texts, 0.2, 100)
     assert sorted({*texts.ids[trained].tolist(), *ids}) == texts.ids.tolist()
     assert not set(ids) & set(texts.ids[trained].tolist())
     assert f"{len(ids)} texts of it were held out" in said

@@ -78,7 +78,7 @@ def test_training_chooses_from_what_it_trains_on(pair: Path, tmp_path: Path) -> 
     provenance = train(pair, out, draft_vocab=9, max_steps=4)
     distilled = read_manifest(pair / "data")
     read = Texts.collect(read_texts(read_shards(pair / "data", distilled)), 2048)
-    trained, held_out = split(read, 0.05, 64, 0)
+    trained, held_out = split(read, 0.05, 64)
     ends = json.loads((pair / "target" / "config.json").read_text())["eos_token_id"]
     expected = choose_tokens(read, trained, 9, 40, [] if ends is None else [ends])
     saved = load_file(out / "model.safetensors")["draft_token_ids"]

@@ -135,7 +135,7 @@ def unseen(
         )
     elif data_digest(manifest) in _digests(provenance["data"]):
         settings = provenance["settings"]
-        chosen = held_out_texts(texts, settings["eval_share"], settings["seed"])
+        chosen = held_out_texts(texts, settings["eval_share"])
         say(f"the head was trained on this data; {len(chosen)} texts of it were held out")
     if not len(chosen):
         raise SpecFormerError(

@@ -224,7 +224,9 @@ class TrainSettings(CommandSettings):
     )
     log_every: int = Field(10, ge=1, description="Steps between lines of the log.")
 
-    seed: int = Field(0, ge=0, description="Decides all draws.")
+    seed: int = Field(
+        0, ge=0, description="Decides all draws but which texts are held out, always the same ones."
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
         description="Arithmetic; auto: bfloat16 on a GPU and on a CPU with instructions for it, "

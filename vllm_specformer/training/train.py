@@ -303,7 +303,7 @@ def _read_texts(inputs: Inputs, positions: int) -> tuple[Texts, np.ndarray, np.n
     )
     texts = Texts.collect(read_texts(tables), min(settings.max_length, positions))
     most = settings.eval_texts or EVAL_TEXTS
-    return texts, *split(texts, settings.eval_share, most, settings.seed)
+    return texts, *split(texts, settings.eval_share, most)
 
 
 def _batches(
