@@ -288,9 +288,16 @@ class SpecFormerHead(PreTrainedModel):
     def markov_gates(self, normed: Tensor) -> Tensor | None:
         """What slots make of the tokens before them: states behind the final norm -> factors.
 
-        [..., n, H] -> [..., n, rank] in one pass over all slots; None if the head has no gates.
+        [..., n, H] -> [..., n, rank] in one pass over all slots; None if the head has no gates. The
+        first slot's are 0: the token before it is the bonus token, which it sees by itself.
         """
-        return 1 + self.markov_gate(normed) if self.config.markov_gate else None
+        if not self.config.markov_gate:
+            return None
+        return F.pad(self.gate(normed[..., 1:, :]), (0, 0, 1, 0))
+
+    def gate(self, normed: Tensor) -> Tensor:
+        """Of slots behind the first: states behind the final norm [..., H] -> [..., rank]."""
+        return 1 + self.markov_gate(normed)
 
     def markov_logits(
         self,
@@ -310,6 +317,10 @@ class SpecFormerHead(PreTrainedModel):
         earlier = self.markov_embed(previous_tokens)
         if gates is not None:
             earlier = earlier * gates
+        return self.markov_scores(earlier, indices)
+
+    def markov_scores(self, earlier: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Entries of the first table, gated or not, [..., rank] -> [..., N], or of `indices`."""
         if indices is None:
             return self.markov_lm_head(earlier)
         return F.linear(earlier, self.markov_lm_head.weight[indices])

@@ -93,8 +93,9 @@ class HeadFields(BaseModel):
     )
     markov_gate: bool = Field(
         False,  # heads written before the field was there have none
-        description="Let every slot scale the entries of U[previous token] by what it knows of the "
-        "context, so that the term is one of the context, too.",
+        description="Let the slots scale the entries of U[previous token] by what they know of the "
+        "context, so that the term is one of the context, too. The first slot then has no term, as "
+        "its previous token is the bonus token.",
     )
     draft_vocab_size: int = Field(
         0,

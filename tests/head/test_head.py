@@ -358,7 +358,8 @@ def test_gates_scale_the_markov_term_slot_by_slot() -> None:
     for row in range(4):
         previous = int(bonus[row])
         for slot in range(3):
-            scaled = embed[previous] * (1 + head.markov_gate.weight.detach() @ states[row, slot])
+            gate = 1 + head.markov_gate.weight.detach() @ states[row, slot]
+            scaled = embed[previous] * (gate if slot else 0)
             scores = [float(logits[row, slot, v] + (scaled * out[v]).sum()) for v in range(VOCAB)]
             previous = max(range(VOCAB), key=scores.__getitem__)
             assert int(drafts[row, slot]) == previous
@@ -374,7 +375,8 @@ def test_markov_term_starts_at_zero() -> None:
     assert fresh.markov_embed.weight.any()
     gates = fresh.markov_gates(torch.randn(2, SIZE))
     assert gates is not None
-    assert (gates == 1).all()
+    assert (gates[1:] == 1).all()
+    assert not gates[0].any()  # the first slot's
 
 
 # --- files ---

@@ -209,9 +209,11 @@ def test_a_sample_of_the_vocabulary(head: PackedHead, target: HookedTarget) -> N
     for slot in range(3):
         seen = rows.at(rows.last_states, rows.after_anchors(1 + slot))
         p = (target.lm_head(seen)[..., sample.indices] + sample.offsets).softmax(-1)
-        normed = target.norm(slots[:, :, slot])
+        normed = target.norm(slots)
         gates = head.markov_gates(normed)
-        logits = target.lm_head(normed) + head.markov_logits(labels.previous[..., slot], gates)
+        gate = None if gates is None else gates[:, :, slot]
+        logits = target.lm_head(normed[:, :, slot])
+        logits = logits + head.markov_logits(labels.previous[..., slot], gate)
         log_q = (logits[..., sample.indices] + sample.offsets).log_softmax(-1)
         own = labels.indices[..., slot]
         kept = own != IGNORED

@@ -55,6 +55,16 @@ class TargetEnds:
         """Slot states [..., H] -> logits [..., V], through the target's final norm and lm_head."""
         return self.lm_head(self.norm(states))
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether logits are linear in states behind the norm (not so where they are capped)."""
+        return not self._softcap
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """What a vector [..., H] added behind the norm adds to linear logits: [..., N]."""
+        weight, _ = self._kept_rows or self._own_rows()
+        return F.linear(vectors.to(weight.dtype), weight) * self._scale
+
     def score_only(self, token_ids: Tensor) -> None:
         """From now on give logits of these tokens alone, int64 [N]; copies their lm_head rows."""
         self._kept_rows = weight, bias = _rows(*self._own_rows(), token_ids)

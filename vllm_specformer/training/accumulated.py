@@ -29,6 +29,12 @@ class Gradients:
             else:
                 self.sums[id(tensor)] = gradient
 
+    def complete(self, inputs: Sequence[Tensor]) -> None:
+        """Give those a gradient of 0 that have none: other processes wait for every one."""
+        for tensor in inputs:
+            if id(tensor) not in self.sums:
+                self.sums[id(tensor)] = torch.zeros_like(tensor)
+
     def backward(self, outputs: Tensor, gradient: Tensor) -> None:
         """Add what `outputs` pass back. Unlike `Tensor.backward`, no hook of a parameter fires."""
         found = torch.autograd.grad(outputs, self.inputs, gradient, allow_unused=True)

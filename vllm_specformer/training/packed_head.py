@@ -167,7 +167,7 @@ class PackedHead(SpecFormerHead):
         total = weights.sum()  # 0 if the batch has no token of the draft vocabulary
         scales = weights / (torch.where(total > 0, total, 1) * counts.clamp(min=1))
         losses = torch.zeros(2, num_slots, device=device)
-        markov = self._markov_parameters()
+        markov = self.markov_parameters()
         sample = self._sample(rows, target, labels, objective)
         logits = 4 + 3 * objective.mix.needs_target
         if objective.mix.needs_target:
@@ -183,13 +183,18 @@ class PackedHead(SpecFormerHead):
                     states, slot, target, labels, part, objective.mix, probs, places, sample
                 )
                 losses[:, slot] += torch.stack([mixed, cross_entropy]).detach()
-                gradient, *rest = torch.autograd.grad(mixed * scale, [states, *markov])
+                # The first slot may have no Markov term.
+                gradient, *rest = torch.autograd.grad(
+                    mixed * scale, [states, *markov], allow_unused=True
+                )
                 slot_gradients.append(gradient)
                 gradients.add(markov, rest)
             gradients.backward(slots, torch.stack(slot_gradients, dim=2))
+        gradients.complete(markov)
         return losses[0] @ scales, losses[1] / counts
 
-    def _markov_parameters(self) -> list[Tensor]:
+    def markov_parameters(self) -> list[Tensor]:
+        """What the logits depend on beside the slot states."""
         if not self.config.markov_rank:
             return []
         gate = [self.markov_gate.weight] if self.config.markov_gate else []
@@ -249,7 +254,7 @@ class PackedHead(SpecFormerHead):
         own = labels.indices[:, part, slot].flatten()
         if sample is not None:
             own = sample.places(own)
-        logits = self._logits(states, target, labels.previous[:, part, slot], sample)
+        logits = self._logits(states, target, labels.previous[:, part, slot], slot, sample)
         at = None if places is None else places[:, :, slot].flatten()
         return slot_loss(logits.flatten(0, 1), own, mix, probs, at)
 
@@ -258,18 +263,43 @@ class PackedHead(SpecFormerHead):
         states: Tensor,
         target: TargetEnds,
         previous: Tensor,
+        slot: int,
         sample: VocabularySample | None = None,
     ) -> Tensor:
-        """Of slot states [..., H] behind tokens [...]: [..., N], or [..., S] of a sample."""
+        """Of states [..., H] of one slot behind tokens [...]: [..., N], or [..., S] of a sample."""
         normed = target.norm(states)
+        if not self.config.markov_rank:
+            return self.own_logits(normed, target, sample)
+        return self.add_markov(normed, target, previous, slot, sample)
+
+    def own_logits(
+        self, normed: Tensor, target: TargetEnds, sample: VocabularySample | None
+    ) -> Tensor:
+        """What states behind the final norm say without the Markov term."""
         if sample is None:
-            logits, indices = self.scored(target.lm_head(normed)), None
-        else:
-            logits = sample.lm_head(normed) + sample.offsets
-            indices = sample.indices
-        if self.config.markov_rank:
-            logits = logits + self.markov_logits(previous, self.markov_gates(normed), indices)
-        return logits
+            return self.scored(target.lm_head(normed))
+        return sample.lm_head(normed) + sample.offsets
+
+    def add_markov(
+        self,
+        normed: Tensor,
+        target: TargetEnds,
+        previous: Tensor,
+        slot: int,
+        sample: VocabularySample | None,
+    ) -> Tensor:
+        """Logits with it, of states of one slot behind the final norm; arguments as `_logits`."""
+        logits, gates = self.own_logits(normed, target, sample), None
+        if self.config.markov_gate:
+            if slot == 0:
+                return logits
+            gates = self.gate(normed)
+        indices = None if sample is None else sample.indices
+        return logits + self.markov_logits(previous, gates, indices)
+
+    def merged(self, target: TargetEnds) -> PackedHead:
+        """The head as it is measured and saved; see `leaning_head`."""
+        return self
 
     @torch.no_grad()
     def drafts(
@@ -346,7 +376,7 @@ class PackedHead(SpecFormerHead):
     ) -> Tensor:
         """`chances` of one slot at some anchors, [rows, anchors of the part]."""
         own = labels.indices[:, part, slot]
-        logits = self._logits(states, target, labels.previous[:, part, slot])
+        logits = self._logits(states, target, labels.previous[:, part, slot], slot)
         seen = rows.at(rows.last_states, rows.after_anchors(1 + slot)[:, part])
         tokens = rows.at(rows.input_ids, rows.after_anchors(2 + slot)[:, part])
         q = _log_prob(logits.float() / temperature, own.clamp(min=0))

@@ -21,7 +21,7 @@ from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.places import lasting
 from vllm_specformer.training import report
-from vllm_specformer.training.run_directory import RunDirectory
+from vllm_specformer.training.run_directory import SERVED, RunDirectory
 from vllm_specformer.training.settings import OF_SPEED, PLACES, TrainSettings
 
 
@@ -158,7 +158,7 @@ def finish(run: Path, out: Path) -> Path:
             "planned_steps": state["max_steps"],
             "seconds_of_last_run": None,
         }
-        head = SpecFormerHead.from_pretrained(checkpoint, dtype=torch.float32)
+        head = SpecFormerHead.from_pretrained(checkpoint / SERVED, dtype=torch.float32)
         write_result(directory, out, head, about, state["log_history"], result)
         if out == run:
             directory.clean_up()

@@ -36,6 +36,7 @@ _REFUSALS = {
     errno.EROFS: "the disk of {} is read-only",
 }
 _PROBE_BYTES = 1 << 20
+SERVED = "head"  # in a checkpoint: the head as it is served
 
 
 class RunDiskFullError(DiskFullError):

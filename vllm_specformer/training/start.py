@@ -29,7 +29,7 @@ _TIMES = 4.0  # the length of a bias, in lengths of the random part of a slot
 _INIT_STD = 0.02  # of a head's weights, see SpecFormerHead._init_weights
 # Fields of the shape that no weight depends on: another value may be asked for.
 _FREE = {"context_window", "context_sinks"}
-# Parts that do nothing when they are new: they may be added.
+# Parts that change next to nothing when they are new (the first slot loses its Markov term).
 _ADDED = {"markov_gate": True}
 # Fields that are neither the target's nor of the head's shape.
 _OTHER = (
@@ -82,13 +82,14 @@ def config_of_start(
 def start_from(head: SpecFormerHead, start: Path) -> None:
     """Take over all weights of the head in a directory, and its draft vocabulary.
 
-    What `head` has beyond them stays as it begins, see `_ADDED`.
+    What `head` has beyond them begins at 0 (see `_ADDED`).
 
     Raises:
         OSError: its weights are not there or cannot be read.
     """
     other = SpecFormerHead.from_pretrained(start, dtype=torch.float32)
-    head.load_state_dict(head.state_dict() | other.state_dict())
+    new = {name: torch.zeros_like(value) for name, value in head.state_dict().items()}
+    head.load_state_dict(new | other.state_dict())
 
 
 @torch.no_grad()

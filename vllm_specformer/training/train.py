@@ -31,6 +31,7 @@ from vllm_specformer.target.model import (
 from vllm_specformer.training import report
 from vllm_specformer.training.draft_vocabulary import choose_tokens, coverage, suggestion
 from vllm_specformer.training.heldout import evaluation_budgets
+from vllm_specformer.training.leaning_head import LeaningHead
 from vllm_specformer.training.optimizers import cpu_has_bfloat16
 from vllm_specformer.training.pace import Clock, Work
 from vllm_specformer.training.packed_head import PackedHead
@@ -170,7 +171,8 @@ def _train(
     settings, device, main = inputs.settings, processes.device, processes.is_main_process
     target = states.ends
     torch.manual_seed(settings.seed)
-    head = PackedHead(config)
+    leans = config.markov_gate and target.is_linear
+    head = LeaningHead(config) if leans else PackedHead(config)
     if settings.init is not None:
         start_from(head, settings.init)
     vocabulary = head.draft_token_ids
@@ -233,7 +235,7 @@ def _train(
         callbacks=[reporter],
         quiet=quiet,
     )
-    facts = about(inputs, trainer.model, counts, packed, trainer.save_dtype)
+    facts = about(inputs, trainer.served_head(), counts, packed, trainer.save_dtype)
     trainer.remove_callback(PrinterCallback)
     started = time.time()
     with disk_errors(directory.path, "log or result", directory.what_is_safe, directory.staging):
@@ -254,7 +256,8 @@ def _train(
                 "planned_steps": state.max_steps,
                 "seconds_of_last_run": round(time.time() - started, 1),
             }
-            write_result(directory, directory.path, trainer.model, facts, state.log_history, result)
+            head = trainer.served_head()
+            write_result(directory, directory.path, head, facts, state.log_history, result)
             directory.clean_up()
 
 

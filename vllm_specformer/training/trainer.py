@@ -27,7 +27,7 @@ from vllm_specformer.training.pace import EVALUATIONS, Clock, factor
 from vllm_specformer.training.packed_head import Objective, PackedHead
 from vllm_specformer.training.packing import Batch, Batches
 from vllm_specformer.training.result import save_head
-from vllm_specformer.training.run_directory import RunDirectory, disk_errors
+from vllm_specformer.training.run_directory import SERVED, RunDirectory, disk_errors
 from vllm_specformer.training.settings import COSINE_FLOOR, DECAY_SHARE, TrainSettings
 from vllm_specformer.training.states import States
 
@@ -248,7 +248,7 @@ class HeadTrainer(Trainer):
         self.model.eval()
         with self.accelerator.autocast():
             result = evaluate(
-                self.model,
+                self.served_head(),
                 self.states.ends,
                 self.texts,
                 shown,
@@ -280,7 +280,10 @@ class HeadTrainer(Trainer):
 
     def save_head(self, path: Path) -> None:
         """Write the head as it is served: configuration and weights in `save_dtype`."""
-        save_head(self.model, self.save_dtype, path)
+        save_head(self.served_head(), self.save_dtype, path)
+
+    def served_head(self) -> PackedHead:
+        return self.model.merged(self.states.ends)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.directory.staging)
@@ -301,8 +304,13 @@ class HeadTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Configuration and weights alone: the Trainer would pickle its arguments beside them."""
+        """Configuration and weights alone: the Trainer would pickle its arguments beside them.
+
+        And the head as it is served, of which `specformer train --finish` makes a result.
+        """
+        assert output_dir is not None
         self.model.save_pretrained(output_dir, state_dict=state_dict)
+        self.save_head(Path(output_dir, SERVED))
 
 
 def summary(result: Evaluation) -> dict[str, Any]:
