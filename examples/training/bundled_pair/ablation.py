@@ -48,7 +48,6 @@ ARMS: dict[str, tuple[str, ...]] = {
     # The rest changes one thing of the base each.
     "no Markov": ("--markov-rank", "0"),
     "Markov, rank 16": ("--markov-rank", "16"),
-    "gated Markov": ("--markov-gate",),
     "hook: last": ("--hooks", "6"),
     "hooks: last two": ("--hooks", "5,6"),
     "hooks: 1, 3, 5": ("--hooks", "1,3,5"),
@@ -59,6 +58,10 @@ ARMS: dict[str, tuple[str, ...]] = {
     "slots weigh 0.7^i": ("--slot-weights", ",".join(f"{0.7**i:.4f}" for i in range(8))),
     "half KL": ("--kl-weight", "0.5"),
     "all KL": ("--kl-weight", "1"),
+    "half KL, gated Markov": ("--kl-weight", "0.5", "--markov-gate"),
+    "half TV, gated Markov": ("--tv-weight", "0.5", "--markov-gate"),
+    "0.9 TV, gated Markov": ("--tv-weight", "0.9", "--markov-gate"),
+    "0.3 KL, 0.3 TV, gated Markov": ("--kl-weight", "0.3", "--tv-weight", "0.3", "--markov-gate"),
     "2 slot layers": ("--slot-layers", "2"),
     "draft vocabulary 1,024": ("--draft-vocab", "1024"),
     "draft vocabulary 512": ("--draft-vocab", "512"),
