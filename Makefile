@@ -83,7 +83,7 @@ soak: setup  ## twice 10,000 requests to a server, half an hour each at most (bu
 # Without the variable the theme announces its successor at every build.
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: setup  ## the documentation as a site, strictly (build/site/index.html)
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 figures: setup  ## hold the documents' figures against benchmarks/results (UPDATE=1: write them)
 	cd tests && ../$(BIN)/python -m support.figures $(if $(UPDATE),--update)

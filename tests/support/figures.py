@@ -19,37 +19,36 @@ about what stands above it, up to the comment before or the heading.
 A row with `$1` is the form of all rows of the table, `$1` being the row's own first cell, `$2` its
 second; a row without is that of the row with the same first cell. `...` as the last cell repeats
 the cell before it for all further columns, with `$head` for the column's heading. What is alone on
-the right of `=` is written with as many decimals as on the left. A path goes through objects by
-`/` (a name with one in quotes), into lists by `[number]` or by what an element has:
-`[arm=k4,concurrency=1]`. Rows of a CSV file are such a list. `**` does not count.
-`unchecked: REASON` stands for figures that no file has.
+the right of `=` is written with as many decimals as on the left. `support.results` has the form of
+paths. `**` does not count.
+`<!-- unchecked: REASON -->`, or such a line among others, is for figures that no file has;
+`<!-- made by ...: begin -->` stands before tables that a script writes.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from support.paths import ROOT
+from support.results import FigureError, filled, like, results, value_of
 from vllm_specformer.data.files import write_atomic
 
 COMMENT = re.compile(r"<!-- figures: (\S+)\n(.*?)\n-->", re.DOTALL)
+FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ .*$", re.MULTILINE)
-STEP = re.compile(r'"([^"]*)"|([^/\[\]]+)|\[([^\]]*)\]')
-OPERATION = re.compile(r" (over|times|minus|plus) ")
-UNCHECKED = "unchecked"
-
-
-class FigureError(Exception):
-    """A reference leads nowhere, or what it is about is not there."""
+UNCHECKED = re.compile(r"<!-- unchecked: (.+?) -->", re.DOTALL)
+MADE = re.compile(r"<!-- (?:made by|table:).*?<!-- end.*?-->", re.DOTALL)
+# What is no measurement: code, links, versions, papers.
+NO_FIGURE = re.compile(
+    r"`[^`]*`|\]\([^)]*\)|arXiv \d+\.\d+|vLLM \*{0,2}[\d.]+\*{0,2}|SmolLM2\S*", re.DOTALL
+)
+MEASURE = re.compile(r"(?<![\w.])(?:\d+\.\d+(?![\w.]*\d)|\d+(?=%))")
 
 
 @dataclass(frozen=True)
@@ -76,95 +75,21 @@ class Part:
         if rows:
             yield from of_table(self.above, content, {row[0]: row for row in rows})
         for line in self.lines:
-            if not line.startswith(("|", f"{UNCHECKED}:")):
+            if not line.startswith(("|", "unchecked: ")):
                 yield from of_text(self.above, content, line)
-
-
-@cache
-def results(path: Path) -> Any:
-    if path.suffix == ".csv":
-        with path.open(newline="") as file:
-            return [
-                {key: number(value) for key, value in row.items()} for row in csv.DictReader(file)
-            ]
-    return json.loads(path.read_text())
-
-
-def number(text: str) -> Any:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def lookup(content: Any, path: str) -> Any:
-    """What lies at `a/b[0]/c[x=1,y=two]`; a number stands for itself."""
-    if re.fullmatch(r"[\d.]+", path):
-        return float(path)
-    for quoted, plain, selection in STEP.findall(path):
-        name = quoted or plain.strip()
-        try:
-            content = content[name] if name else chosen(content, selection)
-        except (KeyError, IndexError, TypeError):
-            raise FigureError(f"{path}: no {name or selection}") from None
-    return content
-
-
-def chosen(rows: Any, selection: str) -> Any:
-    if selection.isdecimal():
-        return rows[int(selection)]
-    wanted = dict(part.split("=", 1) for part in selection.split(","))
-    found = [row for row in rows if all(same(row[key], text) for key, text in wanted.items())]
-    if len(found) != 1:
-        raise FigureError(f"[{selection}] is said of {len(found)} rows")
-    return found[0]
-
-
-def same(value: Any, text: str) -> bool:
-    if isinstance(value, (int, float)):
-        return number(text.replace(",", "")) == value
-    return str(value) == text
-
-
-def value_of(content: Any, expression: str) -> Any:
-    """A path, or several with `over`, `times`, `minus`, `plus` between them, from the left."""
-    first, *rest = OPERATION.split(expression)
-    value = lookup(content, first)
-    for operation, path in zip(rest[::2], rest[1::2], strict=True):
-        other = lookup(content, path)
-        value = {
-            "over": lambda a, b: a / b,
-            "times": lambda a, b: a * b,
-            "minus": lambda a, b: a - b,
-            "plus": lambda a, b: a + b,
-        }[operation](value, other)
-    return value
-
-
-def filled(content: Any, template: str) -> str:
-    """A template with the values of its `{expression:format}`."""
-
-    def value(match: re.Match[str]) -> str:
-        expression, _, form = match[1].rpartition(":") if ":" in match[1] else (match[1], "", "")
-        return format(value_of(content, expression), form)
-
-    return re.sub(r"\{([^}]*)\}", value, template)
-
-
-def like(text: str, value: Any) -> str:
-    """A value written as `text` is: decimals, thousands, per cent."""
-    digits = re.fullmatch(r"-?[\d,]+(?:\.(\d+))?(%?)", text)
-    if not digits:
-        raise FigureError(f"{text!r} is no single figure; write {{path:format}} on the right")
-    thousands = "," if "," in text or (len(text.partition(".")[0]) < 4) else ""
-    return format(value, f"{thousands}.{len(digits[1] or '')}{'%' if digits[2] else 'f'}")
 
 
 def cells(row: str) -> list[str]:
     return [cell.strip() for cell in row.strip().strip("|").replace("**", "").split("|")]
 
 
+def without_blocks(document: str) -> str:
+    """Blanks in place of code blocks, so that a shell's comments are no headings."""
+    return FENCE.sub(lambda block: re.sub(r"[^\n]", " ", block[0]), document)
+
+
 def parts(document: str) -> Iterator[Part]:
+    document = without_blocks(document)
     for match in COMMENT.finditer(document):
         above = document[: match.start()]
         begin = max((one.end() for one in HEADING.finditer(above)), default=0)
@@ -190,7 +115,12 @@ def of_table(above: str, content: Any, templates: dict[str, list[str]]) -> Itera
         seen.add(template[0])
         right = [filled(content, cell) for cell in expanded(template, heads, found)]
         if right != found:
-            yield Difference(row, f"| {' | '.join(right)} |")
+            bold = [cell.strip().startswith("**") for cell in row.strip().strip("|").split("|")]
+            shown = [
+                f"**{cell}**" if is_bold else cell
+                for cell, is_bold in zip(right, bold, strict=True)
+            ]
+            yield Difference(row, f"| {' | '.join(shown)} |")
     if missing := set(templates) - seen:
         raise FigureError(f"no row for {sorted(missing)}")
 
@@ -223,6 +153,34 @@ def of_text(above: str, content: Any, line: str) -> Iterator[Difference]:
     value = filled(content, right) if "{" in right else like(text, value_of(content, right))
     if value != text:
         yield Difference(text, value)
+
+
+def uncovered(document: str) -> Iterator[str]:
+    """Decimal figures and shares of a page that no comment is about."""
+    begin = 0
+    rest = MADE.sub("", without_blocks(document))
+    ends = re.compile(f"{COMMENT.pattern}|{UNCHECKED.pattern}", re.DOTALL)
+    for match in [*ends.finditer(rest), None]:
+        above = rest[begin : match.start() if match else None]
+        begin = match.end() if match else begin
+        *before, last = re.split(HEADING, above)
+        for part in before:
+            yield from figures_of(part, "")
+        if match is None:
+            yield from figures_of(last, "")
+        elif match[0].startswith("<!-- figures"):
+            yield from figures_of(last, match[2])
+
+
+def figures_of(part: str, lines: str) -> Iterator[str]:
+    """What of a part its comment does not name."""
+    if re.search(r"^unchecked: .", lines, re.MULTILINE):
+        return
+    tables = "\n|" in part and not re.search(r"^\|", lines, re.MULTILINE)
+    named = {text for line in lines.splitlines() for text in MEASURE.findall(line.split(" = ")[0])}
+    for line in NO_FIGURE.sub(" ", part).splitlines():
+        if tables or not line.startswith("|"):
+            yield from (text for text in MEASURE.findall(line) if text not in named)
 
 
 def updated(document: str) -> str:
