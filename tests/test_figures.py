@@ -85,7 +85,7 @@ def test_mechanisms_are_the_recorded_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("document", "what"), [("training-cost.md", "training"), ("one-step.md", "sharding")]
+    ("document", "what"), [("training-cost.md", "training"), ("tensor-parallel.md", "sharding")]
 )
 def test_costs_on_paper_are_those_of_the_script(document: str, what: str) -> None:
     """The page may leave out rows."""
