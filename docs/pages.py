@@ -26,13 +26,15 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    return Files([file_of(path, config) for path in sorted(reachable())])
+    """The theme's own files stay; those of docs/ come again, under their place in here."""
+    theme = [file for file in files if file.src_dir != config.docs_dir]
+    return Files([*theme, *(file_of(path, config) for path in sorted(reachable()))])
 
 
 def reachable() -> set[Path]:
-    """The documents, and what they link to."""
+    """The documents, what they link to, and the style sheet."""
     found: set[Path] = set()
-    waiting = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    waiting = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/*.css")]
     while waiting:
         path = waiting.pop()
         if path not in found and path.suffix == ".md":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,5 +47,7 @@ def test_the_site_is_built_strictly(tmp_path: Path) -> None:
     done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     front = (tmp_path / "index.html").read_text()
+    for sheet in re.findall(r'<link rel="stylesheet" href="([^"]+)"', front):
+        assert (tmp_path / sheet).is_file()
     assert "vllm-specformer" in front
     assert (tmp_path / "docs" / "figures" / "masks.png").is_file()
