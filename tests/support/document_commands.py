@@ -41,7 +41,7 @@ ENGINE = '{"enforce_eager": true, "max_model_len": 512, "kv_cache_memory_bytes":
 SHORTER = {
     "distill": ("--max-prompts", "12", "--max-tokens", "32"),
     "train": ("--max-steps", "4", "--device", "cpu"),
-    "eval": ("--max-prompts", "4"),
+    "eval": ("--max-prompts", "8"),
     "plan": ("--batch", "1", "2"),
 }
 MEASURED_PLAN = ("--cycles", "1", "--steps", "2", "--seconds", "0.01", "--max-prompts", "8")
