@@ -36,7 +36,7 @@ SECONDS = (r"^specformer doctor", r"^specformer check HEAD", r"^sed -n")
 # What a document's reader puts in, as it lies in a clone.
 _HEAD, _TARGET = (str(path.relative_to(ROOT)) for path in (HEAD, TARGET))
 STAND_INS = {"HEAD": _HEAD, "TARGET": _TARGET, "MODEL": _TARGET}
-ENGINE = '{"enforce_eager": true, "max_model_len": 512, "kv_cache_memory_bytes": 134217728}'
+ENGINE = '{"enforce_eager": true, "kv_cache_memory_bytes": 134217728}'
 # What makes a command one of a minute; of an option given twice the last one counts.
 SHORTER = {
     "distill": ("--max-prompts", "12", "--max-tokens", "32"),
