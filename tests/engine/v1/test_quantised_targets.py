@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from support.family_pairs import Pair
 from support.paths import HEAD, PROMPTS, TARGET
-from support.processor import HAS_AVX512
+from support.processor import HAS_AMX, HAS_AVX512
 from support.quantised import quantise
 from support.served_pairs import served
 
@@ -38,7 +38,7 @@ KINDS = {
     "w4a16": Kind("half", 3e-3, 0.01),
     "gptq": Kind("half", 3e-3, 0.01),
     "awq": Kind("half", 3e-3, 0.01),
-    "w8a8": Kind("float32", 5e-2, 0.04),
+    "w8a8": Kind("half" if HAS_AMX else "float32", 5e-2, 0.04),
 }
 
 # vLLM's build for processors without AVX-512 lacks the operation, with or without speculation.
