@@ -249,7 +249,8 @@ class SpecFormerHead(PreTrainedModel):
         if rows == proj.out_features:
             slots = proj(normed)
         else:
-            slots = F.linear(normed, proj.weight[:rows], proj.bias[:rows])
+            # vLLM's own product on a CPU with AMX has made the bias float32.
+            slots = F.linear(normed, proj.weight[:rows], proj.bias[:rows].to(normed.dtype))
         return slots.unflatten(-1, (num_slots, -1))
 
     def run_slots(self, slots: Tensor, anchor_positions: Tensor, attend: Attend) -> Tensor:

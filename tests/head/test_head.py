@@ -379,6 +379,16 @@ def test_markov_term_starts_at_zero() -> None:
     assert not gates[0].any()  # the first slot's
 
 
+@torch.no_grad()
+def test_fewer_slots_with_the_bias_that_amx_wants() -> None:
+    """vLLM's CPU build keeps it in float32 there, beside weights of 16 bits."""
+    head = make().bfloat16()
+    normed = torch.randn(4, SIZE, dtype=torch.bfloat16)
+    expected = head.open_slots(normed, 2)
+    head.positional_proj.bias.data = head.positional_proj.bias.data.float()
+    assert torch.equal(head.open_slots(normed, 2), expected)
+
+
 # --- files ---
 
 
