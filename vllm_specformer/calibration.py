@@ -3,7 +3,7 @@
 That probability tells how sure the head is, not how often it is right. A calibration is a logistic
 curve per slot between the two: few parameters, so that some dozens of texts fix them.
 `specformer eval --calibrate` fits it, the head's config.json keeps it, and it is used where drafts
-that are not worth verifying are left out (docs/choosing-k.md).
+that are not worth verifying are left out (docs/confidence.md).
 """
 
 from __future__ import annotations

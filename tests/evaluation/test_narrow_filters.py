@@ -1,7 +1,7 @@
 """Where greedy drafts are better for sampled requests than drawn ones: what `draws/rules.py` says.
 
 Replayed on answers of the bundled target under each filter; with `-s` the table of
-docs/choosing-k.md.
+docs/sampled-requests.md.
 """
 
 from __future__ import annotations

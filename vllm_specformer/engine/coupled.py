@@ -5,7 +5,7 @@ changes with the draft although its distribution does not. Here every verified r
 as it would be without speculation (V2's sampler draws from noise keyed by request seed and
 position), and a draft is accepted while it equals the sampled token. With a seed the text is then
 the same with speculation on and off, with any head and any number of drafts. A greedy draft is
-accepted as often as under vLLM's rule; see docs/kernels.md for sampled ones.
+accepted as often as under vLLM's rule; see docs/verification.md for sampled ones.
 """
 
 from __future__ import annotations

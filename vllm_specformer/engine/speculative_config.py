@@ -26,7 +26,7 @@ MAX_TREE_NODES = 63  # the root and they are the bits of a word
 _STANDARD, _SYNTHETIC = "standard", "synthetic"
 _LOSSY = {
     "block": "does not keep the target's distribution in this vLLM (it meets the same noise twice, "
-    "see docs/kernels.md)",
+    "see docs/verification.md)",
     "fly": "accepts drafts that the target would not have chosen",
 }
 

@@ -65,7 +65,7 @@ class EvalSettings(CommandSettings):
     )
     tree_nodes: tuple[Nodes, ...] | None = Field(
         None,
-        description="Replay trees of so many drafted nodes, too (docs/kernels.md).",
+        description="Replay trees of so many drafted nodes, too (docs/verification.md).",
     )
     fit_tree_ranking: bool = Field(
         False,
@@ -76,7 +76,7 @@ class EvalSettings(CommandSettings):
         False,
         description="Fit on these answers how probably drafts are accepted, given how sure the "
         "head is of them, for greedy and for sampled requests, and write it to the head's "
-        "config.json (docs/choosing-k.md).",
+        "config.json (docs/confidence.md).",
     )
     likeliest: bool = Field(
         False,

@@ -116,7 +116,7 @@ class Plan:
         }
 
     def confident_config(self, head: str) -> dict[str, Any]:
-        """The same for the V1 runner with drafts cut where the head is not sure (choosing-k.md)."""
+        """The same for the V1 runner with drafts cut where the head is not sure (confidence.md)."""
         return {
             "method": "specformer",
             "model": head,

@@ -1,6 +1,6 @@
 """What drawn drafts, the default, bring sampled requests over greedy ones, in the engine.
 
-With `-s` the figures of docs/choosing-k.md.
+With `-s` the figures of docs/sampled-requests.md.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ METHOD = "draft_sample_method"
 
 # A request that keeps less than this share of the target's probability, or so few tokens, is better
 # served by greedy drafts: too much of what the head's whole distribution gives lies outside.
-# Measured on the bundled pair, docs/choosing-k.md.
+# Measured on the bundled pair, docs/sampled-requests.md.
 NARROW_TOP_P = 0.65
 NARROW_TOP_K = 2
 
