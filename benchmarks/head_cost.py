@@ -1,7 +1,7 @@
 """What a head costs, from shapes alone; nothing is measured.
 
-python benchmarks/head_cost.py training     # parameters, memory, FLOPs, hours: docs/training-cost.md
-python benchmarks/head_cost.py sharding     # replicated or sharded: docs/one-step.md
+python benchmarks/head_cost.py training  # parameters, memory, FLOPs, hours: docs/training-cost.md
+python benchmarks/head_cost.py sharding  # replicated or sharded: docs/tensor-parallel.md
 """
 
 from __future__ import annotations
