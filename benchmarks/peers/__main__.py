@@ -4,8 +4,8 @@
     python -m peers --again specformer      # our head anew, after a change of its training
     python -m peers --collect               # table, curves and document of what is there
 
-What is there is not made again, so the command may be stopped at any time; a training that was
-stopped begins anew. Results: benchmarks/results/peers; the document is docs/peers.md.
+What is there is not made again, and a training goes on from its last checkpoint, so the command may
+be stopped at any time. Results: benchmarks/results/peers; the document is docs/peers.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -49,6 +50,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
+    # Ends the training under way, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if not args.collect:
         answers.make(args.work, args.prompts, args.held_out)
         asked = heads(tuple(args.budgets), args.seeds and tuple(args.seeds), tuple(args.kinds))
@@ -60,7 +63,8 @@ def make(asked: Sequence[Head], args: argparse.Namespace) -> None:
     """Train and replay what is missing, with one bar over all of it."""
     for head in asked:
         if head.kind in args.again:
-            shutil.rmtree(args.work / "heads" / head.name, ignore_errors=True)
+            for name in (head.name, f".{head.name}.partial"):
+                shutil.rmtree(args.work / "heads" / name, ignore_errors=True)
     todo = [head for head in asked if head.kind in args.again or not row_of(head, args.results)]
     with tqdm(total=sum(head.budget + REPLAY for head in todo), unit="cpu-s") as bar:
         for head in todo:

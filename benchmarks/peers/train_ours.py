@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +27,12 @@ from peers.clock import CpuClock
 from peers.plan import TARGET
 from peers.target_states import Aside, TargetStates
 from vllm_specformer.config import SpecFormerConfig
+from vllm_specformer.data.files import write_atomic
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.target.model import load_target
 from vllm_specformer.training import train as training
 from vllm_specformer.training.hooked_rows import HookedRows
-from vllm_specformer.training.packing import Batch
+from vllm_specformer.training.packing import Batch, Batches
 from vllm_specformer.training.result import Inputs
 from vllm_specformer.training.rows import lay_out, parts_of
 from vllm_specformer.training.run_directory import RunDirectory
@@ -47,13 +50,20 @@ class KeptStates(TransformersStates):
 
     def __init__(self, states: TargetStates, place: Path) -> None:
         super().__init__(states.target, place, 0)
-        self.states, self.counts = states, {"texts": 0, "tokens": 0}
+        self.states = states
+        self.batches: Batches
+
+    def begin(self, batches: Batches) -> None:
+        super().begin(batches)
+        self.batches = batches
+
+    def counts(self, steps: int) -> dict[str, int]:
+        """Texts and tokens of so many steps, those before an interruption, too."""
+        seen = [i for n in range(steps) for row in self.batches.batch(n) for i in row]
+        return {"texts": len(seen), "tokens": int(self.states.texts.lengths[seen].sum())}
 
     def trained(self, number: int, batch: Batch, fields: dict[str, Tensor]) -> HookedRows:
-        indices = [index for row in batch for index in row]
-        self.states.make(indices)
-        self.counts["texts"] += len(indices)
-        self.counts["tokens"] += int(self.states.texts.lengths[indices].sum())
+        self.states.make(index for row in batch for index in row)
         ids = fields["input_ids"]
         kept = lay_out(self.states.of, batch, self.states.texts, ids.shape[1])
         parts = parts_of(kept, ids.device, torch.float32)
@@ -120,17 +130,23 @@ def main() -> None:
     args = parser.parse_args()
     parts, wall = Parts(args.data), time.time()
     parts.put_in()
-    place = training.train(settings(args.data, args.out, args.seconds, args.seed))
-    provenance = json.loads((place / "provenance.json").read_text())
-    about = parts.states.counts | {
-        "steps": provenance["result"]["steps"],
-        "cpu_seconds": round(parts.clock.limit * parts.clock.reached, 1),
+    # It has its last name once it is counted, so that it can be told from one that was stopped.
+    half = args.out.with_name(f".{args.out.name}.partial")
+    if RunDirectory(half).complete:
+        shutil.rmtree(half)
+    place = training.train(settings(args.data, half, args.seconds, args.seed))
+    steps = json.loads((place / "provenance.json").read_text())["result"]["steps"]
+    about = parts.states.counts(steps) | {
+        "steps": steps,
+        "cpu_seconds": round(args.seconds * parts.clock.reached, 1),
         "states_cpu_seconds": round(parts.aside.seconds, 1),
         "wall_seconds": round(time.time() - wall, 1),
         "parameters": sum(t.numel() for t in load_file(place / "model.safetensors").values()),
         "answers": len(parts.states.states.texts),
     }
-    (place / "training.json").write_text(json.dumps(about) + "\n")
+    write_atomic(place / "training.json", (json.dumps(about) + "\n").encode())
+    shutil.rmtree(args.out, ignore_errors=True)
+    os.replace(place, args.out)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from peers import answers
+from peers.checkpoint import Counts, load, save
+from peers.clock import CpuClock
 from peers.library import Peer, layers_of, new_peer
 from peers.plan import PEERS, TARGET
 from peers.target_states import Aside, TargetStates
+from vllm_specformer.data.files import write_atomic
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.target.model import load_target
 from vllm_specformer.training.pace import factor
@@ -32,6 +36,8 @@ TEXTS = 12  # in a step
 WARMUP = 0.01  # the library's share of the steps; then the rate falls linearly to 0
 CLIP = 1.0
 SHORTEST = 4  # tokens of an answer
+BETWEEN_CHECKPOINTS = 60.0  # cpu-seconds
+COUNTED = ("steps", "texts", "tokens", "cpu_seconds", "states_cpu_seconds", "wall_seconds")
 
 
 def open_target() -> HookedTarget:
@@ -81,50 +87,64 @@ def options_of(peer: Peer, fields: dict[str, Tensor]) -> dict[str, Any]:
     return peer.options | {"max_anchors": min(peer.options["max_anchors"], anchors)}
 
 
-def train(peer: Peer, texts: Texts, states: TargetStates, seconds: float, seed: int) -> dict:
-    """Train until the cpu-seconds are used up; returns counts."""
-    lengths = [sum(end - start for start, end in texts.answers(i)) for i in range(len(texts))]
-    usable = [i for i, length in enumerate(lengths) if length >= SHORTEST]
-    optimizers, parameters = peer.optimizers(), peer.trained()
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    highest = [group["lr"] for group in groups]
+def order(count: int, seed: int) -> Iterator[int]:
+    """Places in the texts, one epoch after another."""
     draw = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
-    counts = {"steps": 0, "texts": 0, "tokens": 0}
-    started, wall, before = time.process_time(), time.time(), states.aside.seconds
-    bar = tqdm(total=round(seconds), unit="cpu-s", desc=peer.kind, mininterval=10)
-    peer.model.train()
     while True:
-        spent = time.process_time() - started - (states.aside.seconds - before)
-        if spent >= seconds:
-            break
-        bar.update(round(spent) - bar.n)
-        for group, rate in zip(groups, highest, strict=True):
-            group["lr"] = rate * factor("linear", spent / seconds, WARMUP)
-        while len(waiting) < TEXTS:
-            order = torch.randperm(len(usable), generator=draw).tolist()
-            waiting += [usable[i] for i in order]
-        batch, waiting = waiting[:TEXTS], waiting[TEXTS:]
-        states.make(batch)
+        yield from torch.randperm(count, generator=draw).tolist()
+
+
+class Training:
+    """A head, its optimizers and how far it is."""
+
+    def __init__(self, peer: Peer, texts: Texts, states: TargetStates, seed: int) -> None:
+        self.peer, self.texts, self.states, self.seed = peer, texts, states, seed
+        self.optimizers, self.parameters = peer.optimizers(), peer.trained()
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.rates = [(group, float(group["lr"])) for group in groups]
+        self.counts: Counts = dict.fromkeys(COUNTED, 0)
+
+    def run(self, seconds: float, file: Path) -> None:
+        """Train until the cpu-seconds are used up; goes on from `file` if it is there."""
+        self.counts = load(file, self.peer.model, self.optimizers) or self.counts
+        lengths = [sum(e - s for s, e in self.texts.answers(i)) for i in range(len(self.texts))]
+        usable = [i for i, length in enumerate(lengths) if length >= SHORTEST]
+        places = islice(order(len(usable), self.seed), int(self.counts["texts"]), None)
+        before, saved = dict(self.counts), self.counts["cpu_seconds"]
+        clock, wall, aside = CpuClock(seconds, self.states.aside), time.time(), self.states.aside
+        clock.start(before["cpu_seconds"], 0.0)
+        self.peer.model.train()
+        with tqdm(total=round(seconds), unit="cpu-s", desc=self.peer.kind, mininterval=10) as bar:
+            while clock.advance() < 1:
+                bar.update(round(clock.seconds) - bar.n)
+                self.step([usable[next(places)] for _ in range(TEXTS)], clock.reached)
+                self.counts["cpu_seconds"] = round(clock.seconds, 1)
+                self.counts["wall_seconds"] = round(before["wall_seconds"] + time.time() - wall, 1)
+                self.counts["states_cpu_seconds"] = round(
+                    before["states_cpu_seconds"] + aside.seconds, 1
+                )
+                if clock.seconds - saved > BETWEEN_CHECKPOINTS:
+                    saved = clock.seconds
+                    save(file, self.peer.model, self.optimizers, self.counts)
+
+    def step(self, batch: Sequence[int], progress: float) -> None:
+        """One update, at the rate of this progress from 0 to 1."""
+        for group, highest in self.rates:
+            group["lr"] = highest * factor("linear", progress, WARMUP)
+        self.states.make(batch)
+        # Anchors are drawn from here: a training that goes on draws what one in a piece would.
+        torch.manual_seed(1_000_003 * self.seed + int(self.counts["steps"]))
         for index in batch:
-            fields = sample(peer, texts, states, index)
-            _, loss, _ = peer.model(**fields, **options_of(peer, fields))
+            fields = sample(self.peer, self.texts, self.states, index)
+            _, loss, _ = self.peer.model(**fields, **options_of(self.peer, fields))
             (loss / len(batch)).backward()
-            counts["tokens"] += int(texts.lengths[index])
-        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-        for optimizer in optimizers:
+            self.counts["tokens"] += int(self.texts.lengths[index])
+        torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        counts["steps"] += 1
-        counts["texts"] += len(batch)
-    bar.close()
-    return counts | {
-        "cpu_seconds": round(spent, 1),
-        "states_cpu_seconds": round(states.aside.seconds - before, 1),
-        "wall_seconds": round(time.time() - wall, 1),
-        "last_loss": round(float(loss), 4),
-        "rates": highest,
-    }
+        self.counts["steps"] += 1
+        self.counts["texts"] += len(batch)
 
 
 def main() -> None:
@@ -140,14 +160,15 @@ def main() -> None:
     states = TargetStates(args.data / "states", target, texts, Aside())
     vocabulary = target.target.config.vocab_size
     peer = new_peer(args.kind, vocabulary, rarest_token(texts, vocabulary))
-    counts = train(peer, texts, states, args.seconds, args.seed)
-    about = counts | {"parameters": sum(p.numel() for p in peer.trained()), "answers": len(texts)}
+    training = Training(peer, texts, states, args.seed)
     half = args.out.with_name(f".{args.out.name}.partial")
-    shutil.rmtree(half, ignore_errors=True)
-    peer.model.eval().save_pretrained(half)
-    (half / "training.json").write_text(json.dumps(about) + "\n")
+    training.run(args.seconds, half / "checkpoint.safetensors")
+    parameters = sum(p.numel() for p in training.parameters)
+    about = training.counts | {"parameters": parameters, "answers": len(texts)}
     shutil.rmtree(args.out, ignore_errors=True)
-    os.replace(half, args.out)
+    peer.model.eval().save_pretrained(args.out)
+    write_atomic(args.out / "training.json", (json.dumps(about) + "\n").encode())
+    shutil.rmtree(half, ignore_errors=True)
 
 
 if __name__ == "__main__":
