@@ -100,9 +100,12 @@ class Training:
     def __init__(self, peer: Peer, texts: Texts, states: TargetStates, seed: int) -> None:
         self.peer, self.texts, self.states, self.seed = peer, texts, states, seed
         self.optimizers, self.parameters = peer.optimizers(), peer.trained()
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.rates = [(group, float(group["lr"])) for group in groups]
+        self.rates = [float(group["lr"]) for group in self.groups()]
         self.counts: Counts = dict.fromkeys(COUNTED, 0)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Groups of parameters; a checkpoint that is loaded puts others in their place."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def run(self, seconds: float, file: Path) -> None:
         """Train until the cpu-seconds are used up; goes on from `file` if it is there."""
@@ -129,7 +132,7 @@ class Training:
 
     def step(self, batch: Sequence[int], progress: float) -> None:
         """One update, at the rate of this progress from 0 to 1."""
-        for group, highest in self.rates:
+        for group, highest in zip(self.groups(), self.rates, strict=True):
             group["lr"] = highest * factor("linear", progress, WARMUP)
         self.states.make(batch)
         # Anchors are drawn from here: a training that goes on draws what one in a piece would.
