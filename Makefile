@@ -7,7 +7,7 @@ PAIR ?= smollm2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup target demo serve test test-slow test-install test-statistics test-families test-matrix test-next-vllm kv-groups soak lint bench trees peers peers-serve candidates bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
+.PHONY: help setup target demo serve test test-slow test-install test-statistics test-families test-matrix test-next-vllm kv-groups soak lint bench trees peers candidates bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -137,12 +137,9 @@ $(PEERS_ENV)/.ready: benchmarks/peers/requirements.txt $(READY)
 	$(PEERS_ENV)/bin/python -m pip install -q --no-deps -r benchmarks/peers/requirements.txt
 	@touch $@
 
-peers: $(PEERS_ENV)/.ready  ## our head beside EAGLE-3, P-EAGLE, DFlash and DSpark (docs/peers.md): hours (BUDGET=240 SEED=0 KIND=specformer, PEERS_OPTIONS=)
+peers: $(PEERS_ENV)/.ready  ## our head beside EAGLE-3, P-EAGLE, DFlash and DSpark (docs/peers.md): hours (BUDGET=, SEED=, KIND=, PEERS_OPTIONS=)
 	$(PEERS_PYTHON) -m peers $(if $(BUDGET),--budgets $(BUDGET)) $(if $(SEED),--seeds $(SEED)) \
 		$(if $(KIND),--kinds $(KIND)) $(PEERS_OPTIONS)
-
-peers-serve: $(PEERS_ENV)/.ready  ## the heads of `make peers` in vLLM's V1 runner, interleaved (PEERS_OPTIONS=)
-	$(PEERS_PYTHON) -m peers.served $(PEERS_OPTIONS)
 
 candidates: target  ## several candidates by every rule, two targets (docs/candidates.md, benchmarks/results/candidates.json)
 	$(BIN)/python benchmarks/candidates.py

@@ -1,6 +1,7 @@
 """Train and replay all heads that are asked for: `make peers`, or
 
     python -m peers --budgets 240 --seeds 0 --kinds eagle3 specformer
+    python -m peers --budgets 240 --serve   # and then in vLLM, heads of the longest budget
     python -m peers --again specformer      # our head anew, after a change of its training
     python -m peers --collect               # table, curves and document of what is there
 
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from peers import answers, report
 from peers.plan import BUDGETS, KINDS, RESULTS, WORK, Head, heads
+from peers.served import LOADS, ROUNDS, SERVED, Store, compare
 from vllm_specformer.data.files import write_atomic
 
 REPLAY = 60  # cpu-seconds that a replay and the start of two processes take, about
@@ -37,13 +39,19 @@ Row = dict[str, Any]
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), metavar="SECONDS")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: two, of the longest one")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="default: 0 and 1, with the longest budget 0"
+    )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--again", nargs="+", default=[], choices=KINDS, help="train these anew")
+    parser.add_argument("--serve", action="store_true", help="let vLLM draft with the heads, too")
+    parser.add_argument("--loads", type=int, nargs="+", default=list(LOADS), choices=LOADS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of serving")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="to train on the answers of")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help="prompts to replay")
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--document", type=Path, default=report.DOCUMENT, help="gets the tables")
     parser.add_argument("--collect", action="store_true", help="train nothing")
     return parser.parse_args(arguments)
 
@@ -56,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         answers.make(args.work, args.prompts, args.held_out)
         asked = heads(tuple(args.budgets), args.seeds and tuple(args.seeds), tuple(args.kinds))
         make(asked, args)
-    report.write(args.results)
+        if args.serve:
+            serve(asked, args)
+    report.write(args.results, args.document)
 
 
 def make(asked: Sequence[Head], args: argparse.Namespace) -> None:
@@ -72,7 +82,18 @@ def make(asked: Sequence[Head], args: argparse.Namespace) -> None:
             before = bar.n
             keep(one(head, args, bar), args.results)
             bar.update(before + head.budget + REPLAY - bar.n)
-            report.write(args.results)
+            report.write(args.results, args.document)
+
+
+def serve(asked: Sequence[Head], args: argparse.Namespace) -> None:
+    """Heads of the longest budget and the first seed, as far as the V1 runner has their kind."""
+    last = max(asked, key=lambda head: (head.budget, -head.seed))
+    chosen = [head for head in asked if (head.budget, head.seed) == (last.budget, last.seed)]
+    places = {h.kind: args.work / "heads" / h.name for h in chosen if h.kind in SERVED}
+    held = answers.read(args.work, answers.held_out(0.0))
+    texts = [text.input_ids[: text.spans[0][0]].tolist() for text in held.each()]
+    store = Store(args.results / report.SERVED, {"budget": last.budget, "seed": last.seed})
+    compare(places, texts, args.loads, args.rounds, args.work / "logs", store)
 
 
 def one(head: Head, args: argparse.Namespace, bar: tqdm) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,13 +28,14 @@ def read(results: Path) -> list[Row]:
     return rows
 
 
-def write(results: Path, document: Path = DOCUMENT) -> None:
+def write(results: Path, document: Path) -> None:
     """Curves beside the results, tables into the document."""
-    rows = read(results)
-    if not rows:
-        raise SystemExit(f"{results} holds no result yet; leave out --collect")
-    curves.draw(rows, results / PLOT)
-    text = "\n".join([*tables(rows), *served_table(results / SERVED)])
+    rows, lines = read(results), []
+    if rows:
+        curves.draw(rows, results / PLOT)
+        place = os.path.relpath(results / PLOT, document.parent)
+        lines = [f"![tokens per step by cpu-seconds and K]({place})", ""]
+    text = "\n".join([*tables(rows), *lines, *served_table(results / SERVED)])
     before, _, rest = document.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     write_atomic(document, f"{before}{BEGIN}\n\n{text}\n{END}{after}".encode())

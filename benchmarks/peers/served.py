@@ -8,17 +8,16 @@ the clock where others compute on the same cores.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from peers import answers
-from peers.plan import OURS, RESULTS, TARGET, WORK, Head
+from peers.plan import OURS, TARGET
 from vllm_specformer.data.files import write_atomic
 from vllm_specformer.serving.engine_process import EngineProcess, EngineProcessError
 
@@ -62,62 +61,54 @@ def prompts_of(texts: Sequence[list[int]], count: int, round_: int) -> list[list
     return [texts[(first + i) % len(texts)] for i in range(count)]
 
 
-def serve(heads: dict[str, Path], texts: list[list[int]], args: argparse.Namespace) -> list[Row]:
+@dataclass
+class Store:
+    """The rows so far, in a file.
+
+    Attributes:
+        about: whose heads they are.
+    """
+
+    path: Path
+    about: Row
+    rows: list[Row] = field(default_factory=list)
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = self.about | {"K": K, "max_tokens": MAX_TOKENS, "rows": self.rows}
+        write_atomic(self.path, (json.dumps(content) + "\n").encode())
+
+
+def compare(
+    heads: dict[str, Path],
+    texts: list[list[int]],
+    loads: Sequence[int],
+    rounds: int,
+    logs: Path,
+    store: Store,
+) -> None:
     """One row per round, load and engine."""
-    rows: list[Row] = []
+    logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         engines: dict[str, EngineProcess] = {}
-        for kind, place in tqdm(heads.items(), desc="engines", unit="engine"):
-            log = args.work / "logs" / f"served-{kind}.log"
-            log.parent.mkdir(parents=True, exist_ok=True)
-            process = EngineProcess(engine_of(place, kind), log, ENVIRONMENT)
+        both = {NONE: Path()} | heads
+        for kind, place in tqdm(both.items(), desc="engines", unit="engine"):
+            process = EngineProcess(
+                engine_of(place, kind), logs / f"served-{kind}.log", ENVIRONMENT
+            )
             try:
                 engines[kind] = stack.enter_context(process)
                 ask(engines[kind], texts[:8], 4)  # warm
             except EngineProcessError as error:
                 engines.pop(kind, None)
-                rows.append({"kind": kind, "failure": str(error).splitlines()[0]})
-        turns = [(n, load) for n in range(args.rounds) for load in args.loads]
+                store.rows.append({"kind": kind, "failure": str(error).splitlines()[0]})
+        turns = [(number, load) for number in range(rounds) for load in loads]
         for number, load in tqdm(turns, desc="rounds", unit="load"):
-            order = list(engines) if number % 2 == 0 else list(reversed(engines))
-            for kind in order:
-                asked = prompts_of(texts, LOADS[load], number)
-                found = ask(engines[kind], asked, load)
-                rows.append({"kind": kind, "requests": load, "round": number} | found)
-            write_rows(args.out, rows, args)
-    return rows
+            for kind in list(engines) if number % 2 == 0 else list(reversed(engines)):
+                found = ask(engines[kind], prompts_of(texts, LOADS[load], number), load)
+                store.rows.append({"kind": kind, "requests": load, "round": number} | found)
+            store.write()
 
 
 def ask(engine: EngineProcess, prompts: list[list[int]], at_once: int) -> Row:
     return engine.call("peers.load:answer", prompts=prompts, at_once=at_once, max_tokens=MAX_TOKENS)
-
-
-def write_rows(path: Path, rows: list[Row], args: argparse.Namespace) -> None:
-    about = {"budget": args.budget, "seed": args.seed, "K": K, "max_tokens": MAX_TOKENS}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps(about | {"rows": rows}) + "\n").encode())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--out", type=Path, default=RESULTS / "served.json")
-    parser.add_argument("--budget", type=int, default=240)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", default=list(SERVED), choices=SERVED)
-    parser.add_argument("--loads", type=int, nargs="+", default=list(LOADS), choices=LOADS)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    args = parser.parse_args()
-    heads = {
-        kind: args.work / "heads" / Head(kind, args.budget, args.seed).name for kind in args.kinds
-    }
-    missing = [str(place) for place in heads.values() if not (place / "training.json").is_file()]
-    if missing:
-        raise SystemExit(f"not trained yet: {', '.join(missing)}")
-    held = answers.read(args.work, answers.held_out(0.0))
-    texts = [text.input_ids[: text.spans[0][0]].tolist() for text in held.each()]
-    write_rows(args.out, serve({NONE: Path()} | heads, texts, args), args)
-
-
-if __name__ == "__main__":
-    main()

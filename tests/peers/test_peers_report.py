@@ -48,7 +48,18 @@ def test_seeds_are_averaged_and_what_is_missing_is_told(tmp_path: Path) -> None:
     assert "EAGLE-3" not in text[text.index("Not run") :].split(";")[0]
     assert "SpecFormer at 240 cpu-seconds with seed 1" in text
     assert "all heads at 4,000 cpu-seconds with seed 0" in text
+    assert f"({report.PLOT})" in text
     assert (tmp_path / report.PLOT).stat().st_size > 1000
+
+
+def test_before_the_first_result_everything_is_missing(tmp_path: Path) -> None:
+    document = tmp_path / "page.md"
+    document.write_text(f"{report.BEGIN}{report.END}")
+    report.write(tmp_path, document)
+    text = document.read_text()
+    assert "all heads at 240 cpu-seconds with seed 0" in text
+    assert "Not run: serving" in text
+    assert not (tmp_path / report.PLOT).exists()
 
 
 def test_a_later_result_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
