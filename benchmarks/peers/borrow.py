@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 from pathlib import Path
+
+OPENMP = Path("lib") / "libiomp5.so"  # vLLM's engines are started with it (serving/server.py)
 
 
 def borrow(other: Path) -> Path:
@@ -14,10 +17,11 @@ def borrow(other: Path) -> Path:
         raise SystemExit(f"{other}: no environment")
     link = own / "borrowed.pth"
     link.write_text(f"{found[0]}\n")
+    openmp = Path(sys.prefix) / OPENMP
+    if (other / OPENMP).is_file() and not openmp.exists():
+        openmp.symlink_to((other / OPENMP).resolve())
     return link
 
 
 if __name__ == "__main__":
-    import sys
-
     print(borrow(Path(sys.argv[1])))
