@@ -7,7 +7,7 @@ PAIR ?= smollm2
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup target demo serve docs figures references test test-slow test-docs test-install test-statistics test-families test-matrix test-next-vllm kv-groups soak lint bench trees candidates bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
+.PHONY: help setup target demo serve docs figures references test test-slow test-docs test-install test-statistics test-families test-matrix test-next-vllm kv-groups soak lint bench trees peers candidates bench-load bench-kernels bench-gpu bench-gpu-dry ablation pair clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -141,6 +141,20 @@ bench-load: setup  ## plan K and compare arms under load, bundled and heavy targ
 
 trees: setup  ## replay trees on held-out prompts (benchmarks/results/trees.json): 4 minutes
 	$(BIN)/python benchmarks/trees.py
+
+# The library is a benchmark's dependency only, so it is in an environment of its own, which borrows
+# torch, Transformers and vLLM from .venv.
+PEERS_ENV ?= build/peers/env
+PEERS_PYTHON := PYTHONPATH=.:kernels:benchmarks OMP_NUM_THREADS=1 $(PEERS_ENV)/bin/python
+$(PEERS_ENV)/.ready: benchmarks/peers/requirements.txt $(READY)
+	$(BIN)/python -m venv $(PEERS_ENV)
+	$(PEERS_ENV)/bin/python benchmarks/peers/borrow.py $(VENV)
+	$(PEERS_ENV)/bin/python -m pip install -q --no-deps -r benchmarks/peers/requirements.txt
+	@touch $@
+
+peers: $(PEERS_ENV)/.ready  ## our head beside EAGLE-3, P-EAGLE, DFlash and DSpark (docs/peers.md): hours (BUDGET=, SEED=, KIND=, PEERS_OPTIONS=)
+	$(PEERS_PYTHON) -m peers $(if $(BUDGET),--budgets $(BUDGET)) $(if $(SEED),--seeds $(SEED)) \
+		$(if $(KIND),--kinds $(KIND)) $(PEERS_OPTIONS)
 
 candidates: target  ## several candidates by every rule, two targets (docs/candidates.md, benchmarks/results/candidates.json)
 	$(BIN)/python benchmarks/candidates.py
