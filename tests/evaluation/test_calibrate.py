@@ -106,12 +106,12 @@ def dense(
     (slots,) = reference.slot_states(own[: anchor + 2], [anchor], SLOTS)
     rows, weight = [], 1.0
     best = previous = own[anchor + 1]
-    for slot, state in enumerate(slots):
+    for slot in range(len(slots)):
         if anchor + 2 + slot >= len(own):
             break
         token = own[anchor + 2 + slot]
-        along = reference.biased(state, best) / (t or 1)
-        q = (reference.biased(state, previous) / (t or 1)).softmax(-1)
+        along = reference.biased(slots, slot, best) / (t or 1)
+        q = (reference.biased(slots, slot, previous) / (t or 1)).softmax(-1)
         p = wanted[anchor + 1 + slot].softmax(-1)
         best, previous = int(along.argmax()), token
         odds = float(along.softmax(-1).max().logit())

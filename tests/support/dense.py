@@ -43,10 +43,11 @@ class DenseReference:
         return self.target.norm(slots)[0]
 
     @torch.no_grad()
-    def biased(self, slot: torch.Tensor, previous: int) -> torch.Tensor:
-        """Logits [V] of a slot's state [H] after a token; -inf where it scores none."""
-        logits = self.head.scored(self.target.lm_head(slot))
+    def biased(self, slots: torch.Tensor, slot: int, previous: int) -> torch.Tensor:
+        """Logits [V] of one of an anchor's slots [K, H] after a token; -inf: not scored."""
+        logits = self.head.scored(self.target.lm_head(slots[slot]))
         if self.head.config.markov_rank:
-            gate = self.head.markov_gates(slot)
+            gates = self.head.markov_gates(slots)
+            gate = None if gates is None else gates[slot]
             logits = logits + self.head.markov_logits(torch.tensor(previous), gate)
         return self.head.over_vocabulary(logits[None], float("-inf"))[0]

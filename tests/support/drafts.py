@@ -146,7 +146,7 @@ def _compare_one(
 ) -> None:
     previous = record.text[-1]
     for slot, draft in enumerate(record.drafts):
-        scores = reference.biased(slots[slot], previous)
+        scores = reference.biased(slots, slot, previous)
         expected = int(scores.argmax())
         result.compared += 1
         if draft != expected:

@@ -86,8 +86,8 @@ def confidence(reference: DenseReference, text: Tokens, slots: int) -> list[floa
     (states,) = reference.slot_states(text, [len(text) - 2], slots)
     curve = Calibrations.of(reference.head.config).greedy
     previous, product, found = text[-1], 1.0, []
-    for state, intercept in zip(states, curve.intercepts, strict=False):
-        scores = reference.biased(state, previous)
+    for slot, intercept in zip(range(len(states)), curve.intercepts, strict=False):
+        scores = reference.biased(states, slot, previous)
         odds = curve.slope * scores.softmax(-1).max().logit() + intercept
         product *= float(odds.sigmoid())
         found.append(product)

@@ -116,7 +116,7 @@ def test_chances_are_those_of_the_dense_head(
     for told in seen:
         assert told.chances == pytest.approx(dense_chances(reference, told, curves), abs=CLOSE)
         slots = reference.slot_states(told.text, [len(told.text) - 2], K)[0]
-        apart += int(reference.biased(slots[0], told.text[-1]).argmax()) != told.drafts[0]
+        apart += int(reference.biased(slots, 0, told.text[-1]).argmax()) != told.drafts[0]
     assert len(seen) >= 15
     assert apart > 0, "every draft is the best token, nothing was drawn"
 

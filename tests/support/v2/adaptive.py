@@ -208,8 +208,8 @@ def dense_chances(reference: DenseReference, told: Told, curves: Calibrations) -
     slots = reference.slot_states(told.text, [len(told.text) - 2], len(told.chances))[0]
     curve = curves.sampled if told.temperature else curves.greedy
     previous, chances = told.text[-1], []
-    for own, intercept in zip(slots, curve.intercepts, strict=False):
-        biased = reference.biased(own, previous)
+    for slot, intercept in zip(range(len(slots)), curve.intercepts, strict=False):
+        biased = reference.biased(slots, slot, previous)
         previous = int(biased.argmax())
         largest = (biased / (told.temperature or 1)).softmax(-1).max()
         chances.append(float(torch.sigmoid(curve.slope * largest.logit() + intercept)))
