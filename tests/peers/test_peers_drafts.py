@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("speculators")
+pytest.importorskip("speculators", reason="only the environment of `make peers` has it")
 
 from peers.drafts import drafts
 from peers.library import Peer, new_peer

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("speculators")
+pytest.importorskip("speculators", reason="only the environment of `make peers` has it")
 
 from peers.checkpoint import load, save
 from peers.library import new_peer

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from support.training_texts import make_texts
-from vllm_specformer.config import SpecFormerConfig
+from support.toy_heads import SCORED, random_head, rows_of
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.hooked_rows import HookedRows
 from vllm_specformer.training.leaning_head import LeaningHead
 from vllm_specformer.training.packed_head import Objective
-from vllm_specformer.training.packing import collate
 from vllm_specformer.training.slot_loss import Mix
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}  # losses are summed in float32
 WEIGHTS = (1.0, 0.7, 0.2)
-SCORED = torch.tensor([i for i in range(1, 39) if i % 3])  # of 40 tokens
 
 
 @pytest.fixture(params=[{}, {"draft_vocab_size": 26}], ids=["all", "draft-vocabulary"])
 def head(request: pytest.FixtureRequest, target_model: PreTrainedModel) -> LeaningHead:
-    torch.manual_seed(1)
-    fields: dict[str, Any] = {"num_draft_slots": 3, "markov_rank": 4, "markov_gate": True}
-    config = SpecFormerConfig.preset("default", target_model.config, "t", **fields, **request.param)
-    head = LeaningHead(config)
-    for parameter in head.double().parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    if head.draft_token_ids is not None:
-        head.draft_token_ids.copy_(SCORED)
-    return head
+    gates = {"markov_rank": 4, "markov_gate": True}
+    return random_head(LeaningHead, target_model, **gates, **request.param)
 
 
 @pytest.fixture
@@ -47,9 +35,7 @@ def target(head: LeaningHead, target_model: PreTrainedModel) -> HookedTarget:
 
 @pytest.fixture
 def rows(target: HookedTarget) -> HookedRows:
-    fields = collate(make_texts(5, 40), [[0, 1], [2, 3], [4]], None, None)
-    states, last = target(fields["input_ids"], fields["position_ids"])
-    return HookedRows(states, last, **fields)
+    return rows_of(target)
 
 
 def gradients(head: torch.nn.Module) -> dict[str, Tensor]:

@@ -8,22 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from support.toy_heads import SCORED, random_head, rows_of
 from support.training_texts import make_texts
-from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training.hooked_rows import HookedRows
 from vllm_specformer.training.packed_head import Objective, PackedHead
-from vllm_specformer.training.packing import collate
 from vllm_specformer.training.slot_loss import IGNORED, Mix
-from vllm_specformer.training.texts import Texts
 
 # Losses are summed in float32, as in training; everything else here is float64.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 WEIGHTS = (1.0, 0.7, 0.2)
 SMALL = 20_000  # bytes: about one anchor at a time
-# Of 40 tokens, neither the first nor the last.
-SCORED = torch.tensor([i for i in range(1, 39) if i % 3])
 KINDS = {
     "default": {},
     "markov": {"markov_rank": 4},
@@ -37,25 +33,12 @@ KINDS = {
 
 @pytest.fixture(params=sorted(KINDS))
 def head(request: pytest.FixtureRequest, target_model: PreTrainedModel) -> PackedHead:
-    torch.manual_seed(1)
-    fields = {"num_draft_slots": 3} | KINDS[request.param]
-    head = PackedHead(SpecFormerConfig.preset("default", target_model.config, "t", **fields))
-    for parameter in head.double().parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    if head.draft_token_ids is not None:
-        head.draft_token_ids.copy_(SCORED)
-    return head
+    return random_head(PackedHead, target_model, **KINDS[request.param])
 
 
 @pytest.fixture
 def target(head: PackedHead, target_model: PreTrainedModel) -> HookedTarget:
     return HookedTarget(target_model, head.config.aux_hidden_state_layer_ids)
-
-
-def rows_of(target: HookedTarget, texts: Texts, batch: list[list[int]]) -> HookedRows:
-    fields = collate(texts, batch, None, None)
-    states, last = target(fields["input_ids"], fields["position_ids"])
-    return HookedRows(states, last, **fields)
 
 
 def gradients(head: PackedHead) -> dict[str, Tensor]:

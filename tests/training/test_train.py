@@ -111,10 +111,10 @@ def test_the_same_seed_gives_the_same_head(pair: Path, finished: Path, tmp_path:
 def test_a_training_begins_with_another_head(pair: Path, finished: Path, tmp_path: Path) -> None:
     """Its weights, shape and draft vocabulary, told by nothing but --init.
 
-    A window may be new, and gates, which do nothing yet.
+    A window may be new, and gates, which begin at 1.
     """
     begun, out = tmp_path / "begun", tmp_path / "out"
-    train(pair, begun, draft_vocab=20, max_steps=1)
+    train(pair, begun, draft_vocab=20, max_steps=4, markov_gate=False)
     still: dict[str, Any] = {"learning_rate": 1e-12, "max_steps": 1, "slots": None}
     still |= {"context_window": 8, "markov_gate": True}
     provenance = train(pair, out, init=begun, markov_rank=None, seed=5, **still)
@@ -122,6 +122,7 @@ def test_a_training_begins_with_another_head(pair: Path, finished: Path, tmp_pat
     assert windows == [0, 8]
     assert provenance["settings"]["init"] == str(begun)
     expected = load_file(begun / "model.safetensors")
+    assert expected["markov_lm_head.weight"].any()
     found = load_file(out / "model.safetensors")
     assert found.pop("markov_gate.weight").abs().max() < 1e-9
     for name, value in found.items():

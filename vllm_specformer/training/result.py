@@ -144,7 +144,8 @@ def finish(run: Path, out: Path) -> Path:
         if directory.complete:
             raise SpecFormerError(f"--finish {run}: it is complete", "take it as it is")
         checkpoint = directory.last_checkpoint()
-        if checkpoint is None or not directory.about.is_file():
+        is_told = directory.about.is_file()
+        if checkpoint is None or not (is_told and (checkpoint / SERVED).is_dir()):
             raise SpecFormerError(
                 f"--finish {run}: it has no checkpoint of this version yet",
                 "give the command it was begun with again, and it continues",
