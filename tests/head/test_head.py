@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vllm_specformer.config import SpecFormerConfig
-from vllm_specformer.head import Attend, SpecFormerHead, rotary_table, rotate
+from vllm_specformer.head import Attend, SpecFormerHead, rotate
+from vllm_specformer.head_layers import rotary_table
 
 SIZE, VOCAB, LENGTH, BATCH = 16, 23, 9, 2
 KINDS = {

@@ -543,9 +543,11 @@ def test_what_cannot_be_finished(
     (tmp_path / "taken" / "thesis.tex").write_text("")
     line = ["train", "--finish", str(run), "--out", str(tmp_path / "taken")]
     assert "is not empty; choose a new directory" in refusal(capsys, line)
-    shutil.rmtree(run / "checkpoints")
-    message = refusal(capsys, ["train", "--finish", str(run)])
-    assert "it has no checkpoint of this version yet; give the command it was begun" in message
+    (served,) = run.glob("checkpoints/*/head")
+    for lacking in (served, run / "checkpoints"):
+        shutil.rmtree(lacking)
+        message = refusal(capsys, ["train", "--finish", str(run)])
+        assert "it has no checkpoint of this version yet; give the command it was begun" in message
 
 
 def test_without_finish_target_data_and_out_are_needed(capsys: pytest.CaptureFixture[str]) -> None:

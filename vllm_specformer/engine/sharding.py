@@ -21,7 +21,8 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from vllm_specformer.config import SpecFormerConfig
-from vllm_specformer.head import Projections, SpecFormerHead, SwiGLU
+from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.head_layers import Projections, SwiGLU
 
 logger = init_logger(__name__)
 

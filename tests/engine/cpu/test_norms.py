@@ -9,7 +9,8 @@ import torch
 
 from support.paths import HEAD
 from vllm_specformer.engine.cpu.norms import HookNorm, use_for
-from vllm_specformer.head import RMSNorm, SpecFormerHead, grouped_rms_norm
+from vllm_specformer.head import SpecFormerHead, grouped_rms_norm
+from vllm_specformer.head_layers import RMSNorm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

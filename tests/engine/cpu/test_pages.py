@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_specformer.engine.cpu.pages import CpuContext, CpuPages, rotated
 from vllm_specformer.engine.head_pages import HeadShape, lay_out
-from vllm_specformer.head import rotary_table
+from vllm_specformer.head_layers import rotary_table
 
 # RMS error over RMS of the float64 result.
 ERROR_RATIO = {

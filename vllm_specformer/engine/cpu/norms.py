@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from vllm import _custom_ops as ops
 
-from vllm_specformer.head import RMSNorm, SpecFormerHead
+from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.head_layers import RMSNorm
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
