@@ -16,6 +16,7 @@ FORBIDDEN = {
     "specformer_kernels": ("vllm", "transformers", "vllm_specformer"),
     "vllm_specformer.config": ("vllm", "vllm_specformer.engine"),
     "vllm_specformer.head": ("vllm", "vllm_specformer.engine"),
+    "vllm_specformer.head_layers": ("vllm", "vllm_specformer.engine"),
     "vllm_specformer.calibration": ("vllm", "vllm_specformer.engine", "vllm_specformer.target"),
     "vllm_specformer.candidates": (
         "vllm",
