@@ -203,16 +203,10 @@ class SpecFormerHead(PreTrainedModel):
         """Of slots behind the first: states behind the final norm [..., H] -> [..., rank]."""
         return 1 + self.markov_gate(normed)
 
-    def markov_logits(
-        self,
-        previous_tokens: Tensor,
-        gates: Tensor | None = None,
-        indices: Tensor | None = None,
-    ) -> Tensor:
+    def markov_logits(self, previous_tokens: Tensor, gates: Tensor | None = None) -> Tensor:
         """Low-rank term `(U[x_{i-1}] * g_i) V` of the tokens one slot earlier: [..., N].
 
-        Any token may come earlier; added to are the N tokens that the head scores, or those of
-        them at `indices`, int64 [S].
+        Any token may come earlier; added to are the N tokens that the head scores.
 
         Args:
             previous_tokens: int64 [...], target ids.
@@ -221,10 +215,13 @@ class SpecFormerHead(PreTrainedModel):
         earlier = self.markov_embed(previous_tokens)
         if gates is not None:
             earlier = earlier * gates
-        return self.markov_scores(earlier, indices)
+        return self.markov_scores(earlier)
 
     def markov_scores(self, earlier: Tensor, indices: Tensor | None = None) -> Tensor:
-        """Entries of the first table, gated or not, [..., rank] -> [..., N], or of `indices`."""
+        """Entries of the first table, gated or not, [..., rank] -> scores [..., N].
+
+        Or [..., S], of those of the N tokens at `indices`, int64 [S].
+        """
         if indices is None:
             return self.markov_lm_head(earlier)
         return F.linear(earlier, self.markov_lm_head.weight[indices])

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.target.ends import TargetEnds
 from vllm_specformer.training.packed_head import PackedHead
-from vllm_specformer.training.vocabulary_sample import VocabularySample
 
 # Slows down B, whose every step moves the logits of all tokens.
 _SCALE = 0.1
@@ -56,29 +55,16 @@ class LeaningHead(PackedHead):
     def _embed_rows(self, target: TargetEnds) -> Iterator[Tensor]:
         every = torch.arange(self.config.vocab_size, device=self.markov_embed.weight.device)
         for tokens in every.split(_ROWS):
-            yield self._earlier(tokens, target)
+            yield self.earlier(tokens, target)
 
-    def _earlier(self, tokens: Tensor, target: TargetEnds) -> Tensor:
-        """Rows of the first table, int64 [...] -> [..., rank]."""
+    def earlier(self, tokens: Tensor, target: TargetEnds) -> Tensor:
         embedded = target.embed(tokens).to(self.markov_in.weight.dtype)
         normed = F.rms_norm(embedded, embedded.shape[-1:], eps=self.config.rms_norm_eps)
         return self.markov_embed(tokens) + self.markov_in(normed)
 
+    def moved(self, normed: Tensor, earlier: Tensor) -> Tensor:
+        """So one pass over the lm_head serves the state and its term, as it is linear."""
+        return normed + _SCALE * self.markov_out(earlier)
+
     def markov_parameters(self) -> list[Tensor]:
         return [*super().markov_parameters(), self.markov_in.weight, self.markov_out.weight]
-
-    def add_markov(
-        self,
-        normed: Tensor,
-        target: TargetEnds,
-        previous: Tensor,
-        slot: int,
-        sample: VocabularySample | None,
-    ) -> Tensor:
-        if slot == 0:
-            return self.own_logits(normed, target, sample)
-        earlier = self._earlier(previous, target) * self.gate(normed)
-        # One pass over the lm_head for both, as it is linear.
-        leaning = normed + _SCALE * self.markov_out(earlier)
-        indices = None if sample is None else sample.indices
-        return self.own_logits(leaning, target, sample) + self.markov_scores(earlier, indices)

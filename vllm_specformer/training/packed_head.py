@@ -268,34 +268,30 @@ class PackedHead(SpecFormerHead):
     ) -> Tensor:
         """Of states [..., H] of one slot behind tokens [...]: [..., N], or [..., S] of a sample."""
         normed = target.norm(states)
-        if not self.config.markov_rank:
-            return self.own_logits(normed, target, sample)
-        return self.add_markov(normed, target, previous, slot, sample)
+        config = self.config
+        if not config.markov_rank or (config.markov_gate and slot == 0):
+            return self._own_logits(normed, target, sample)
+        earlier = self.earlier(previous, target)
+        if config.markov_gate:
+            earlier = earlier * self.gate(normed)
+        own = self._own_logits(self.moved(normed, earlier), target, sample)
+        return own + self.markov_scores(earlier, None if sample is None else sample.indices)
 
-    def own_logits(
+    def _own_logits(
         self, normed: Tensor, target: TargetEnds, sample: VocabularySample | None
     ) -> Tensor:
-        """What states behind the final norm say without the Markov term."""
+        """What states behind the final norm say by themselves."""
         if sample is None:
             return self.scored(target.lm_head(normed))
         return sample.lm_head(normed) + sample.offsets
 
-    def add_markov(
-        self,
-        normed: Tensor,
-        target: TargetEnds,
-        previous: Tensor,
-        slot: int,
-        sample: VocabularySample | None,
-    ) -> Tensor:
-        """Logits with it, of states of one slot behind the final norm; arguments as `_logits`."""
-        logits, gates = self.own_logits(normed, target, sample), None
-        if self.config.markov_gate:
-            if slot == 0:
-                return logits
-            gates = self.gate(normed)
-        indices = None if sample is None else sample.indices
-        return logits + self.markov_logits(previous, gates, indices)
+    def earlier(self, tokens: Tensor, target: TargetEnds) -> Tensor:
+        """Rows of the Markov term's first table, int64 [...] -> [..., rank]."""
+        return self.markov_embed(tokens)
+
+    def moved(self, normed: Tensor, earlier: Tensor) -> Tensor:
+        """States behind the final norm [..., H], moved by what came before them [..., rank]."""
+        return normed
 
     def merged(self, target: TargetEnds) -> PackedHead:
         """The head as it is measured and saved; see `leaning_head`."""

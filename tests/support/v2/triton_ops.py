@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from support.variants import variant
-from vllm_specformer import candidates
+from vllm_specformer import candidates, head_layers
 from vllm_specformer import head as head_module
 from vllm_specformer.engine import attention, speculator_v2
 from vllm_specformer.engine.candidates import attention as tree_attention
@@ -70,7 +70,7 @@ def use_triton(
     use(attention, "kv_store", "kv_store.triton_kernel")
     use(head_module, "grouped_rms_norm", "grouped_rms_norm.triton_kernel")
     use(head_module, "rotate_slots", "rotate_slots.triton_kernel")
-    use(head_module, "swiglu", "swiglu.triton_kernel")
+    use(head_layers, "swiglu", "swiglu.triton_kernel")
     use(speculator_v2, "draft_inputs", "draft_inputs.triton_kernel")
     gumbel = import_module("vllm.v1.worker.gpu.sample.gumbel")
     kernel = gumbel._gumbel_sample_kernel

@@ -6,6 +6,7 @@ from vllm_specformer.engine.compat.symbols import (
     CLASS,
     CONFIDENCE,
     DRAFT_TIME,
+    DRAWS_V2,
     KV_TRANSFER,
     MODEL,
     REQUESTS,
@@ -186,7 +187,7 @@ RUNNER_V2: tuple[Reliance, ...] = (
     ),
     override(
         f"{_DRAFT_V2}.compute_draft_logits",
-        V2,
+        DRAWS_V2,
         "sample_draft is given logits",
         "hidden_states spec_step_idx",
     ),
@@ -200,7 +201,7 @@ RUNNER_V2: tuple[Reliance, ...] = (
     ),
     call(
         f"{_DRAFT_V2}.sample_draft",
-        V2,
+        DRAWS_V2,
         "draws the drafts and keeps q",
         "hidden_states sample_src_positions idx_mapping temperature seeds draft_step draft_logits "
         "spec_step_idx",

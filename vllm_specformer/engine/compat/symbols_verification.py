@@ -6,6 +6,7 @@ from vllm_specformer.engine.compat.symbols import (
     COUPLED,
     CUT_V2,
     DRAFTERS,
+    DRAWS_V2,
     ESTIMATOR,
     V2,
     Reliance,
@@ -40,13 +41,13 @@ VERIFICATION: tuple[Reliance, ...] = (
     ),
     call(
         "vllm.v1.worker.gpu.sample.gumbel:gumbel_sample",
-        V2,
+        DRAWS_V2,
         "draws drafts with the target's noise",
         "logits expanded_idx_mapping temperature seed pos apply_temperature is_drafting use_fp64",
     ),
     call(
         f"{_DRAFT_V2}._maybe_predict_acceptance",
-        V2,
+        DRAWS_V2,
         "tells adaptive verification how sure the head is; sample_draft's own call does nothing",
         "logits idx_mapping draft_step",
     ),
