@@ -49,6 +49,7 @@ DEFAULTS = {
     "slot_counts": None,
     "kl_weight": None,
     "tv_weight": 0.0,
+    "lk_weight": 0.0,
     "sample_vocab": None,
     "eval_share": 0.05,
     "eval_texts": None,

@@ -48,7 +48,11 @@ def gradients(head: PackedHead) -> dict[str, Tensor]:
 
 
 def plain_losses(
-    head: PackedHead, target: HookedTarget, rows: HookedRows, slots: Tensor
+    head: PackedHead,
+    target: HookedTarget,
+    rows: HookedRows,
+    slots: Tensor,
+    reduction: str = "mean",
 ) -> list[Tensor]:
     """Each slot's loss by the book, from all logits at once; slots [rows, A, 3, H]."""
     labels = rows.labels(3)
@@ -63,7 +67,10 @@ def plain_losses(
     if head.config.markov_rank:
         logits = logits + head.markov_logits(previous, head.markov_gates(target.norm(slots)))
     return [
-        F.cross_entropy(logits[:, :, i].flatten(0, 1), labels[:, :, i].flatten()) for i in range(3)
+        F.cross_entropy(
+            logits[:, :, i].flatten(0, 1), labels[:, :, i].flatten(), reduction=reduction
+        )
+        for i in range(3)
     ]
 
 
@@ -91,6 +98,32 @@ def test_gradients_are_those_of_all_logits_at_once(head: PackedHead, target: Hoo
         torch.testing.assert_close(got[name], expected[name], **CLOSE)
         assert got[name].any(), name
     assert all(p.grad is None for p in target.target.parameters())
+
+
+def test_slots_weigh_less_behind_doubtful_tokens(head: PackedHead, target: HookedTarget) -> None:
+    """`by_reach`: (1 + q) / 2 of every token before; one that is not scored has the q 0."""
+    rows = rows_of(target, make_texts(5, 40), [[0, 1], [2, 3], [4]])
+    objective = Objective(WEIGHTS, memory=SMALL, by_reach=True)
+    loss, per_slot = head(rows, target, 3, objective)
+    loss.backward()
+    got = gradients(head)
+
+    slots = head.slot_states(head._context(rows), rows, target, slice(None), 3)
+    each = plain_losses(head, target, rows, slots, reduction="none")
+    labels = head._labels(rows, 3)
+    reach = torch.ones_like(each[0])
+    sums = []
+    for slot, losses in enumerate(each):
+        sums.append((reach * losses).sum() / labels.counts[slot])
+        scored = (labels.indices[:, :, slot] != IGNORED).flatten()
+        reach = reach * (1 + scored * torch.exp(-losses.detach())) / 2
+    total = weighted(sums)
+    total.backward()
+    torch.testing.assert_close(loss.double(), total.detach(), **CLOSE)
+    unweighted = torch.stack([part.sum() for part in each]).detach() / labels.counts
+    torch.testing.assert_close(per_slot.double(), unweighted, **CLOSE)
+    for name, expected in gradients(head).items():
+        torch.testing.assert_close(got[name], expected, **CLOSE)
 
 
 def test_it_is_the_published_head_on_single_texts(head: PackedHead, target: HookedTarget) -> None:

@@ -141,6 +141,7 @@ def test_a_training_begins_with_another_head(pair: Path, finished: Path, tmp_pat
         {"slot_layers": 2, "optimizer": "adamw"},
         {"draft_vocab": 20, "kl_weight": 0.5},
         {"sample_vocab": 16, "kl_weight": 0.3, "tv_weight": 0.3},
+        {"lk_weight": 0.9, "slot_weights": "reach"},
     ],
     ids=lambda changes: ",".join(changes),
 )

@@ -228,7 +228,7 @@ def test_a_head_to_begin_with_is_looked_at_first(
     train(pair, start, max_steps=1)
     wrong = {"slots": None, "slot_weights": ",".join("1" * 8)}
     message = refusal(capsys, command(pair, out, init=start, **wrong))
-    assert "expected 'decay', 'uniform' or 3 numbers" in message
+    assert "expected 'decay', 'uniform', 'reach' or 3 numbers" in message
     (start / "model.safetensors").unlink()
     assert "model.safetensors: the file is missing" in refusal(
         capsys, command(pair, out, init=start)
@@ -322,7 +322,10 @@ def test_damaged_and_unfinished_data(
     [
         ({"slots": "many"}, "--slots many: "),
         ({"slots": 65}, "--slots 65: "),
-        ({"slot_weights": "1,2"}, "--slot-weights 1,2: expected 'decay', 'uniform' or 3 numbers"),
+        (
+            {"slot_weights": "1,2"},
+            "--slot-weights 1,2: expected 'decay', 'uniform', 'reach' or 3 numbers",
+        ),
         ({"slot_weights": "0,1,1"}, "the first above 0"),
         ({"slot_counts": "2,4"}, "--slot-counts 2,4: expected numbers from 1 to 3"),
         ({"optimizer": "sgd"}, "--optimizer sgd: Input should be 'muon' or 'adamw'"),
@@ -330,6 +333,7 @@ def test_damaged_and_unfinished_data(
         ({"hooks": "4,0"}, "must be strictly increasing"),
         ({"eval_share": 0.99999}, "leaves none of the 60 texts to train on"),
         ({"kl_weight": 0.6, "tv_weight": 0.5}, "they are shares of one loss, together at most 1"),
+        ({"lk_weight": 0.6, "tv_weight": 0.5}, "--lk-weight 0.6: they are shares of one loss"),
         ({"init": "/nowhere"}, "SpecFormer head /nowhere: config.json is missing"),
         ({"init": HEAD}, "python-specformer: its num_draft_slots is 8, 3 was asked for"),
         (

@@ -27,6 +27,10 @@ from vllm_specformer.training.vocabulary_sample import VocabularySample, draw_sa
 DEFAULT_MEMORY = 256 << 20
 
 
+# With `by_reach` no slot's weight falls below half of that of the one before it.
+_SURE = 0.5
+
+
 @dataclass(frozen=True)
 class Objective:
     """What the head is trained for.
@@ -34,13 +38,17 @@ class Objective:
     `slot_weights`: one weight per slot; in a step they are normalised over the slots that have
     labels. `mix`: the losses of a slot; the target's distribution is the one over the draft
     vocabulary, renormalised. `memory`: bytes that logits and slot activations may take, about.
-    `sample`: tokens that a step scores, about (see `vocabulary_sample`); 0: all.
+    `sample`: tokens that a step scores, about (see `vocabulary_sample`); 0: all. `by_reach`: a
+    slot's weight is multiplied, anchor by anchor, by how sure the head is of the tokens before it,
+    since what stands behind a wrong draft is thrown away (after D-PACE, arXiv 2605.18810, whose
+    weight looks at later slots, too).
     """
 
     slot_weights: tuple[float, ...]
     mix: Mix = field(default_factory=Mix)
     memory: int = DEFAULT_MEMORY
     sample: int = 0
+    by_reach: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,10 @@ class _Labels:
     def counts(self) -> Tensor:
         """Labels of each slot, int64 [K]."""
         return (self.indices != IGNORED).sum((0, 1))
+
+    def exist(self, part: slice, slot: int) -> Tensor:
+        """Whether there are labels in a slot of some anchors, bool [rows * part]."""
+        return (self.indices[:, part, slot] != IGNORED).flatten()
 
 
 class PackedHead(SpecFormerHead):
@@ -177,12 +189,17 @@ class PackedHead(SpecFormerHead):
             slots = self.slot_states(context, rows, target, part, num_slots)
             probs, places = self._target_probs(rows, target, part, num_slots, objective.mix, sample)
             slot_gradients = []
+            reach: Tensor | None = None
             for slot, scale in enumerate(scales):
                 states = slots[:, :, slot].detach().requires_grad_()
                 mixed, cross_entropy = self._slot_loss(
-                    states, slot, target, labels, part, objective.mix, probs, places, sample
+                    states, slot, target, labels, part, objective.mix, probs, places, sample, reach
                 )
-                losses[:, slot] += torch.stack([mixed, cross_entropy]).detach()
+                losses[:, slot] += torch.stack([mixed, cross_entropy.sum()]).detach()
+                if objective.by_reach:
+                    sure = torch.exp(-cross_entropy) * labels.exist(part, slot)
+                    sure = _SURE + (1 - _SURE) * sure
+                    reach = sure if reach is None else reach * sure
                 # The first slot may have no Markov term.
                 gradient, *rest = torch.autograd.grad(
                     mixed * scale, [states, *markov], allow_unused=True
@@ -249,14 +266,18 @@ class PackedHead(SpecFormerHead):
         probs: TargetProbs | None = None,
         places: Tensor | None = None,
         sample: VocabularySample | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Sums over one slot of some anchors: the loss that is trained, and its cross entropy."""
+        """Of one slot of some anchors: the sum of what is trained, and their cross entropies.
+
+        The latter float32 [rows * part], of which `weights` are the weights in the former.
+        """
         own = labels.indices[:, part, slot].flatten()
         if sample is not None:
             own = sample.places(own)
         logits = self._logits(states, target, labels.previous[:, part, slot], slot, sample)
         at = None if places is None else places[:, :, slot].flatten()
-        return slot_loss(logits.flatten(0, 1), own, mix, probs, at)
+        return slot_loss(logits.flatten(0, 1), own, mix, probs, at, weights)
 
     def _logits(
         self,
@@ -315,9 +336,8 @@ class PackedHead(SpecFormerHead):
         for part in self._parts(rows, running, 3 * wanted * self.config.num_scored_tokens, memory):
             slots = self.slot_states(context, rows, target, part, running)[:, :, :wanted]
             for slot in range(wanted):
-                losses[slot] += self._slot_loss(
-                    slots[:, :, slot], slot, target, labels, part, Mix()
-                )[1]
+                each = self._slot_loss(slots[:, :, slot], slot, target, labels, part, Mix())[1]
+                losses[slot] += each.sum()
             normed = target.norm(slots)
             bonus, gates = rows.bonus_tokens[:, part], self.markov_gates(normed)
             found.append(self.draft(target.lm_head(normed), bonus, gates))

@@ -28,6 +28,7 @@ PLACES = ("target", "data", "out", "finish", "init")
 # May change then, too: they decide about speed and rounding only.
 OF_SPEED = ("cache_states", "states_disk", "engine_args", "engine_devices")
 SLOT_DECAY = 0.85
+REACH = "reach"  # as --slot-weights
 COSINE_FLOOR = 0.02  # of the highest rate: 5e-4 falls to 1e-5, as in the paper
 DECAY_SHARE = 0.5  # of the steps of a trapezoid
 # Of the default head; docs/ablation.md has the measurements.
@@ -183,7 +184,9 @@ class TrainSettings(CommandSettings):
     clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
 
     slot_weights: str = Field(
-        "decay", description="'decay' (0.85**i), 'uniform', or one number per slot, as in 1,1,0.5."
+        "decay",
+        description="'decay' (0.85**i), 'uniform', 'reach' (less, text by text, behind tokens that "
+        "the head is not sure of), or one number per slot, as in 1,1,0.5.",
     )
     slot_counts: IntList | None = Field(
         None, description="Numbers of slots drawn from in each step; default for 8: 2,4,4,8."
@@ -193,14 +196,21 @@ class TrainSettings(CommandSettings):
         ge=0,
         le=1,
         description="Share of the divergence from the target's distribution in the loss; default: "
-        "0.5, 0 for the paper's head and beside --tv-weight.",
+        "0.5, 0 for the paper's head and beside --tv-weight or --lk-weight.",
     )
     tv_weight: float = Field(
         0.0,
         ge=0,
         le=1,
         description="Share of the total variation from the target's distribution, the chance that "
-        "a sampled draft is rejected; what these two leave is cross entropy.",
+        "a sampled draft is rejected; what the three shares leave is cross entropy.",
+    )
+    lk_weight: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the hybrid of both (arXiv 2602.23881), mostly divergence where a "
+        "draft is far off and mostly total variation where it is near.",
     )
     sample_vocab: int | None = Field(
         None,
@@ -297,10 +307,10 @@ class TrainSettings(CommandSettings):
                 if not getattr(self, name):
                     raise ValueError(f"{self.written(name)}: needed")
         self.weights()
-        if (self.kl_weight or 0.0) + self.tv_weight > 1:
+        if (self.kl_weight or 0.0) + self.tv_weight + self.lk_weight > 1:
             raise ValueError(
-                f"--kl-weight {self.kl_weight}, --tv-weight {self.tv_weight}: they are shares of "
-                "one loss, together at most 1"
+                f"--kl-weight {self.kl_weight}, --tv-weight {self.tv_weight}, --lk-weight "
+                f"{self.lk_weight}: they are shares of one loss, together at most 1"
             )
         if self.slot_counts is not None:
             _within("--slot-counts", self.slot_counts, self.slots)
@@ -314,7 +324,7 @@ class TrainSettings(CommandSettings):
         """
         if self.slot_weights == "decay":
             return tuple(SLOT_DECAY**slot for slot in range(self.slots))
-        if self.slot_weights == "uniform":
+        if self.slot_weights in ("uniform", REACH):
             return (1.0,) * self.slots
         try:
             weights = tuple(float(part) for part in self.slot_weights.split(","))
@@ -323,7 +333,7 @@ class TrainSettings(CommandSettings):
         usable = all(math.isfinite(w) and w >= 0 for w in weights) and any(weights[:1])
         if len(weights) != self.slots or not usable:
             raise ValueError(
-                f"--slot-weights {self.slot_weights}: expected 'decay', 'uniform' or "
+                f"--slot-weights {self.slot_weights}: expected 'decay', 'uniform', 'reach' or "
                 f"{self.slots} numbers (one per slot) from 0 on, the first above 0"
             )
         return weights
@@ -378,8 +388,9 @@ class TrainSettings(CommandSettings):
         """The losses of a slot."""
         divergence = self.kl_weight
         if divergence is None:
-            divergence = KL_WEIGHT if self.preset == "default" and not self.tv_weight else 0.0
-        return Mix(divergence, self.tv_weight)
+            others = self.tv_weight or self.lk_weight
+            divergence = KL_WEIGHT if self.preset == "default" and not others else 0.0
+        return Mix(divergence, self.tv_weight, self.lk_weight)
 
     def head_fields(self) -> dict[str, Any]:
         """Fields of the head's configuration that differ from the preset's."""

@@ -28,7 +28,7 @@ from vllm_specformer.training.packed_head import Objective, PackedHead
 from vllm_specformer.training.packing import Batch, Batches
 from vllm_specformer.training.result import save_head
 from vllm_specformer.training.run_directory import SERVED, RunDirectory, disk_errors
-from vllm_specformer.training.settings import COSINE_FLOOR, DECAY_SHARE, TrainSettings
+from vllm_specformer.training.settings import COSINE_FLOOR, DECAY_SHARE, REACH, TrainSettings
 from vllm_specformer.training.states import States
 
 
@@ -125,7 +125,8 @@ class HeadTrainer(Trainer):
         self.texts, self.held_out = batches.texts, held_out
         self.clock, self.quiet = clock, quiet
         sample = settings.sample(arguments.device.type)
-        self.objective = Objective(settings.weights(), settings.mix, memory, sample)
+        by_reach = settings.slot_weights == REACH
+        self.objective = Objective(settings.weights(), settings.mix, memory, sample, by_reach)
         self.loss_is_scaled_for_ga = False
         super().__init__(
             model=head,

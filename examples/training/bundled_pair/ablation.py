@@ -7,7 +7,8 @@
 All heads see the same texts in the same number of steps. What is missing of the data is made first,
 by the recipe of the bundled pair. A head that is complete is not trained again, so the command may
 be interrupted at any time; it runs seed by seed, so that a first seed of all arms is there early.
-Results: benchmarks/results/ablation.csv, one row per head, ablation.png and ablation.md.
+Results: benchmarks/results/ablation.csv, one row per head, ablation.png and ablation.md. Rows of
+heads that were not asked for stay.
 """
 
 from __future__ import annotations
@@ -62,6 +63,12 @@ ARMS: dict[str, tuple[str, ...]] = {
     "half TV, gated Markov": ("--tv-weight", "0.5", "--markov-gate"),
     "0.9 TV, gated Markov": ("--tv-weight", "0.9", "--markov-gate"),
     "0.3 KL, 0.3 TV, gated Markov": ("--kl-weight", "0.3", "--tv-weight", "0.3", "--markov-gate"),
+    "0.9 LK, gated Markov": ("--lk-weight", "0.9", "--kl-weight", "0", "--markov-gate"),
+    "half LK, gated Markov": ("--lk-weight", "0.5", "--kl-weight", "0", "--markov-gate"),
+    "half KL, by reach, gated Markov": (
+        *("--kl-weight", "0.5", "--slot-weights", "reach"),
+        "--markov-gate",
+    ),
     "2 slot layers": ("--slot-layers", "2"),
     "draft vocabulary 1,024": ("--draft-vocab", "1024"),
     "draft vocabulary 512": ("--draft-vocab", "512"),
@@ -229,12 +236,35 @@ def draft_milliseconds(head: Path) -> float:
 
 def write_results(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
-    with (args.results / "ablation.csv").open("w", newline="") as file:
+    table = args.results / "ablation.csv"
+    rows = beside_earlier(rows, table)
+    with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
     write_table(rows, args.results / "ablation.md")
     write_plot(rows, args.results / "ablation.png")
+
+
+def beside_earlier(rows: Sequence[dict[str, Any]], table: Path) -> list[dict[str, Any]]:
+    """`rows` and those of other heads that a table has, arm by arm; numbers as numbers."""
+    every = {(row["arm"], row["seed"]): row for row in read_results(table)}
+    every |= {(row["arm"], row["seed"]): row for row in rows}
+    order = list(ARMS)
+    return sorted(every.values(), key=lambda row: (order.index(row["arm"]), row["seed"]))
+
+
+def read_results(table: Path) -> list[dict[str, Any]]:
+    """Rows of an earlier run; arms that the script no longer has are left out."""
+    if not table.is_file():
+        return []
+    with table.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["arm"] in ARMS]
+    for row in rows:
+        for name, value in row.items():
+            if name != "arm":
+                row[name] = json.loads(value) if value else None
+    return rows
 
 
 if __name__ == "__main__":
