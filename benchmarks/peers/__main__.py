@@ -43,6 +43,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--seeds", type=int, nargs="+", help="default: 0 and 1, with the longest budget 0"
     )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[1], help="times the library's learning rates"
+    )
     parser.add_argument("--again", nargs="+", default=[], choices=KINDS, help="train these anew")
     parser.add_argument("--serve", action="store_true", help="let vLLM draft with the heads, too")
     parser.add_argument("--loads", type=int, nargs="+", default=list(LOADS), choices=LOADS)
@@ -62,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     if not args.collect:
         answers.make(args.work, args.prompts, args.held_out)
-        asked = heads(tuple(args.budgets), args.seeds and tuple(args.seeds), tuple(args.kinds))
+        seeds = args.seeds and tuple(args.seeds)
+        asked = heads(tuple(args.budgets), seeds, tuple(args.kinds), tuple(args.rates))
         make(asked, args)
         if args.serve:
             serve(asked, args)
@@ -88,7 +92,8 @@ def make(asked: Sequence[Head], args: argparse.Namespace) -> None:
 def serve(asked: Sequence[Head], args: argparse.Namespace) -> None:
     """Heads of the longest budget and the first seed, as far as the V1 runner has their kind."""
     last = max(asked, key=lambda head: (head.budget, -head.seed))
-    chosen = [head for head in asked if (head.budget, head.seed) == (last.budget, last.seed)]
+    at = (last.budget, last.seed, 1)
+    chosen = [head for head in asked if (head.budget, head.seed, head.rate) == at]
     places = {h.kind: args.work / "heads" / h.name for h in chosen if h.kind in SERVED}
     held = answers.read(args.work, answers.held_out(0.0))
     texts = [text.input_ids[: text.spans[0][0]].tolist() for text in held.each()]
@@ -102,6 +107,7 @@ def one(head: Head, args: argparse.Namespace, bar: tqdm) -> Row:
     if not (place / "training.json").is_file():
         module = ["peers.train_ours"] if head.is_ours else ["peers.train_peer", head.kind]
         limits = ["--seconds", str(head.budget), "--seed", str(head.seed)]
+        limits += [] if head.is_ours else ["--rate", str(head.rate)]
         run([*module, *limits, "--data", args.work, "--out", place], args, head.name, bar)
     where = ["--head", place, "--data", args.work, "--out", replayed]
     run(["peers.replayed", head.kind, *where], args, head.name, bar)
@@ -109,6 +115,7 @@ def one(head: Head, args: argparse.Namespace, bar: tqdm) -> Row:
         "kind": head.kind,
         "budget": head.budget,
         "seed": head.seed,
+        "rate": head.rate,
         "training": json.loads((place / "training.json").read_text()),
         "replay": json.loads(replayed.read_text()),
     }
@@ -149,19 +156,19 @@ def cpu_seconds(process: psutil.Popen) -> int:
 
 def row_of(head: Head, results: Path) -> Row | None:
     """The result of a head, if there is one."""
-    keys = (head.kind, head.budget, head.seed)
-    rows = (row for row in report.read(results) if key(row) == keys)
+    rows = (row for row in report.read(results) if key(row) == head.key)
     return next(rows, None)
 
 
-def key(row: Row) -> tuple[str, int, int]:
-    return row["kind"], row["budget"], row["seed"]
+def key(row: Row) -> tuple[str, int, int, float]:
+    return row["kind"], row["budget"], row["seed"], row["rate"]
 
 
 def keep(row: Row, results: Path) -> None:
     """Write a head's result, in place of an earlier one."""
     rows = [other for other in report.read(results) if key(other) != key(row)]
-    rows = sorted([*rows, row], key=lambda r: (r["budget"], r["seed"], KINDS.index(r["kind"])))
+    rows.append(row)
+    rows.sort(key=lambda r: (r["budget"], r["seed"], KINDS.index(r["kind"]), r["rate"]))
     results.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"rows": rows}, indent=1) + "\n"
     write_atomic(results / report.HEADS, content.encode())

@@ -34,10 +34,16 @@ class Head:
     kind: str
     budget: int
     seed: int
+    rate: float = 1  # times the library's learning rates
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.budget}-seed{self.seed}"
+        rate = "" if self.rate == 1 else f"-rate{self.rate:g}"
+        return f"{self.kind}-{self.budget}-seed{self.seed}{rate}"
+
+    @property
+    def key(self) -> tuple[str, int, int, float]:
+        return self.kind, self.budget, self.seed, self.rate
 
     @property
     def is_ours(self) -> bool:
@@ -49,12 +55,20 @@ def seeds_of(budget: int) -> tuple[int, ...]:
 
 
 def heads(
-    budgets: tuple[int, ...], seeds: tuple[int, ...] | None, kinds: tuple[str, ...]
+    budgets: tuple[int, ...],
+    seeds: tuple[int, ...] | None,
+    kinds: tuple[str, ...],
+    rates: tuple[float, ...] = (1,),
 ) -> list[Head]:
-    """All trainings that are asked for: the short ones first, a seed of all kinds at a time."""
+    """All trainings that are asked for: the short ones first, a seed of all kinds at a time.
+
+    Other rates are for the library's heads.
+    """
     return [
-        Head(kind, budget, seed)
+        Head(kind, budget, seed, rate)
         for budget in sorted(budgets)
         for seed in (seeds_of(budget) if seeds is None else seeds)
+        for rate in rates
         for kind in kinds
+        if rate == 1 or kind != OURS
     ]

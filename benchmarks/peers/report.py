@@ -61,26 +61,30 @@ def tables(rows: Sequence[Row]) -> list[str]:
     text: list[str] = []
     for budget in sorted({row["budget"] for row in rows}):
         own = of(rows, budget=budget)
-        kinds = [kind for kind in KINDS if of(own, kind=kind)]
+        arms = sorted({(KINDS.index(row["kind"]), row["rate"]) for row in own})
+        found = [of(own, kind=KINDS[kind], rate=rate) for kind, rate in arms]
         text += [f"### {budget:,} cpu-seconds", ""]
         names = [f"K={k}" for k in DRAFTED]
         title = ["greedy", "seeds", "parameters", "texts", *names, *[f"{n}, half" for n in names]]
-        text += table(title, [greedy_line(of(own, kind=kind)) for kind in kinds])
+        text += table(title, [greedy_line(rows_of_arm) for rows_of_arm in found])
         title = ["sampled, greedy drafts", *[f"T={t}, {n}" for t in ("0.7", "1") for n in names]]
-        text += table(title, [sampled_line(of(own, kind=kind)) for kind in kinds])
-    known = {(row["kind"], row["budget"], row["seed"]) for row in rows}
-    missing = [
-        head for head in heads(BUDGETS, None, KINDS)
-        if (head.kind, head.budget, head.seed) not in known
-    ]  # fmt: skip
+        text += table(title, [sampled_line(rows_of_arm) for rows_of_arm in found])
+    known = {(row["kind"], row["budget"], row["seed"], row["rate"]) for row in rows}
+    missing = [head for head in heads(BUDGETS, None, KINDS) if head.key not in known]
     if missing:
         text += [f"Not run: {not_run(missing)}.", ""]
     return text
 
 
+def title_of(row: Row) -> str:
+    """A head, and how its rates differ from the library's."""
+    title = TITLES[row["kind"]]
+    return title if row["rate"] == 1 else f"{title}, {row['rate']:g} times the rates"
+
+
 def greedy_line(found: Sequence[Row]) -> list[str]:
     return [
-        TITLES[found[0]["kind"]],
+        title_of(found[0]),
         str(len(found)),
         f"{found[0]['training']['parameters']:,}",
         cell(found, lambda row: row["training"]["texts"], 0),
@@ -94,7 +98,7 @@ def greedy_line(found: Sequence[Row]) -> list[str]:
 
 def sampled_line(found: Sequence[Row]) -> list[str]:
     return [
-        TITLES[found[0]["kind"]],
+        title_of(found[0]),
         *[
             cell(found, lambda row, t=t, k=k: speed(row, t, ALL, k))
             for t in ("0.7", "1")

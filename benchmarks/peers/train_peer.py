@@ -97,10 +97,12 @@ def order(count: int, seed: int) -> Iterator[int]:
 class Training:
     """A head, its optimizers and how far it is."""
 
-    def __init__(self, peer: Peer, texts: Texts, states: TargetStates, seed: int) -> None:
+    def __init__(
+        self, peer: Peer, texts: Texts, states: TargetStates, seed: int, rate: float = 1
+    ) -> None:
         self.peer, self.texts, self.states, self.seed = peer, texts, states, seed
         self.optimizers, self.parameters = peer.optimizers(), peer.trained()
-        self.rates = [float(group["lr"]) for group in self.groups()]
+        self.rates = [rate * float(group["lr"]) for group in self.groups()]
         self.counts: Counts = dict.fromkeys(COUNTED, 0)
 
     def groups(self) -> list[dict[str, Any]]:
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("kind", choices=PEERS)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=1, help="times the library's rates")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -163,7 +166,7 @@ def main() -> None:
     states = TargetStates(args.data / "states", target, texts, Aside())
     vocabulary = target.target.config.vocab_size
     peer = new_peer(args.kind, vocabulary, rarest_token(texts, vocabulary))
-    training = Training(peer, texts, states, args.seed)
+    training = Training(peer, texts, states, args.seed, args.rate)
     half = args.out.with_name(f".{args.out.name}.partial")
     training.run(args.seconds, half / "checkpoint.safetensors")
     parameters = sum(p.numel() for p in training.parameters)

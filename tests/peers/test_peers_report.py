@@ -13,13 +13,14 @@ from peers.plan import DRAFTED, KINDS, Head, heads
 from peers.served import prompts_of
 
 
-def row(kind: str, budget: int, seed: int, speed: float) -> dict[str, Any]:
+def row(kind: str, budget: int, seed: int, speed: float, rate: float = 1) -> dict[str, Any]:
     group = {f"K={k}": {"tokens_per_step": speed + k / 10} for k in DRAFTED}
     both = {"all": group, "less_repetitive_half": group}
     return {
         "kind": kind,
         "budget": budget,
         "seed": seed,
+        "rate": rate,
         "training": {"parameters": 1234567, "texts": 2000 + 200 * seed},
         "replay": {t: both for t in ("0", "0.7", "1")},
     }
@@ -36,6 +37,7 @@ def test_seeds_are_averaged_and_what_is_missing_is_told(tmp_path: Path) -> None:
     document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     for seed, speed in ((0, 1.0), (1, 1.5)):
         keep(row("eagle3", 240, seed, speed), tmp_path)
+    keep(row("eagle3", 240, 0, 1.2, rate=4), tmp_path)
     keep(row("specformer", 240, 0, 2.0), tmp_path)
     report.write(tmp_path, document)
     text = document.read_text()
@@ -44,6 +46,7 @@ def test_seeds_are_averaged_and_what_is_missing_is_told(tmp_path: Path) -> None:
     assert "old" not in text
     peer = line(text, "EAGLE-3")
     assert peer[1:6] == ["2", "1,234,567", "2,100", "1.45 ± 0.25", "1.65 ± 0.25"]
+    assert line(text, "EAGLE-3, 4 times the rates")[4:6] == ["1.40", "1.60"]
     assert line(text, "SpecFormer")[5] == "2.40"
     assert "EAGLE-3" not in text[text.index("Not run") :].split(";")[0]
     assert "SpecFormer at 240 cpu-seconds with seed 1" in text
