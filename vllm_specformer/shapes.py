@@ -53,8 +53,8 @@ class TargetShape:
             )
         except KeyError as error:
             raise SpecFormerError(
-                f"target configuration: field {error} is missing, which the cost of a step hangs "
-                "on",
+                f"target configuration: field {error} is missing, which the cost of a step "
+                "depends on",
                 "name a directory with the configuration of a language model",
             ) from None
 
