@@ -118,3 +118,14 @@ class PlanSettings(CommandSettings):
     def _not_ours(self) -> Self:
         refuse_own(self.engine_args, _OWN, "the plan")
         return self
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        """Refuse a temperature that nothing would look at."""
+        if self.temperature and self.eval is None:
+            raise ValueError(
+                f"--temperature {self.temperature:g}: chooses among the answers of --eval, and "
+                "without it acceptance is that of greedy answers; add --eval FILE of `specformer "
+                f"eval --temperature {self.temperature:g} --json FILE`, or leave it out"
+            )
+        return self
