@@ -234,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clock", default="wall", choices=CLOCKS)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args(arguments)
+    args.results.mkdir(parents=True, exist_ok=True)
     arms = args.arms or ["none", "0", str(args.num_speculative_tokens)]
     figures = {arm if arm == "none" else f"K={arm}": measure(args, arm) for arm in arms}
     shown = table(figures, args.requests)

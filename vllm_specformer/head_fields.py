@@ -93,9 +93,9 @@ class HeadFields(BaseModel):
     )
     markov_gate: bool = Field(
         False,  # heads written before the field was there have none
-        description="Let the slots scale the entries of U[previous token] by what they know of the "
-        "context, so that the term is one of the context, too. The first slot then has no term, as "
-        "its previous token is the bonus token.",
+        description="Let each slot scale the entries of U[previous token] by its own state, so "
+        "that the term depends on the context too. The first slot then has no term, because its "
+        "previous token is the bonus token.",
     )
     draft_vocab_size: int = Field(
         0,
@@ -104,19 +104,19 @@ class HeadFields(BaseModel):
     )
     tree_ranking: tuple[float, ...] = Field(
         (),
-        description="Temperature per slot at which the scores of a tree's nodes rank, so that "
-        "nodes of several slots compare well; empty: 1 everywhere. It decides what is drafted, "
-        "never what is emitted. `specformer eval --fit-tree-ranking` finds and writes it.",
+        description="Temperature per slot that divides log-probabilities where nodes of different "
+        "slots of a tree are ranked; empty: 1 everywhere. It decides what is drafted, never what "
+        "is emitted. `specformer eval --fit-tree-ranking` finds and writes it.",
     )
     tree_ranking_sampled: tuple[float, ...] = Field(
         (), description="The same for requests with a temperature; empty: `tree_ranking`."
     )
     acceptance_calibration: tuple[float, ...] = Field(
         (),
-        description="How probably a greedy request's drafts are accepted: a slope and an intercept "
-        "per slot of chance = sigmoid(slope * log-odds of the slot's largest probability + "
-        "intercept); empty: that probability itself. It decides what is verified, never what is "
-        "emitted. `specformer eval --calibrate` fits and writes it.",
+        description="How probably a greedy request's drafts are accepted: one slope for all slots, "
+        "then an intercept for each, of chance = sigmoid(slope * log-odds of the slot's largest "
+        "probability + intercept); empty: that probability itself. It decides what is verified, "
+        "never what is emitted. `specformer eval --calibrate` fits and writes it.",
     )
     acceptance_calibration_sampled: tuple[float, ...] = Field(
         (),

@@ -53,8 +53,8 @@ class TargetShape:
             )
         except KeyError as error:
             raise SpecFormerError(
-                f"target configuration: field {error} is missing, which the cost of a step hangs "
-                "on",
+                f"target configuration: field {error} is missing, which the cost of a step "
+                "depends on",
                 "name a directory with the configuration of a language model",
             ) from None
 
@@ -111,7 +111,7 @@ class HeadShape:
 
     @classmethod
     def default_for(cls, target: TargetShape, slots: int = 8) -> HeadShape:
-        """The head that `specformer train` makes for a target unless told otherwise."""
+        """The default shape of `specformer train` for a target, without the Markov term."""
         return cls(
             hidden=target.hidden,
             heads=target.heads,

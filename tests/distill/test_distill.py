@@ -135,7 +135,7 @@ def test_a_target_that_only_vllm_can_run(target: Path, prompts: Path, tmp_path: 
     directory = shutil.copytree(target, tmp_path / "target")
     write_description(directory, {"quant_method": "unheard-of"})
     distill(options(directory, prompts, tmp_path / "out"), open_fake, said.append)
-    assert any("train with --states vllm, which needs them not" in line for line in said)
+    assert any("train with --states vllm, which does not unpack weights" in line for line in said)
 
 
 def test_shards_hold_what_the_input_says_whatever_else_was_distilled(

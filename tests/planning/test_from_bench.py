@@ -113,4 +113,4 @@ def test_other_files_are_refused(tmp_path: Path, content: Any, message: str) -> 
 def test_costs_come_from_one_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(tmp_path / "bench.json", bench())
     assert main(["plan", "HEAD", "--bench", str(file), "--chip", "h200"]) == 2
-    assert "--bench: has costs of its own; leave --chip out" in capsys.readouterr().err
+    assert "--bench: holds the costs already; leave --chip out" in capsys.readouterr().err

@@ -164,6 +164,7 @@ def test_a_plan_on_paper_with_trees(
         (["--chip", "h200", "--accepted", "0.5", "0.4"], "--accepted: has 2 positions"),
         (["--chip", "h200", "--target", "/nowhere"], "target /nowhere: neither a directory"),
         ([], "--prompts: needed to measure with"),
+        (["--temperature", "0.7"], "--temperature 0.7: chooses among the answers of --eval"),
         (["--engine-args", '{"model": "x"}'], "--engine-args: 'model' is set by the plan"),
         (["--json", "/nowhere/plan.json"], "no such directory as /nowhere"),
         (["--json", "/tmp"], "/tmp: a directory; name a file"),
@@ -197,7 +198,7 @@ def test_a_plan_that_cannot_be_written_is_printed(
         assert main(line) == 2
     printed = capsys.readouterr()
     assert f"specformer plan: {out}: File too large while writing" in printed.err
-    assert "raise the limit on the size of files (`ulimit -f`). What the file was to" in printed.err
+    assert "size of files (`ulimit -f`). Its content is printed above" in printed.err
     assert "Traceback" not in printed.err
     assert not out.exists()
     assert main(line) == 0

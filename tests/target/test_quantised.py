@@ -136,7 +136,7 @@ def test_what_transformers_says_is_told(described: Callable[[dict[str, Any]], st
     """It wants a GPU for this one, or a package."""
     message = described({"quant_method": "eetq"})
     assert re.search(
-        r"cannot unpack them here \(.*(GPU|eetq|kernels).*\); see to that, take", message
+        r"cannot unpack them here \(.*(GPU|eetq|kernels).*\); mend that, take", message
     )
 
 

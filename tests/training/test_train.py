@@ -288,7 +288,7 @@ def test_a_limit_on_the_hours_ends_the_run_in_time(
         14,
         15,
     ]
-    assert "15 of 40 planned, which fitted into 0.25 hours" in " ".join(
+    assert "15 of 40 planned (as many as fitted into 0.25 hours)" in " ".join(
         (tmp_path / "out" / "README.md").read_text().split()
     )
 

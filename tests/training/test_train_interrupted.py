@@ -512,7 +512,7 @@ def test_a_head_of_an_interrupted_run(pair: Path, begun: Path, whole: Path, tmp_
     assert reference.pop("result")["steps"] == 12
     assert provenance == reference
     card = " ".join((out / "README.md").read_text().split())
-    assert "3 of 12 planned, as the run was ended early" in card
+    assert "3 of 12 planned (the run was ended early)" in card
     saved = load_file(run / "checkpoints" / "checkpoint-3" / "model.safetensors")
     served = load_file(out / "model.safetensors")
     if result["evaluation"] is None:
@@ -534,7 +534,8 @@ def test_a_run_finished_in_its_own_directory_is_complete(
     check_weights(run, read_head_config(run))
     assert main(command(pair, run)) == 0
     assert "is complete: nothing to do" in capsys.readouterr().out
-    assert "it is complete; take it as it is" in refusal(capsys, ["train", "--finish", str(run)])
+    message = refusal(capsys, ["train", "--finish", str(run)])
+    assert "the run is complete; its directory is the head" in message
 
 
 def test_what_cannot_be_finished(

@@ -73,7 +73,7 @@ def build(
     for name in others:
         if name in chosen:
             raise SpecFormerError(
-                f"--speculative-config {name}=...: --arms has it already", "rename"
+                f"--speculative-config {name}=...: --arms has it already", "choose another name"
             )
     if CONFIDENT in chosen and confident is None:
         raise SpecFormerError(

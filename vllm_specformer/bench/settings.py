@@ -69,9 +69,10 @@ class BenchSettings(CommandSettings):
 
     arms: tuple[Annotated[str, Spelling("NAME")], ...] | None = Field(
         None,
-        description="Of none, again (a second server like it: how far apart equal servers come "
-        "out), k1 to the head's slots, schedule, confident, tree (V2 runner), ngram, suffix; "
-        "default: all that can run but again, with the K of --num-speculative-tokens.",
+        description="What to compare: none, again (a second server without speculation, which "
+        "shows how much equal servers differ), k1 to the head's slots, schedule, confident, tree "
+        "(V2 runner), ngram, suffix; default: all that can run except again, with the K of "
+        "--num-speculative-tokens.",
     )
     num_speculative_tokens: tuple[Drafts, ...] = Field(
         (2, 4, 8), description="Fixed K of the arms that --arms does not name."
@@ -94,8 +95,8 @@ class BenchSettings(CommandSettings):
     repeats: Positive = Field(3, description="Rounds of everything.")
     requests_per_slot: Positive = Field(
         4,
-        description="Requests of a measurement over requests at a time; at least 8, at most the "
-        "prompts.",
+        description="Requests of a measurement, as a multiple of --concurrency; at least 8 "
+        "requests, at most one for each prompt.",
     )
     max_tokens: Positive = Field(128, description="Longest answer, in tokens.")
     temperature: Temperature = Field(0.0, description="Temperature of the answers.")

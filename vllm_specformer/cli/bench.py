@@ -23,10 +23,10 @@ def run(settings: BenchSettings) -> int:
         with write_errors():
             report(compare(settings, say=say), settings.out)
     except KeyboardInterrupt:
-        say("\ninterrupted; what was measured is kept, the same command goes on")
+        say("\ninterrupted; what was measured is kept, and the same command continues")
         return INTERRUPTED
     except DiskFullError as error:
         raise DiskFullError(
-            f"{error}. What was measured is kept, the same command goes on"
+            f"{error}. What was measured is kept, and the same command continues"
         ) from None
     return 0

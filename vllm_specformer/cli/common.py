@@ -28,4 +28,4 @@ def write_json(path: Path, content: Any) -> None:
         write_atomic(path, text.encode())
     except DiskFullError as error:
         print(text)
-        raise DiskFullError(f"{error}. What the file was to hold stands above") from None
+        raise DiskFullError(f"{error}. Its content is printed above") from None

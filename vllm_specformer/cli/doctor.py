@@ -127,8 +127,8 @@ def _examine_plugin(report: Report, environment: Mapping[str, str]) -> None:
     if not found:
         report.problems.append(
             f"the plugin's entry point {PLUGIN_NAME!r} in {PLUGIN_GROUP} is not installed; "
-            "install the package (pip install vllm-specformer), a source folder on the path "
-            "is not enough"
+            "run `pip install .` in a clone of vllm-specformer; a source folder on the path is not "
+            "enough"
         )
         return
     report.plugin = next(iter(found)).value

@@ -38,7 +38,7 @@ class EnlargeSettings(CommandSettings):
 
     target: Pair = Field(description="Directory of a small target.")
     head: Pair = Field(description="Directory of its head.")
-    out: Directory = Field(description="Directory that gets both anew.")
+    out: Directory = Field(description="Directory for the new target and its head.")
     parameters: Magnitude = Field(
         "500M", validate_default=True, description="Size of the new target, such as 1B."
     )

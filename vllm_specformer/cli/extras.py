@@ -29,6 +29,6 @@ def check_extras(options: argparse.Namespace) -> None:
     absent = [module for module in modules if find_spec(module) is None]
     if absent:
         raise SpecFormerError(
-            f"{', '.join(absent)}: not installed, and needed here. Run pip install "
-            f"'vllm-specformer[{extra}]', or in a clone pip install '.[{extra}]'"
+            f"{', '.join(absent)}: not installed, and this command needs it. Run "
+            f"pip install '.[{extra}]' in a clone of vllm-specformer"
         )

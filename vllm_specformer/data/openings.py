@@ -54,7 +54,7 @@ def read_prompts(
     if not fitting:
         raise SpecFormerError(
             f"--prompts: none of {len(texts)} texts has {_SHORTEST} to {longest} tokens",
-            f"with --max-tokens {max_tokens} no other fits",
+            f"with --max-tokens {max_tokens} only such texts fit, so give other texts or lower it",
         )
     return fitting
 

@@ -171,7 +171,9 @@ class _Run:
             if output_is_quantised(self.target):
                 raise
             count_parameters(self.target)
-            self.report(f"note: {error.problem}; train with --states vllm, which needs them not")
+            self.report(
+                f"note: {error.problem}; train with --states vllm, which does not unpack weights"
+            )
 
     def finish(self, open_engine: OpenEngine) -> Manifest:
         """Make the missing shards."""

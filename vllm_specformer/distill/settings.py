@@ -42,15 +42,17 @@ class DistillSettings(CommandSettings):
         description="JSONL, JSON or Parquet with messages, conversations, prompt or text."
     )
     out: Directory = Field(description="Directory of the result; the same command continues it.")
-    max_prompts: Positive | None = Field(None, description="Draw so many of the prompts by --seed.")
+    max_prompts: Positive | None = Field(
+        None, description="Use only so many of the prompts, drawn by --seed."
+    )
     max_bad_lines: Count | None = Field(
         None,
         description="Malformed records that may be left out; default: 1%, 10 in small files.",
     )
     shard_size: Positive | None = Field(
         None,
-        description="Prompts per file, which an interruption costs at most; default: 1000, 128 "
-        "where vLLM runs on a CPU, and what a run was begun with.",
+        description="Prompts per file; an interruption costs at most one file. Default: 1000, 128 "
+        "if vLLM runs on a CPU; a continued run keeps its own.",
     )
 
     temperature: Temperature = Field(0.0, description="Temperature of the answers; 0: greedy.")

@@ -200,8 +200,8 @@ class DraftAttention(nn.Module):
         block_size = self.table_block_size or page_size
         if block_size % page_size:
             raise ValueError(
-                f"the KV cache has pages of {page_size} tokens, which blocks of {block_size} are "
-                "no multiple of; set --block-size to a multiple of the pages"
+                f"blocks of {block_size} tokens are no multiple of the KV cache's pages of "
+                f"{page_size}; set --block-size to a multiple of {page_size}"
             )
         return block_size // page_size
 

@@ -123,8 +123,8 @@ def _tree_nodes(speculative: dict[str, Any]) -> int | None:
     for field, (is_given, instead) in refused.items():
         if is_given:
             raise SpeculativeConfigError(
-                f"speculative config: {field}={reprlib.repr(speculative[field])} cannot be had "
-                f"with {TREE}",
+                f"speculative config: {field}={reprlib.repr(speculative[field])} cannot be "
+                f"combined with {TREE}",
                 f"leave it out{f' (trees have {instead!r})' if instead else ''}",
             )
     return int(nodes)
@@ -182,8 +182,9 @@ def _thresholds(speculative: dict[str, Any]) -> Thresholds | None:
         return None
     if speculative.get(ADAPTIVE):
         raise SpeculativeConfigError(
-            f"speculative config: {CONFIDENCE}={reprlib.repr(value)} cannot be had with "
-            f"{ADAPTIVE}, which decides by measured costs what a threshold decides by your number",
+            f"speculative config: {CONFIDENCE}={reprlib.repr(value)} cannot be combined "
+            f"with {ADAPTIVE}, which decides by measured costs what a threshold decides by your "
+            "number",
             "leave one of the two out",
         )
     if _is_threshold(value):

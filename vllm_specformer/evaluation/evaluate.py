@@ -297,7 +297,7 @@ class _Evaluation:
             raise SpecFormerError(
                 f"the target ends each of its {len(texts)} answers after one token, which leaves "
                 "nothing to draft",
-                "are the prompts of the form it was trained on?",
+                "give prompts of the form that the target was trained on",
             )
         return Texts.collect(texts, self.context)
 

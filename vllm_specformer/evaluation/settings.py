@@ -65,7 +65,7 @@ class EvalSettings(CommandSettings):
     )
     tree_nodes: tuple[Nodes, ...] | None = Field(
         None,
-        description="Replay trees of so many drafted nodes, too (docs/verification.md).",
+        description="Also replay trees with so many drafted nodes (docs/trees.md).",
     )
     fit_tree_ranking: bool = Field(
         False,
@@ -80,8 +80,8 @@ class EvalSettings(CommandSettings):
     )
     likeliest: bool = Field(
         False,
-        description="Find what is kept of the accepted drafts if only the likeliest are verified, "
-        "by which `plan` predicts adaptive verification.",
+        description="Record how many accepted drafts remain if only the likeliest are verified; "
+        "from that `plan` predicts adaptive verification.",
     )
     max_tokens: Positive = Field(128, description="Longest answer, in tokens.")
     seed: Whole = Field(0, description="Decides which prompts and answers are drawn.")

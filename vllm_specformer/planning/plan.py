@@ -44,7 +44,9 @@ def make_plan(options: PlanSettings, say: Callable[[str], None]) -> Plan:
     if options.chip is not None:
         return _on_paper(options, find_chip(options.chip))
     if options.head is None:
-        raise SpecFormerError("HEAD: needed to measure with", "or plan on paper with --chip")
+        raise SpecFormerError(
+            "HEAD: needed to measure with", "name it, or plan on paper with --chip"
+        )
     head = find_head(options.head)
     config = read_head_config(head)
     name = options.target or named_target(head, config, options.revision)
@@ -56,7 +58,7 @@ def make_plan(options: PlanSettings, say: Callable[[str], None]) -> Plan:
 def _under_load(options: PlanSettings, bench: Path) -> Plan:
     if options.chip is not None or options.prompts:
         raise SpecFormerError(
-            "--bench: has costs of its own",
+            "--bench: holds the costs already",
             f"leave {'--prompts' if options.prompts else '--chip'} out",
         )
     rows, about = rows_from_bench(bench)
@@ -157,7 +159,9 @@ def _measured(
     counts = _counts(options, config.num_draft_slots)
     accepted = _given_acceptance(options, counts)
     if not options.prompts:
-        raise SpecFormerError("--prompts: needed to measure with", "or plan on paper with --chip")
+        raise SpecFormerError(
+            "--prompts: needed to measure with", "give a file, or plan on paper with --chip"
+        )
     check_weights(head, config)
     settings = Settings(
         options.batch,

@@ -82,11 +82,11 @@ class PlanSettings(CommandSettings):
     max_prompts: Positive = Field(64, description="Texts in use.")
     max_tokens: Positive = Field(128, description="Longest answer, in tokens.")
     cycles: Positive = Field(3, description="Rounds over everything.")
-    steps: Positive = Field(8, description="Timed steps of a visit.")
+    steps: Positive = Field(8, description="Steps to time in a row.")
     seconds: Seconds = Field(
         0.5,
-        description="Timed seconds at each batch size and K in a round, by more visits where steps "
-        "are short.",
+        description="Least seconds to time at each batch size and K in a round; short steps are "
+        "timed again until then.",
     )
     engine_args: JsonObject = Field(
         {}, description="Arguments of vLLM's engine, as the server will have them."
@@ -117,4 +117,15 @@ class PlanSettings(CommandSettings):
     @model_validator(mode="after")
     def _not_ours(self) -> Self:
         refuse_own(self.engine_args, _OWN, "the plan")
+        return self
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        """Refuse a temperature that nothing would look at."""
+        if self.temperature and self.eval is None:
+            raise ValueError(
+                f"--temperature {self.temperature:g}: chooses among the answers of --eval, and "
+                "without it acceptance is that of greedy answers; add --eval FILE of `specformer "
+                f"eval --temperature {self.temperature:g} --json FILE`, or leave it out"
+            )
         return self

@@ -123,7 +123,7 @@ def _ask_transformers(described: dict[str, Any], whose: str) -> None:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise CannotUnpackError(
             f"{whose}, and Transformers cannot unpack them here ({reason})",
-            f"see to that, {_RUN_BY_VLLM}, or {_INSTEAD}",
+            f"mend that, {_RUN_BY_VLLM}, or {_INSTEAD}",
         ) from None
 
 

@@ -249,8 +249,9 @@ def model_card(config: SpecFormerConfig, provenance: dict[str, Any]) -> str:
     about = (
         f"A draft head for speculative decoding in vLLM with the plugin vllm-specformer: "
         f"{kind_of_head(config)}; {provenance['parameters']:,} parameters. It drafts K tokens in "
-        "one pass; output stays lossless, as vLLM verifies every draft. It fits this target only "
-        f"(fingerprint `{target['fingerprint'][:16]}`)."
+        "one pass. vLLM verifies every draft, so the output stays the target's own. The head was "
+        f"trained for this target (fingerprint `{target['fingerprint'][:16]}`). It fits only "
+        "targets of the same shape, and other weights accept fewer of its drafts."
     )
     return f"""---
 base_model: {name}
@@ -270,7 +271,7 @@ vllm serve {name} --speculative-config '{json.dumps(speculation)}'
 
 ## Figures
 {_metrics(provenance)}
-Acceptance depends on what the target is asked: measure on your own prompts before you rely on it.
+Acceptance depends on the prompts: measure it on your own before you rely on these figures.
 """
 
 
@@ -314,8 +315,8 @@ def _training(provenance: dict[str, Any]) -> str:
     early = ""
     if planned > result["steps"]:
         limit = settings.get("max_hours")
-        why = f"which fitted into {limit:g} hours" if limit else "as the run was ended early"
-        early = f" of {planned:,} planned, {why}"
+        why = f"as many as fitted into {limit:g} hours" if limit else "the run was ended early"
+        early = f" of {planned:,} planned ({why})"
     items = {
         "Data": f"{data['conversations']:,} conversations whose answers ({data['answer_tokens']:,} "
         f"tokens) the target itself wrote (self-distillation), {sampled:.0%} of them sampled, the "
@@ -332,7 +333,7 @@ def _training(provenance: dict[str, Any]) -> str:
         judged = "held-out" if texts["evaluated"] else "same"
         items["Draft vocabulary"] = (
             "the most frequent tokens of the answers trained on; they make up "
-            f"{texts['covered']:.1%} of the {judged} answers, and no draft hits any other token."
+            f"{texts['covered']:.1%} of the {judged} answers. Other tokens cannot be drafted."
         )
     return "\n".join(
         _filled(f"- **{name}**: {text}", subsequent_indent="  ") for name, text in items.items()
@@ -342,7 +343,7 @@ def _training(provenance: dict[str, Any]) -> str:
 def _metrics(provenance: dict[str, Any]) -> str:
     best, texts = provenance["result"]["evaluation"], provenance["texts"]
     if best is None:
-        return "Nothing was held out (`--eval-share 0`), so there are none.\n"
+        return "No answers were held out (`--eval-share 0`), so acceptance was not measured.\n"
     kind = "greedy" if texts["evaluated_greedy"] else "sampled"
     rows = "\n".join(
         f"| {k} | {value:.2f} |" for k, value in best["tokens_per_step_by_drafts"].items()
@@ -351,7 +352,7 @@ def _metrics(provenance: dict[str, Any]) -> str:
     return f"""Replayed on {texts["evaluated"]} held-out {kind} answers; these are the weights of
 step {best["step"]}.
 
-| drafted tokens K | tokens per step, bonus included |
+| drafted tokens K | tokens per step (accepted drafts and one token of the target) |
 |---|---|
 {rows}
 

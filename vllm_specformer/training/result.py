@@ -142,7 +142,9 @@ def finish(run: Path, out: Path) -> Path:
         )
     with directory_lock(run), directory_lock(out):
         if directory.complete:
-            raise SpecFormerError(f"--finish {run}: it is complete", "take it as it is")
+            raise SpecFormerError(
+                f"--finish {run}: the run is complete", "its directory is the head"
+            )
         checkpoint = directory.last_checkpoint()
         is_told = directory.about.is_file()
         if checkpoint is None or not (is_told and (checkpoint / SERVED).is_dir()):

@@ -110,13 +110,13 @@ class TrainSettings(CommandSettings):
     markov_rank: int | None = Field(
         None,
         ge=0,
-        description="Rank of the term that sees the previous draft; 0: none; default: 64, none for "
-        "the paper's head.",
+        description="Rank of the Markov term, which the token drafted before a slot adds to its "
+        "logits; 0: none; default: 64, none for the paper's head.",
     )
     markov_gate: bool | None = Field(
         None,
-        description="Whether slots scale that term's entries by what they know of the context; "
-        "default: yes, no for the paper's head.",
+        description="Whether each slot scales that term by its own state, so that it depends on "
+        "the context too; default: yes, no for the paper's head.",
     )
     draft_vocab: int | None = Field(
         None, ge=0, description="Score only so many tokens, the answers' most frequent; 0: all."
@@ -195,22 +195,23 @@ class TrainSettings(CommandSettings):
         None,
         ge=0,
         le=1,
-        description="Share of the divergence from the target's distribution in the loss; default: "
-        "0.5, 0 for the paper's head and beside --tv-weight or --lk-weight.",
+        description="Share of the loss that is the divergence from the target's distribution; "
+        "default: 0.5, 0 for the paper's head and beside --tv-weight or --lk-weight.",
     )
     tv_weight: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Share of the total variation from the target's distribution, the chance that "
-        "a sampled draft is rejected; what the three shares leave is cross entropy.",
+        description="Share of the loss that is the total variation distance from the target's "
+        "distribution, the chance that a sampled draft is rejected. What the three shares leave is "
+        "cross entropy.",
     )
     lk_weight: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Share of the hybrid of both (arXiv 2602.23881), mostly divergence where a "
-        "draft is far off and mostly total variation where it is near.",
+        description="Share of the loss that is the hybrid of both (arXiv 2602.23881): mostly "
+        "divergence where a draft is far off, mostly total variation where it is close.",
     )
     sample_vocab: int | None = Field(
         None,
@@ -235,7 +236,9 @@ class TrainSettings(CommandSettings):
     log_every: int = Field(10, ge=1, description="Steps between lines of the log.")
 
     seed: int = Field(
-        0, ge=0, description="Decides all draws but which texts are held out, always the same ones."
+        0,
+        ge=0,
+        description="Decides all random draws. Which texts are held out does not depend on it.",
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
@@ -257,9 +260,9 @@ class TrainSettings(CommandSettings):
 
     states: Literal["transformers", "vllm"] = Field(
         "transformers",
-        description="Who runs the target: Transformers in this process, or a vLLM engine beside "
-        "it, for targets of any size and quantisation that vLLM serves; of the weights "
-        "this process then loads embedding, final norm and lm_head alone.",
+        description="What runs the target: Transformers in this process, or a vLLM engine beside "
+        "it, for targets of any size and quantisation that vLLM serves; this process then loads "
+        "only the target's embedding, final norm and lm_head.",
     )
     states_disk: float = Field(
         8.0,

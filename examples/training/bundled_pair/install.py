@@ -85,7 +85,7 @@ def held_out_section(work: Path, command: str) -> str:
     greedy, sampled = figures(work, "greedy"), figures(work, "sampled")
     return f"""
 ## Held-out prompts
-Tokens per step (bonus included) by number K of drafted tokens, replayed exactly by `specformer
+Tokens per step by number K of drafted tokens, replayed exactly by `specformer
 eval` on answers to {greedy["texts"]} prompts from files that neither target nor head has seen.
 
 Greedy ({greedy["repeated_4grams"]:.1%} repeated 4-grams; {greedy["over_lookup"]["K=4"]:.2f} times

@@ -76,7 +76,8 @@ def test_an_engine_that_can() -> None:
     ],
 )
 def test_engines_that_cannot(changes: dict[str, Any], named: str) -> None:
-    with pytest.raises(SpeculativeConfigError, match=f"tree_nodes cannot be had with .*{named}.*;"):
+    message = f"tree_nodes cannot be combined with .*{named}.*;"
+    with pytest.raises(SpeculativeConfigError, match=message):
         check_trees(engine_config(**changes))
 
 

@@ -60,11 +60,11 @@ def test_numbers_of_nodes(nodes: Any) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"verification": "vllm"}, "verification='vllm' cannot be had with tree_nodes; leave"),
-        ({SCHEDULE: [[1, 4, 2]]}, f"{SCHEDULE}=.* cannot be had .*'{TREE_SCHEDULE}'"),
-        ({CONFIDENCE: 0.5}, f"{CONFIDENCE}=0.5 cannot be had .*'{TREE_SCHEDULE}'"),
-        ({ADAPTIVE: True}, f"{ADAPTIVE}=True cannot be had .*'{TREE_SCHEDULE}'"),
-        ({"draft_sample_method": "greedy"}, "draft_sample_method='greedy' cannot be had"),
+        ({"verification": "vllm"}, "verification='vllm' cannot be combined with tree_nodes; leave"),
+        ({SCHEDULE: [[1, 4, 2]]}, f"{SCHEDULE}=.* cannot be combined .*'{TREE_SCHEDULE}'"),
+        ({CONFIDENCE: 0.5}, f"{CONFIDENCE}=0.5 cannot be combined .*'{TREE_SCHEDULE}'"),
+        ({ADAPTIVE: True}, f"{ADAPTIVE}=True cannot be combined .*'{TREE_SCHEDULE}'"),
+        ({"draft_sample_method": "greedy"}, "draft_sample_method='greedy' cannot be combined"),
         ({"rejection_sample_method": "synthetic"}, "rejection_sample_method='synthetic' is a rule"),
         ({TREE_SCHEDULE: [[1, 4, 17]]}, "has 17 for its nodes; write ranges .* at most tree_nodes"),
         ({TREE_SCHEDULE: [[2, 4, 3]]}, "the first range must start at 1"),

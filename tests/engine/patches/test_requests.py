@@ -68,7 +68,7 @@ def test_logprob_token_ids_are_refused_beside_a_head() -> None:
     def validate(self: Any, config: Any) -> None:
         seen.append(config)
 
-    with pytest.raises(VLLMValidationError, match=r"logprob_token_ids=\[5\] cannot be had"):
+    with pytest.raises(VLLMValidationError, match=r"logprob_token_ids=\[5\] cannot be combined"):
         _validate_spec_decode(validate, asking, OURS)
     _validate_spec_decode(validate, asking, None)
     _validate_spec_decode(validate, SamplingParams(logprobs=1), OURS)

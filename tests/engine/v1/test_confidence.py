@@ -215,6 +215,7 @@ def test_asynchronous_scheduling_on_v1() -> None:
 def test_not_beside_adaptive_verification() -> None:
     with pytest.raises(SpeculativeConfigError) as caught:
         split_own_fields({CONFIDENCE: 0.5, ADAPTIVE: True})
-    assert "draft_confidence_threshold=0.5 cannot be had with enable_adaptive" in str(caught.value)
+    message = "draft_confidence_threshold=0.5 cannot be combined with enable_adaptive"
+    assert message in str(caught.value)
     _, own = split_own_fields({CONFIDENCE: 0.5, ADAPTIVE: False})
     assert own.confidence is not None

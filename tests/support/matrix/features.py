@@ -112,7 +112,7 @@ REQUESTS: tuple[Request, ...] = (
         "logprob_token_ids",
         {"logprob_token_ids": [5, 300, 301]},
         REFUSED,
-        r"logprob_token_ids=\[5, 300, 301\] cannot be had .*; ask for logprobs",
+        r"logprob_token_ids=\[5, 300, 301\] cannot be combined .*; ask for logprobs",
         note="vLLM would return other tokens' values or stop",
     ),
     Request(

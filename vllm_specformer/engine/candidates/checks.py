@@ -25,7 +25,7 @@ def check_trees(vllm_config: Any) -> None:
     problem = next(_problems(vllm_config), None)
     if problem is not None:
         raise SpeculativeConfigError(
-            f"speculative config: {TREE} cannot be had with {problem}", _CHAINS
+            f"speculative config: {TREE} cannot be combined with {problem}", _CHAINS
         )
 
 
@@ -85,7 +85,7 @@ def check_layers(layers: Sequence[Any], vllm_config: Any) -> None:
             )
         if (missing := impl.missing() or _unfit_cache(layer, vllm_config)) is not None:
             raise SpeculativeConfigError(
-                f"speculative config: {TREE} cannot be had with {missing} of layer "
+                f"speculative config: {TREE} cannot be combined with {missing} of layer "
                 f"{getattr(layer, 'layer_name', '?')}",
                 _CHAINS,
             )

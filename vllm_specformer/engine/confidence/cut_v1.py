@@ -49,7 +49,7 @@ class ConfidenceCut:
             raise SpeculativeConfigError(
                 f"speculative config: {CONFIDENCE} lets the drafts decide how many rows the next "
                 "step has, and asynchronous scheduling plans that step before they are known",
-                "add --no-async-scheduling, or leave the field out; the V2 runner cuts with it",
+                "add --no-async-scheduling, take the V2 runner, or leave the field out",
             )
         config = head_config(vllm_config.speculative_config.draft_model_config.hf_config)
         return cls(ranges, Calibrations.of(config))

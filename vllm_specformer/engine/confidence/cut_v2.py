@@ -82,7 +82,8 @@ def refusal(speculative_config: Any, problem: str) -> SpeculativeConfigError:
     """The error for a threshold that cannot be had with something."""
     ranges = [list(entry) for entry in confidence_ranges(speculative_config)]
     return SpeculativeConfigError(
-        f"speculative config: {CONFIDENCE}={ranges} cannot be had on the V2 runner with {problem}",
+        f"speculative config: {CONFIDENCE}={ranges} cannot be combined on the V2 runner with "
+        f"{problem}",
         REMEDY,
     )
 

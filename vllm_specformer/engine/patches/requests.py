@@ -86,7 +86,7 @@ def _validate_spec_decode(
         from vllm.exceptions import VLLMValidationError
 
         raise VLLMValidationError(
-            f"logprob_token_ids={self.logprob_token_ids} cannot be had with speculative "
+            f"logprob_token_ids={self.logprob_token_ids} cannot be combined with speculative "
             "decoding in this vLLM, which would return other tokens' log-probabilities or stop "
             "the engine; ask for logprobs, or serve without speculation",
             parameter="logprob_token_ids",
