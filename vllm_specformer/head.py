@@ -217,6 +217,14 @@ class SpecFormerHead(PreTrainedModel):
             earlier = earlier * gates
         return self.markov_scores(earlier)
 
+    def biased(
+        self, logits: Tensor, slot: int, previous_tokens: Tensor, gates: Tensor | None
+    ) -> Tensor:
+        """A slot's logits [..., N] with the term of the tokens before it; gates [..., rank]."""
+        if self.config.markov_gate and slot == 0:
+            return logits.contiguous()  # its gates are 0
+        return logits + self.markov_logits(previous_tokens, gates)
+
     def markov_scores(self, earlier: Tensor, indices: Tensor | None = None) -> Tensor:
         """Entries of the first table, gated or not, [..., rank] -> scores [..., N].
 
@@ -321,8 +329,8 @@ class SpecFormerHead(PreTrainedModel):
         if not self.config.markov_rank:
             return self.to_tokens(logits.argmax(-1))
         previous, chosen = bonus_tokens, []
-        for own, gate in slot_by_slot(logits, gates):
-            previous = self.to_tokens((own + self.markov_logits(previous, gate)).argmax(-1))
+        for slot, (own, gate) in enumerate(slot_by_slot(logits, gates)):
+            previous = self.to_tokens(self.biased(own, slot, previous, gate).argmax(-1))
             chosen.append(previous)
         return torch.stack(chosen, dim=-1)
 

@@ -72,6 +72,7 @@ def case(requests: int, **changes: Any) -> tuple[SpecFormerHead, dict[str, Tenso
     head, given = make(**changes), inputs(requests)
     if head.config.markov_gate:
         given["gates"] = torch.randn(requests, SLOTS, head.config.markov_rank)
+        given["gates"][:, 0] = 0  # as `markov_gates` has them
     return head, given
 
 

@@ -189,7 +189,8 @@ def read_manifest(
     if not manifest.complete and not allow_incomplete:
         raise DistilledDataError(
             f"{path}: only {len(manifest.shards)} of {manifest.num_shards} shards are there",
-            "give the `specformer distill` command that began it again, and it continues",
+            "give the `specformer distill` command that began it again, and it continues; `train "
+            "--partial-data` takes what is there",
         )
     return manifest
 

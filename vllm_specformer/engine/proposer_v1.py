@@ -254,7 +254,7 @@ class SpecFormerProposer(DFlashProposer):
         """
         previous, tokens, probs, biased = bonus_tokens, [], [], []
         for slot, (own, gate) in enumerate(slot_by_slot(logits, gates)):
-            scores = own + self.model.head.markov_logits(previous, gate)
+            scores = self.model.head.biased(own, slot, previous, gate)
             previous, slot_probs = self._choose(scores, slot)
             if self.cut is not None:
                 biased.append(scores)

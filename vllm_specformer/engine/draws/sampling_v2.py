@@ -31,9 +31,9 @@ class DraftSampling(DFlashSpeculator):
         previous = best = bonus_tokens
         for slot, (own, gate) in enumerate(slot_by_slot(logits, gates)):
             at = slice(slot, slot + 1)
-            biased = likeliest = own + head.markov_logits(previous, gate)
+            biased = likeliest = head.biased(own, slot, previous, gate)
             if has_best and slot:
-                likeliest = own + head.markov_logits(best, gate)
+                likeliest = head.biased(own, slot, best, gate)
             self._predict_acceptance(likeliest, requests, at)
             if has_best and slot + 1 < slots:
                 best = head.to_tokens(likeliest.argmax(-1))
