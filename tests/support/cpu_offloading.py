@@ -6,6 +6,8 @@ copied when, from which pages to which, is up to vLLM's scheduler and connector.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from vllm.v1.kv_offload.base import (
@@ -18,10 +20,19 @@ from vllm.v1.kv_offload.base import (
 )
 from vllm.v1.kv_offload.cpu.spec import CPUOffloadingSpec
 
+# The engine's `kv_transfer_config`.
+OFFLOADING: dict[str, Any] = {
+    "kv_connector": "OffloadingConnector",
+    "kv_role": "kv_both",
+    "kv_connector_extra_config": {
+        "spec_name": "CopyingSpec",
+        "spec_module_path": "support.cpu_offloading",
+        "cpu_bytes_to_use": 64 << 20,
+    },
+}
+
 
 class CopyingSpec(CPUOffloadingSpec):
-    """To be named in `kv_connector_extra_config` as `spec_name`, beside `spec_module_path`."""
-
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         assert self.blocks_per_chunk == 1
         return CopyingWorker(kv_caches, self.num_chunks)

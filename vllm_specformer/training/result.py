@@ -41,7 +41,8 @@ class Inputs:
     def record(self) -> dict[str, Any]:
         """What a directory remembers, and what must be the same when a run is continued."""
         return {
-            "settings": self.settings.model_dump(exclude={*PLACES, *OF_SPEED}),
+            "settings": self.settings.model_dump(exclude={*PLACES, *OF_SPEED})
+            | {"states": self.settings.source},
             "init": self.init_digest,
             "sample_vocab": self.settings.sample(self.device),
             "target": self.target.fingerprint,

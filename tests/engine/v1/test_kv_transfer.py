@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
+from support.cpu_offloading import OFFLOADING
 from support.dense import DenseReference
 from support.drafts import compare, watching
 from support.engines import Job, drafting, engine, greedy, prompts, run_plain
@@ -45,15 +46,7 @@ def two_examples(folder: Path) -> dict[str, Any]:
 
 def offloading(folder: Path) -> dict[str, Any]:
     """vLLM's offloading into main memory; only its CUDA copies are replaced (see the module)."""
-    return {
-        "kv_connector": "OffloadingConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {
-            "spec_name": "CopyingSpec",
-            "spec_module_path": "support.cpu_offloading",
-            "cpu_bytes_to_use": 64 << 20,
-        },
-    }
+    return OFFLOADING
 
 
 @pytest.mark.slow

@@ -361,8 +361,8 @@ NOT_TRIED = {
     "(`tests/engine/matrix/test_other_requests.py`)",
     "KV connectors": "vLLM's example, which moves the cache layer by layer, alone and two of them "
     "behind the multi connector: same output and drafts on V1 "
-    "(`tests/engine/v1/test_kv_transfer.py`); offloading connectors run on no CPU, with or without "
-    "speculation",
+    "(`tests/engine/v1/test_kv_transfer.py`); offloading and NIXL see "
+    "[kv-groups.md](kv-groups.md#connectors)",
     "guidance and outlines, tool calls and reasoning parsers over HTTP, weight "
     "reload, resized vocabulary": "same output on V1 in a trial outside of these tests",
     "custom logits processors": "not tried",
