@@ -20,6 +20,7 @@ from vllm_specformer.settings import (
     Flag,
     JsonObject,
     Revision,
+    Spelling,
     refuse_own,
 )
 from vllm_specformer.training.slot_loss import Mix
@@ -246,12 +247,12 @@ class TrainSettings(CommandSettings):
         "free. A run that is continued then equals an undisturbed one up to rounding only.",
     )
 
-    states: str = Field(
+    states: Annotated[str, Spelling("{transformers,vllm,URL}")] = Field(
         "transformers",
         description="Who runs the target: 'transformers' in this process; 'vllm', an engine beside "
         "it, for targets of any size and quantisation that vLLM serves; or the URL of a `vllm "
-        "serve` that writes hidden states where this process can read them. Of the weights this "
-        "process loads embedding, final norm and lm_head alone with the latter two.",
+        "serve` that writes hidden states where this process can read them. With the latter two "
+        "this process loads embedding, final norm and lm_head alone.",
     )
     states_disk: float = Field(
         8.0,
