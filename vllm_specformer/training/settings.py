@@ -286,7 +286,7 @@ class TrainSettings(CommandSettings):
     @model_validator(mode="after")
     def _has_effect(self) -> TrainSettings:
         """Refuse settings that would have no effect."""
-        names = ("states_disk", "engine_args", "engine_devices", "served_model")
+        names = ("states_disk", "engine_args", "engine_devices")
         given = [n for n in names if getattr(self, n) != type(self).model_fields[n].default]
         if self.states == "transformers" and given:
             raise ValueError(
@@ -298,7 +298,7 @@ class TrainSettings(CommandSettings):
                 f"{self.written(min(of_engine))}: the server of --states is running already; leave "
                 "it out, and start the server with it"
             )
-        if self.states == "vllm" and self.served_model is not None:
+        if self.source != "server" and self.served_model is not None:
             raise ValueError(
                 f"--served-model {self.served_model}: it is about a server; give its URL to "
                 "--states, or leave it out"
