@@ -122,7 +122,7 @@ def test_a_training(url: str, pair: Path, place: Path, tmp_path: Path) -> None:
     short = {"max_steps": 6, "batch_tokens": 512, "eval_texts": 4, "slots": None}
     train(pair, tmp_path / "transformers", **short)
     provenance = train(pair, tmp_path / "server", **short, states=url)
-    assert provenance["steps"] == 6
+    assert provenance["settings"]["states"] == "server"
     logs = [_losses(tmp_path / name) for name in ("server", "transformers")]
     assert logs[0] == pytest.approx(logs[1], rel=1e-3)
     assert list(place.iterdir()) == []

@@ -192,8 +192,9 @@ def about(
             "answer_tokens": counted.answer_tokens,
             "sampled": counted.sampled,
         },
-        "settings": settings.model_dump(exclude={"out", "finish"})
+        "settings": settings.model_dump(exclude={"out", "finish", "served_model"})
         | places
+        | {"states": settings.source}
         | {"anchors_per_text": settings.anchors(inputs.device) or "all"}
         | {"sample_vocab": settings.sample(inputs.device)},
         "head": head.config.to_dict(),
