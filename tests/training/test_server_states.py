@@ -147,7 +147,7 @@ def _losses(out: Path) -> list[float]:
             "vllm serve",
         ),
         ({"dtype": "bfloat16"}, "the server's states are F32, the training's BF16"),
-        ({"served_model": "mine"}, r"the server serves '.*target', --target is .*target; give --t"),
+        ({"served_model": "mine"}, r"serves '.*target', not 'mine'; if that is --target, name it"),
     ],
 )
 def test_a_server_for_another_training(
@@ -196,7 +196,7 @@ def test_what_makes_no_sense(
 
 def connected(url: str) -> Path:
     server = StatesServer(
-        url, ["t"], [0, 2], dtype="float32", max_model_len=9, directory=Path("/shared")
+        url, "t", ["t"], [0, 2], dtype="float32", max_model_len=9, directory=Path("/shared")
     )
     return server.connect([1, 2, 3], 8)
 
@@ -230,7 +230,7 @@ def test_what_a_server_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         answering("other", 9, None) as url,
         pytest.raises(
             StatesServerError,
-            match="the server serves 'other', --target is t; give --target as the",
+            match="the server serves 'other', not 't'; if that is --target, name it",
         ),
     ):
         connected(url)

@@ -9,7 +9,7 @@ import shlex
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -62,7 +62,8 @@ class StatesServer:
 
     Args:
         url: with or without the closing `/v1`.
-        model: the target as it was given to us, and whatever else it may be called.
+        target: as it was given to us, for messages.
+        names: what the server may call it.
         ids, dtype, max_model_len: what is wanted, see `engine_arguments`.
         directory: where the server is to be told to write, for messages.
     """
@@ -70,7 +71,8 @@ class StatesServer:
     def __init__(
         self,
         url: str,
-        model: Sequence[str],
+        target: str,
+        names: Collection[str],
         ids: Sequence[int],
         *,
         dtype: str,
@@ -79,10 +81,10 @@ class StatesServer:
     ) -> None:
         self._where = f"--states {url}"
         self._url = url.rstrip("/").removesuffix("/v1")
-        self._model, self._ids = list(model), list(ids)
+        self._names, self._ids = set(names), list(ids)
         self._dtype, self._longest = dtype, max_model_len
-        self._line = serve_line(model[0], ids, dtype, max_model_len, directory)
-        self._served = model[0]
+        self._line = serve_line(target, ids, dtype, max_model_len, directory)
+        self._served = target
         self._stopped = False
 
     def connect(self, text: Sequence[int], hidden_size: int) -> Path:
@@ -193,14 +195,14 @@ class StatesServer:
         Raises:
             StatesServerError: it serves another model, or shorter texts.
         """
-        called = {card["id"]: {card["id"], str(card.get("root"))} for card in cards}
-        match = [card for card in cards if called[card["id"]] & set(self._model)]
+        match = [card for card in cards if {card["id"], card.get("root")} & self._names]
         if not match:
             served = ", ".join(repr(card.get("root") or card["id"]) for card in cards)
+            wanted = " or ".join(map(repr, sorted(self._names)))
             raise StatesServerError(
-                f"{self._where}: the server serves {served or 'nothing'}, --target is "
-                f"{self._model[0]}",
-                f"give --target as the server has it, or start a server for this one: {self._line}",
+                f"{self._where}: the server serves {served or 'nothing'}, not {wanted}",
+                "if that is --target, name it with --served-model; else start a server for it: "
+                f"{self._line}",
             )
         self._served = match[0]["id"]
         limit = match[0].get("max_model_len")

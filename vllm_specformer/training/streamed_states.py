@@ -160,17 +160,17 @@ def states_from_server(
     """Take the states from a server that runs already; the rest as of `states_from_vllm`.
 
     Args:
-        served_as: what the server calls the target, if that is not its name or directory.
+        served_as: what the server calls the target; None: as here, by name or directory.
         directory: where the server is proposed to write; where it does is found out.
 
     Raises:
         SpecFormerError: server or target are unsuitable, or the server does not answer.
     """
     hooks = config.aux_hidden_state_layer_ids
-    names = [name, str(target), str(target.resolve())]
     server = StatesServer(
         url,
-        names if served_as is None else [name, served_as],
+        name,
+        {name, str(target), str(target.resolve())} if served_as is None else {served_as},
         sorted({*hooks, config.target_num_layers}),
         dtype=str(dtype).removeprefix("torch."),
         max_model_len=int(texts.lengths.max()),
