@@ -86,9 +86,9 @@ def test_two_ranks(
     options = [
         str(pair.target), f"--speculative-config={json.dumps(drafting(4, pair.head))}",
         "--dtype=float32", "--enforce-eager", "--max-model-len=192", "--skip-tokenizer-init",
-        "--kv-cache-memory-bytes=67108864", *ranks,
+        "--kv-cache-memory-bytes=67108864", "--api-server-count=1", *ranks,
     ]  # fmt: skip
-    with serving(options, tmp_path / "server.log", timeout_s=900) as server:
+    with serving(options, tmp_path / "server.log", timeout_s=1800) as server:
         assert [complete(server, pair, prompt) for prompt in pair.prompts] == expected
         with urllib.request.urlopen(f"{server.url}/metrics", timeout=PATIENCE_S) as page:
             lines = page.read().decode().splitlines()
