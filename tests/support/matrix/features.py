@@ -373,10 +373,10 @@ NOT_TRIED = {
     "(`tests/engine/matrix/test_server_faults.py`)",
     "a home directory that cannot be written": "same output on V1, by the temporary directory "
     "(`tests/engine/matrix/test_server_faults.py`)",
-    "mixtures of experts on two ranks": "under data parallelism with the idle engine keeping step: "
-    "answers came, without a hang, in a trial on V1. Output, and expert parallelism: "
-    "`tests/engine/matrix/test_experts.py`, not run to its end yet. vLLM's CPU build lacks two "
-    "collectives that data parallelism of experts needs "
+    "mixtures of experts on two ranks": "data parallelism, the idle engine keeping step: output of "
+    "the target alone on V1, in a trial of four prompts. With expert parallelism, too, and under "
+    "tensor with expert parallelism: `tests/engine/matrix/test_experts.py`, not run to its end "
+    "yet. vLLM's CPU build lacks two collectives that data parallelism of experts needs "
     "(`distributed/device_communicators/base_device_communicator.py:296, 334`), with or without "
     "speculation; the test brings them",
     "bfloat16 and float16": "greedy texts may part at ties, as between batch sizes of vLLM",
