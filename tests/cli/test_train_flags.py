@@ -63,6 +63,7 @@ DEFAULTS = {
     "cache_states": 0.0,
     "states": "transformers",
     "states_disk": 8.0,
+    "served_model": None,
     "engine_args": {},
     "engine_devices": None,
 }

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from support.family_targets import make_target
 from support.paths import TARGET
+from support.states_rows import same_states
 from support.training_runs import command, refusal, train
 from support.training_texts import make_texts, write_distilled
 from vllm_specformer.cli.main import main
@@ -24,9 +25,7 @@ from vllm_specformer.serving.engine_process import EngineProcessError
 from vllm_specformer.target.hidden_states import HookedTarget
 from vllm_specformer.training import report, streamed_states
 from vllm_specformer.training.heldout import run_target
-from vllm_specformer.training.hooked_rows import HookedRows
 from vllm_specformer.training.packing import Batches, Budget, collate
-from vllm_specformer.training.rows import texts_of
 from vllm_specformer.training.streamed_states import check_states, states_from_vllm
 from vllm_specformer.training.texts import Texts
 from vllm_specformer.training.trainer import HeadTrainer
@@ -60,21 +59,6 @@ def texts() -> Texts:
 def head_config(**changes: Any) -> SpecFormerConfig:
     config = AutoConfig.from_pretrained(TARGET)
     return SpecFormerConfig.preset("default", config, "t", **changes)
-
-
-def same(one: HookedRows, other: HookedRows, texts: Texts, batch: list[list[int]]) -> None:
-    """All states but those of each text's last token, which nobody looks at."""
-    for row, first, index in texts_of(batch, texts):
-        part = slice(first, first + int(texts.lengths[index]) - 1)
-        for a, b in zip(
-            [*one.hooked_states, one.last_states],
-            [*other.hooked_states, other.last_states],
-            strict=True,
-        ):
-            apart = (a[row, part] - b[row, part]).norm(dim=-1) / b[row, part].norm(dim=-1)
-            assert apart.max() < 1e-5
-    for name in ("input_ids", "position_ids", "segments", "anchors", "ends"):
-        assert torch.equal(getattr(one, name), getattr(other, name))
 
 
 def test_states_are_those_of_transformers(texts: Texts, tmp_path: Path) -> None:
@@ -112,14 +96,14 @@ def test_states_are_those_of_transformers(texts: Texts, tmp_path: Path) -> None:
             batch = batches.batch(number)
             fields = collate(texts, batch, 4, np.random.default_rng(number))
             found = states.trained(number, batch, dict(fields))
-            same(found, run_target(target, fields, True), texts, batch)
+            same_states(found, run_target(target, fields, True), texts, batch)
             written = sum(p.stat().st_size for p in place.glob("*.safetensors"))
             assert written <= LIMIT + 200 * len(texts)  # and what stands before the states
             if number == 5:
                 held_out = [[30, 31], [32]]
                 fields = collate(texts, held_out, None, None)
                 found = states.held_out(held_out, dict(fields))
-                same(found, run_target(target, fields, True), texts, held_out)
+                same_states(found, run_target(target, fields, True), texts, held_out)
         assert [p.name for p in place.iterdir()] == ["vllm.log"]
         states._engine.kill()
         fields = collate(texts, held_out, None, None)
@@ -212,10 +196,10 @@ def test_what_makes_no_sense(
 
 def test_several_processes() -> None:
     with pytest.raises(ValueError, match="one process trains, 2 were started; leave torchrun out"):
-        check_states(head_config(), 2)
+        check_states("vllm", head_config(), 2)
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streamed_states, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="vLLM is not installed; install it, or take --states tra"):
-        check_states(head_config(), 1)
+        check_states("vllm", head_config(), 1)

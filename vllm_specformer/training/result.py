@@ -41,7 +41,8 @@ class Inputs:
     def record(self) -> dict[str, Any]:
         """What a directory remembers, and what must be the same when a run is continued."""
         return {
-            "settings": self.settings.model_dump(exclude={*PLACES, *OF_SPEED}),
+            "settings": self.settings.model_dump(exclude={*PLACES, *OF_SPEED})
+            | {"states": self.settings.source},
             "init": self.init_digest,
             "sample_vocab": self.settings.sample(self.device),
             "target": self.target.fingerprint,
@@ -193,8 +194,9 @@ def about(
             "answer_tokens": counted.answer_tokens,
             "sampled": counted.sampled,
         },
-        "settings": settings.model_dump(exclude={"out", "finish"})
+        "settings": settings.model_dump(exclude={"out", "finish", "served_model"})
         | places
+        | {"states": settings.source}
         | {"anchors_per_text": settings.anchors(inputs.device) or "all"}
         | {"sample_vocab": settings.sample(inputs.device)},
         "head": head.config.to_dict(),

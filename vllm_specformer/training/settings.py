@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from vllm_specformer.head_fields import MAX_SLOT_LAYERS, MAX_SLOTS
 from vllm_specformer.serving.hidden_states import OWN
+from vllm_specformer.serving.states_server import is_url
 from vllm_specformer.settings import (
     CommandSettings,
     Directory,
     Flag,
     JsonObject,
     Revision,
+    Spelling,
     refuse_own,
 )
 from vllm_specformer.training.slot_loss import Mix
@@ -26,7 +28,7 @@ from vllm_specformer.training.slot_loss import Mix
 # They may move between the beginning of a run and its continuation; a run remembers what is there.
 PLACES = ("target", "data", "out", "finish", "init")
 # May change then, too: they decide about speed and rounding only.
-OF_SPEED = ("cache_states", "states_disk", "engine_args", "engine_devices")
+OF_SPEED = ("cache_states", "states_disk", "engine_args", "engine_devices", "served_model")
 SLOT_DECAY = 0.85
 REACH = "reach"  # as --slot-weights
 COSINE_FLOOR = 0.02  # of the highest rate: 5e-4 falls to 1e-5, as in the paper
@@ -258,17 +260,21 @@ class TrainSettings(CommandSettings):
         "free. A run that is continued then equals an undisturbed one up to rounding only.",
     )
 
-    states: Literal["transformers", "vllm"] = Field(
+    states: Annotated[str, Spelling("{transformers,vllm,URL}")] = Field(
         "transformers",
-        description="What runs the target: Transformers in this process, or a vLLM engine beside "
-        "it, for targets of any size and quantisation that vLLM serves; this process then loads "
-        "only the target's embedding, final norm and lm_head.",
+        description="What runs the target: 'transformers' in this process; 'vllm', an engine "
+        "beside it, for targets of any size and quantisation that vLLM serves; or the URL of a "
+        "`vllm serve` that writes hidden states where this process can read them. With the latter "
+        "two this process loads only the target's embedding, final norm and lm_head.",
     )
     states_disk: float = Field(
         8.0,
         gt=0,
-        description="GiB of disk, beside --out, for vLLM's states that wait to be trained on; "
-        "never more than a quarter of what is free.",
+        description="GiB of disk, beside --out or where the server writes, for vLLM's states that "
+        "wait to be trained on; never more than a quarter of what is free.",
+    )
+    served_model: str | None = Field(
+        None, description="Name the server of --states knows the target by; default: --target."
     )
     engine_args: JsonObject = Field(
         {},
@@ -280,20 +286,41 @@ class TrainSettings(CommandSettings):
         "takes 60%.",
     )
 
+    @field_validator("states")
+    @classmethod
+    def _known_states(cls, states: str) -> str:
+        if states not in ("transformers", "vllm") and not is_url(states):
+            raise ValueError(
+                f"expected 'transformers', 'vllm' or the URL of a server such as "
+                f"http://127.0.0.1:8000, found {states!r}"
+            )
+        return states
+
     @model_validator(mode="after")
     def _has_effect(self) -> TrainSettings:
         """Refuse settings that would have no effect."""
         names = ("states_disk", "engine_args", "engine_devices")
-        of_vllm = [n for n in names if getattr(self, n) != type(self).model_fields[n].default]
-        if self.states == "transformers" and of_vllm:
+        given = [n for n in names if getattr(self, n) != type(self).model_fields[n].default]
+        if self.states == "transformers" and given:
             raise ValueError(
-                f"{self.written(min(of_vllm))}: it is about vLLM's engine; add --states vllm, or "
+                f"{self.written(min(given))}: it is about vLLM's engine; add --states vllm, or "
                 "leave it out"
             )
-        if self.states == "vllm" and self.cache_states:
+        if self.source == "server" and (of_engine := {"engine_args", "engine_devices"} & {*given}):
             raise ValueError(
-                f"--cache-states {self.cache_states}: with --states vllm every epoch's states are "
-                "made anew; leave it out, --states-disk bounds what waits to be trained on"
+                f"{self.written(min(of_engine))}: the server of --states is running already; leave "
+                "it out, and start the server with it"
+            )
+        if self.source != "server" and self.served_model is not None:
+            raise ValueError(
+                f"--served-model {self.served_model}: it is about a server; give its URL to "
+                "--states, or leave it out"
+            )
+        if self.states != "transformers" and self.cache_states:
+            raise ValueError(
+                f"--cache-states {self.cache_states}: with --states {self.states} every epoch's "
+                "states are made anew; leave it out, --states-disk bounds what waits to be "
+                "trained on"
             )
         refuse_own(self.engine_args, OWN, "the training")
         if self.engine_args.get("pipeline_parallel_size", 1) != 1:
@@ -318,6 +345,13 @@ class TrainSettings(CommandSettings):
         if self.slot_counts is not None:
             _within("--slot-counts", self.slot_counts, self.slots)
         return self
+
+    @property
+    def source(self) -> Literal["transformers", "vllm", "server"]:
+        """Who runs the target, whatever the server's address is."""
+        if is_url(self.states):
+            return "server"
+        return "vllm" if self.states == "vllm" else "transformers"
 
     def weights(self) -> tuple[float, ...]:
         """One weight per slot.

@@ -21,7 +21,7 @@ from vllm_specformer.training.packing import Batch, Batches
 from vllm_specformer.training.result import Inputs
 from vllm_specformer.training.run_directory import RunDirectory
 from vllm_specformer.training.state_cache import StateCache
-from vllm_specformer.training.streamed_states import states_from_vllm
+from vllm_specformer.training.streamed_states import states_from_server, states_from_vllm
 from vllm_specformer.training.texts import Texts
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -84,6 +84,11 @@ class TransformersStates:
         return run_target(self._target, fields, self._packed)
 
 
+def states_directory(out: Path) -> Path:
+    """Where a server is proposed to write: beside the run, which may clean up what is in it."""
+    return out.absolute().with_name(f"{out.absolute().name}-states")
+
+
 @contextmanager
 def open_states(
     inputs: Inputs,
@@ -102,6 +107,21 @@ def open_states(
         yield TransformersStates(target, directory.path, int(settings.cache_states * _GIB))
         return
     transformers.utils.logging.disable_progress_bar()
+    if settings.source == "server":
+        with states_from_server(
+            settings.states,
+            inputs.directory,
+            settings.target,
+            settings.served_model,
+            config,
+            texts,
+            dtype=dtype,
+            device=device,
+            directory=states_directory(directory.path),
+            limit=int(settings.states_disk * _GIB),
+        ) as served:
+            yield served
+        return
     print("starting vLLM, which runs the target", flush=True)
     with states_from_vllm(
         inputs.directory,

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.errors import SpecFormerError
 from vllm_specformer.families import read_families
 from vllm_specformer.serving.hidden_states import Extracted, StatesEngine
+from vllm_specformer.serving.states_server import StatesServer
 from vllm_specformer.target.ends import TargetEnds
 from vllm_specformer.target.model import parallel
 from vllm_specformer.target.unsupported import UnsupportedTargetError
@@ -49,19 +50,32 @@ _HELD_OUT = -1  # in the place of a batch's number
 _Key = tuple[int, int]  # batch and text
 
 
-def check_states(config: SpecFormerConfig, processes: int) -> None:
+class StatesSource(Protocol):
+    """An engine or a server that writes states to files."""
+
+    def extract(self, texts: Sequence[Sequence[int]]) -> list[Extracted]:
+        """Run the target over token ids; one file per text, whole when this returns."""
+
+    def kill(self) -> None:
+        """End at once; an `extract` under way in another thread raises SpecFormerError."""
+
+
+def check_states(states: str, config: SpecFormerConfig, processes: int) -> None:
     """Refuse what is known not to work, before anything is started.
+
+    Args:
+        states: "vllm", or a server's URL.
 
     Raises:
         SpecFormerError: says what, and what to do.
     """
     if processes > 1:
         raise SpecFormerError(
-            f"--states vllm: one process trains, {processes} were started",
+            f"--states {states}: one process trains, {processes} were started",
             "leave torchrun out and give the engine more GPUs, as in --engine-devices 1,2 "
             "--engine-args '{\"tensor_parallel_size\": 2}'",
         )
-    if find_spec("vllm") is None:
+    if states == "vllm" and find_spec("vllm") is None:
         raise SpecFormerError(
             "--states vllm: vLLM is not installed", "install it, or take --states transformers"
         )
@@ -69,7 +83,7 @@ def check_states(config: SpecFormerConfig, processes: int) -> None:
     family, last = known.find(config.target_architecture), config.target_num_layers
     if family is not None and family.handed_out.lacking([last], last):
         raise UnsupportedTargetError(
-            f"--states vllm: vLLM {known.vllm}'s class for {family.architecture} hands out no "
+            f"--states {states}: vLLM {known.vllm}'s class for {family.architecture} hands out no "
             f"state {last}, after the last layer, from which the target's distribution is made",
             "take --states transformers",
         )
@@ -129,12 +143,56 @@ def states_from_vllm(
         shutil.rmtree(directory, ignore_errors=True)
 
 
+@contextmanager
+def states_from_server(
+    url: str,
+    target: Path,
+    name: str,
+    served_as: str | None,
+    config: SpecFormerConfig,
+    texts: Texts,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    directory: Path,
+    limit: int,
+) -> Iterator[VllmStates]:
+    """Take the states from a server that runs already; the rest as of `states_from_vllm`.
+
+    Args:
+        served_as: what the server calls the target; None: as here, by name or directory.
+        directory: where the server is proposed to write; where it does is found out.
+
+    Raises:
+        SpecFormerError: server or target are unsuitable, or the server does not answer.
+    """
+    hooks = config.aux_hidden_state_layer_ids
+    server = StatesServer(
+        url,
+        name,
+        {name, str(target), str(target.resolve())} if served_as is None else {served_as},
+        sorted({*hooks, config.target_num_layers}),
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=int(texts.lengths.max()),
+        directory=directory,
+    )
+    place = server.connect(texts.input_ids(0)[:-1].tolist(), config.hidden_size)
+    ends = TargetEnds(load_ends(target, dtype, device), hooks)
+    limit = min(limit, int(_OF_FREE * shutil.disk_usage(place).free))
+    states = VllmStates(server, ends, config, texts, limit, count_parameters(target))
+    try:
+        states.check(name)
+        yield states
+    finally:
+        states.close()
+
+
 class VllmStates:
-    """The states that an engine writes (see `states.States`)."""
+    """The states that an engine or a server writes (see `states.States`)."""
 
     def __init__(
         self,
-        engine: StatesEngine,
+        engine: StatesSource,
         ends: TargetEnds,
         config: SpecFormerConfig,
         texts: Texts,
@@ -165,7 +223,7 @@ class VllmStates:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread, and the engine if it is at work."""
+        """End the thread, and the engine if it is at work; remove files that nobody will read."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -174,6 +232,8 @@ class VllmStates:
         if self._thread.is_alive():
             self._engine.kill()
             self._thread.join()
+        for file in self._files.values():
+            file.unlink(missing_ok=True)
 
     def trained(self, number: int, batch: Batch, fields: dict[str, Tensor]) -> HookedRows:
         with self._changed:
@@ -199,8 +259,10 @@ class VllmStates:
         """
         indices = range(min(_CHECKED, len(self._texts)))
         apart = []
-        for index, found in zip(indices, self._extract(indices), strict=True):
-            states = parts_of(self._read(found.file, index), self.ends.device, self.ends.dtype)
+        extracted = self._extract(indices)
+        contents = [self._read(found.file, i) for i, found in zip(indices, extracted, strict=True)]
+        for index, found, content in zip(indices, extracted, contents, strict=True):
+            states = parts_of(content, self.ends.device, self.ends.dtype)
             by_id = dict(zip(self._ids, states, strict=True))
             logits = self.ends.lm_head(self.ends.norm(by_id[self._last][-1:]))
             logprob = float(logits.float().log_softmax(-1)[0, found.token])
@@ -216,8 +278,8 @@ class VllmStates:
             raise UnsupportedTargetError(
                 f"target {name}: the checkpoint's final norm and lm_head make other probabilities "
                 f"of vLLM's last state than vLLM itself (e^{np.mean(apart):.2g} times, on average)",
-                "engine arguments must not change the model; without any, this family is not "
-                "supported with --states vllm",
+                "it must run this checkpoint, and its arguments must not change the model; with "
+                "neither, this family is not supported with states from vLLM",
             )
 
     # --- what is made, in the thread ---
@@ -310,7 +372,7 @@ class VllmStates:
         file.unlink()
         if content["token_ids"].tolist() != self._tokens(index).tolist():
             raise SpecFormerError(
-                f"--states vllm: {file.name} holds the states of other tokens than text {index}'s",
+                f"--states: {file.name} holds the states of other tokens than text {index}'s",
                 "give the same command again",
             )
         return content["hidden_states"]

@@ -149,8 +149,8 @@ def _run(
         config = head_config(settings.preset, target_config, name, **settings.head_fields())
     else:
         config = config_of_start(settings.init, target_config, name, settings.shape_options())
-    if settings.states == "vllm":
-        check_states(config, processes.num_processes)
+    if settings.states != "transformers":
+        check_states(settings.states, config, processes.num_processes)
     texts, trained, held_out = _read_texts(inputs, config.max_position_embeddings)
     with open_states(inputs, config, texts, directory, processes.device) as states:
         _train(inputs, config, states, texts, trained, held_out, directory, processes, quiet, stop)

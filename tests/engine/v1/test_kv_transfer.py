@@ -1,14 +1,15 @@
-"""A connector that moves the cache layer by layer moves the head's layer, too."""
+"""Connectors that keep pages outside of the cache keep those of the head's layers, too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
 
+from support.cpu_offloading import OFFLOADING
 from support.dense import DenseReference
 from support.drafts import compare, watching
 from support.engines import Job, drafting, engine, greedy, prompts, run_plain
@@ -34,25 +35,43 @@ def example(folder: Path) -> dict[str, Any]:
     }
 
 
+def two_examples(folder: Path) -> dict[str, Any]:
+    several = [example(folder / name) for name in ("first", "second")]
+    return {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"connectors": several},
+    }
+
+
+def offloading(folder: Path) -> dict[str, Any]:
+    """vLLM's offloading into main memory; only its CUDA copies are replaced (see the module)."""
+    return OFFLOADING
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("kv_heads", "layers", "connectors"), [(2, 1, 1), (4, 2, 1), (2, 1, 2)])
+@pytest.mark.parametrize(
+    ("kv_heads", "layers", "connector"),
+    [
+        (2, 1, example),
+        (4, 2, example),
+        (2, 1, two_examples),
+        (2, 1, offloading),
+        (4, 2, offloading),
+    ],
+)
 def test_the_head_finds_its_context_in_what_was_loaded(
-    kv_heads: int, layers: int, connectors: int, tmp_path: Path
+    kv_heads: int, layers: int, connector: Callable[[Path], dict[str, Any]], tmp_path: Path
 ) -> None:
     """Pages that were not moved would be another request's or empty, and drafts would show it."""
-    several = [example(tmp_path / f"pages{number}") for number in range(connectors)]
-    connector = several[0]
-    if connectors > 1:
-        extra = {"connectors": several}
-        connector = {
-            "kv_connector": "MultiConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": extra,
-        }
     expected = token_ids(run_plain({"all": JOB})["all"])
     head = make_head(tmp_path / "head", "default", num_key_value_heads=kv_heads)
     # Without vLLM's own prefix cache, so that the second time everything comes from outside.
-    options = {"kv_transfer_config": connector, "enable_prefix_caching": False, "block_size": 32}
+    options = {
+        "kv_transfer_config": connector(tmp_path / "pages"),
+        "enable_prefix_caching": False,
+        "block_size": 32,
+    }
     with engine(drafting(4, head), **options) as llm:
         core = llm.llm_engine.engine_core.engine_core
         runner = core.model_executor.driver_worker.worker.model_runner

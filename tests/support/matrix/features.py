@@ -361,8 +361,8 @@ NOT_TRIED = {
     "(`tests/engine/matrix/test_other_requests.py`)",
     "KV connectors": "vLLM's example, which moves the cache layer by layer, alone and two of them "
     "behind the multi connector: same output and drafts on V1 "
-    "(`tests/engine/v1/test_kv_transfer.py`); offloading connectors run on no CPU, with or without "
-    "speculation",
+    "(`tests/engine/v1/test_kv_transfer.py`); offloading and NIXL see "
+    "[kv-groups.md](kv-groups.md#connectors)",
     "guidance and outlines, tool calls and reasoning parsers over HTTP, weight "
     "reload, resized vocabulary": "same output on V1 in a trial outside of these tests",
     "custom logits processors": "not tried",
@@ -373,7 +373,12 @@ NOT_TRIED = {
     "(`tests/engine/matrix/test_server_faults.py`)",
     "a home directory that cannot be written": "same output on V1, by the temporary directory "
     "(`tests/engine/matrix/test_server_faults.py`)",
-    "expert parallelism": "not tried",
+    "mixtures of experts on two ranks": "data parallelism, the idle engine keeping step: output of "
+    "the target alone on V1, in a trial of four prompts. With expert parallelism, too, and under "
+    "tensor with expert parallelism: `tests/engine/matrix/test_experts.py`, not run to its end "
+    "yet. vLLM's CPU build lacks two collectives that data parallelism of experts needs "
+    "(`distributed/device_communicators/base_device_communicator.py:296, 334`), with or without "
+    "speculation; the test brings them",
     "bfloat16 and float16": "greedy texts may part at ties, as between batch sizes of vLLM",
     "`rejection_sample_method=synthetic`": "for measuring at a chosen acceptance; the output is "
     "not the target's (`tests/engine/v1/test_cpu_synthetic.py`)",

@@ -35,6 +35,7 @@ EXTRACTION: tuple[Reliance, ...] = (
         "where the states are, and who waits for them",
         "_kv_cache _block_size _is_tp_rank_zero _executor _req_copy_events",
     ),
+    *members(_CONNECTOR, _CONNECTOR_FILE, "which states they are", "_vllm_config"),
     call(
         f"{_EXAMPLE}:extract_from_kv_cache",
         _CONNECTOR_FILE,

@@ -22,6 +22,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.example_hidden_states_connecto
     extract_from_kv_cache,
 )
 
+from vllm_specformer.state_files import LAYER_IDS, joined
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -29,7 +31,10 @@ PARTIAL = ".partial"
 
 
 class StatesConnector(ExampleHiddenStatesConnector):
-    """Writes `hidden_states` [tokens, ids, H], in the target's dtype, and `token_ids` [tokens]."""
+    """Writes `hidden_states` [tokens, ids, H], in the target's dtype, and `token_ids` [tokens].
+
+    The file's metadata says which states they are, as a server does not (see `LAYER_IDS`).
+    """
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
@@ -47,7 +52,11 @@ class StatesConnector(ExampleHiddenStatesConnector):
         slots = (torch.tensor(pending.block_ids)[:, None] * self._block_size + offsets).flatten()
         states = extract_from_kv_cache(cache, slots.to(cache.device), len(pending.token_ids))
         tensors = {"hidden_states": states.cpu().contiguous(), "token_ids": pending.token_ids}
-        written = self._executor.submit(_write, tensors, pending.filename)
+        extracted = self._vllm_config.speculative_config.draft_model_config.hf_config
+        ids = joined(extracted.eagle_aux_hidden_state_layer_ids)
+        # A server is given a directory that nobody has made.
+        os.makedirs(os.path.dirname(pending.filename), exist_ok=True)
+        written = self._executor.submit(_write, tensors, pending.filename, {LAYER_IDS: ids})
         self._req_copy_events[pending.req_id] = _Written(written)
 
 
@@ -68,6 +77,6 @@ class _Written:
         return self._future.done()
 
 
-def _write(tensors: dict[str, Tensor], filename: str) -> None:
-    save_file(tensors, filename + PARTIAL)
+def _write(tensors: dict[str, Tensor], filename: str, about: dict[str, str]) -> None:
+    save_file(tensors, filename + PARTIAL, about)
     os.replace(filename + PARTIAL, filename)
