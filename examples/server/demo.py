@@ -287,6 +287,7 @@ def as_results(pair: Pair, measured: Both) -> dict[str, Any]:
             f"tokens_per_second_with{suffix}": round(with_drafts, 1),
             f"tokens_per_second_without{suffix}": round(without, 1),
             f"ratio{suffix}": round(statistics.median(one.pairs.ratios), 3),
+            f"ratios{suffix}": [round(ratio, 3) for ratio in one.pairs.ratios],
         }
     differing = sorted({prompt for one in measured for prompt in one.pairs.differing_prompts()})
     return found | {

@@ -19,7 +19,7 @@ NOT_RUN = (
     (r"^pip ", "changes the environment; `make test-install` installs the package"),
     (r"^hf ", "needs an account"),
     (r"^make ", "a suite or a tool of its own; that the target exists is tested"),
-    (r"^pytest ", "a test of another suite"),
+    (r"^pytest |-m pytest ", "a test of another suite"),
     (r"serve \S+ .*--speculative-config", "serves until it is stopped; its config is judged"),
     (r"--nproc-per-node 8|--engine-devices", "needs several GPUs"),
     (r"Qwen/|RedHatAI/", "asks a hub for a model"),
