@@ -81,7 +81,7 @@ class ToySpeculator(SpecFormerSpeculator):
         self.num_speculative_steps = K
         q = torch.tensor(Q, dtype=torch.float32) / CELLS
         head = SimpleNamespace(
-            markov_logits=lambda tokens, _: q.log()[tokens], to_tokens=lambda x: x
+            biased=lambda own, slot, tokens, _: own + q.log()[tokens], to_tokens=lambda x: x
         )
         self.model = SimpleNamespace(head=head)
         self.draft_logits = torch.zeros(1) if draws_apart else None
