@@ -33,7 +33,7 @@ def test_what_is_missing_is_named(
     extra, modules = extras.NEEDS[command]
     error = capsys.readouterr().err
     assert f"{', '.join(modules or ('matplotlib',))}: not installed" in error
-    assert f"vllm-specformer[{extra}]" in error
+    assert f"pip install '.[{extra}]' in a clone of vllm-specformer" in error
     assert list(tmp_path.iterdir()) == []
 
 

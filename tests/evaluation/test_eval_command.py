@@ -163,7 +163,8 @@ def test_metrics_that_cannot_be_written_are_printed(
         assert main(["eval", *map(str, (*arguments, *limits))]) == 2
     printed = capsys.readouterr()
     assert f"specformer eval: {out}: File too large while writing" in printed.err
-    assert "raise the limit on the size of files (`ulimit -f`). What the file was to" in printed.err
+    remedy = "raise the limit on the size of files (`ulimit -f`). Its content is printed above"
+    assert remedy in printed.err
     metrics = json.loads(printed.out[printed.out.index("\n{") :])
     assert metrics["offline"]["greedy"]["texts"] == 2
     assert list(tmp_path.iterdir()) == []
