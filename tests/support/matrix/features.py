@@ -373,12 +373,11 @@ NOT_TRIED = {
     "(`tests/engine/matrix/test_server_faults.py`)",
     "a home directory that cannot be written": "same output on V1, by the temporary directory "
     "(`tests/engine/matrix/test_server_faults.py`)",
-    "mixtures of experts on two ranks": "data parallelism, the idle engine keeping step: output of "
-    "the target alone on V1, in a trial of four prompts. With expert parallelism, too, and under "
-    "tensor with expert parallelism: `tests/engine/matrix/test_experts.py`, not run to its end "
-    "yet. vLLM's CPU build lacks two collectives that data parallelism of experts needs "
-    "(`distributed/device_communicators/base_device_communicator.py:296, 334`), with or without "
-    "speculation; the test brings them",
+    "mixtures of experts on two ranks": "data parallelism, one engine idle while the other drafts: "
+    "same output on V1 (`tests/engine/matrix/test_experts.py`, which brings two collectives that "
+    "vLLM's CPU build lacks: `distributed/device_communicators/base_device_communicator.py:296, "
+    "334`). `--enable-expert-parallel` does not run on a CPU: vLLM's own kernel crashes with "
+    "experts of another rank, with or without speculation (`csrc/cpu/cpu_fused_moe.cpp:242`)",
     "bfloat16 and float16": "greedy texts may part at ties, as between batch sizes of vLLM",
     "`rejection_sample_method=synthetic`": "for measuring at a chosen acceptance; the output is "
     "not the target's (`tests/engine/v1/test_cpu_synthetic.py`)",
