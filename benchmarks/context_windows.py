@@ -56,10 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    record = json.loads(RESULT.read_text()) if args.long else {"sinks": SINKS}
+    command = {"command": " ".join(sys.argv)}
+    record = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     if args.long:
-        record["long"] = long_acceptance(args.long_windows, args.long_prompts)
+        record["long"] = command | long_acceptance(args.long_windows, args.long_prompts)
     else:
+        record |= command | {"sinks": SINKS}
         record["acceptance"] = [
             acceptance("python", PROMPTS, window, args.prompts)
             for window in tqdm(args.windows, desc="windows")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,17 @@ from support.toy_target import make_toy_target
 from support.training_texts import make_texts, write_distilled, write_toy_target
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import SpecFormerHead
+from vllm_specformer.training import report
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For vLLM beside a training, whose curves are not drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(report, "plot", lambda history: b"")
+        yield
 
 
 @pytest.fixture(scope="session")

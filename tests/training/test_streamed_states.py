@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,14 @@ from vllm_specformer.cli.main import main
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.serving.engine_process import EngineProcessError
 from vllm_specformer.target.hidden_states import HookedTarget
-from vllm_specformer.training import report, streamed_states
+from vllm_specformer.training import streamed_states
 from vllm_specformer.training.heldout import run_target
 from vllm_specformer.training.packing import Batches, Budget, collate
 from vllm_specformer.training.streamed_states import check_states, states_from_vllm
 from vllm_specformer.training.texts import Texts
 from vllm_specformer.training.trainer import HeadTrainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ENGINE = {
     "enforce_eager": True,
@@ -40,15 +41,6 @@ HOOKS = (0, 2, 5)
 LAYERS, LONGEST, BATCH_TOKENS = 6, 200, 512
 TOKEN_BYTES = 4 * 4 * 256  # four states in float32
 LIMIT = 3 * BATCH_TOKENS * TOKEN_BYTES
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(report, "plot", lambda history: b"")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +189,8 @@ def test_what_makes_no_sense(
 def test_several_processes() -> None:
     with pytest.raises(ValueError, match="one process trains, 2 were started; leave torchrun out"):
         check_states("vllm", head_config(), 2)
+    with pytest.raises(ValueError, match="leave torchrun out and start the server on more GPUs"):
+        check_states("http://there:8000", head_config(), 2)
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,10 +70,15 @@ def check_states(states: str, config: SpecFormerConfig, processes: int) -> None:
         SpecFormerError: says what, and what to do.
     """
     if processes > 1:
+        where = "start the server on more GPUs"
+        if states == "vllm":
+            where = (
+                "give the engine more GPUs, as in --engine-devices 1,2 "
+                "--engine-args '{\"tensor_parallel_size\": 2}'"
+            )
         raise SpecFormerError(
             f"--states {states}: one process trains, {processes} were started",
-            "leave torchrun out and give the engine more GPUs, as in --engine-devices 1,2 "
-            "--engine-args '{\"tensor_parallel_size\": 2}'",
+            f"leave torchrun out and {where}",
         )
     if states == "vllm" and find_spec("vllm") is None:
         raise SpecFormerError(
@@ -130,15 +135,12 @@ def states_from_vllm(
         engine_args=engine_args,
         environment={} if devices is None else {"CUDA_VISIBLE_DEVICES": devices},
     )
-    limit = min(limit, int(_OF_FREE * shutil.disk_usage(directory).free))
     try:
-        with engine:
-            states = VllmStates(engine, ends, config, texts, limit, count_parameters(target))
-            try:
-                states.check(name)
-                yield states
-            finally:
-                states.close()
+        with (
+            engine,
+            _checked(engine, ends, config, texts, directory, limit, target, name) as states,
+        ):
+            yield states
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -178,8 +180,24 @@ def states_from_server(
     )
     place = server.connect(texts.input_ids(0)[:-1].tolist(), config.hidden_size)
     ends = TargetEnds(load_ends(target, dtype, device), hooks)
+    with _checked(server, ends, config, texts, place, limit, target, name) as states:
+        yield states
+
+
+@contextmanager
+def _checked(
+    source: StatesSource,
+    ends: TargetEnds,
+    config: SpecFormerConfig,
+    texts: Texts,
+    place: Path,
+    limit: int,
+    target: Path,
+    name: str,
+) -> Iterator[VllmStates]:
+    """States of a source that writes to `place`, held against the target's own probabilities."""
     limit = min(limit, int(_OF_FREE * shutil.disk_usage(place).free))
-    states = VllmStates(server, ends, config, texts, limit, count_parameters(target))
+    states = VllmStates(source, ends, config, texts, limit, count_parameters(target))
     try:
         states.check(name)
         yield states
