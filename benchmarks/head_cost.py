@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 
-from vllm_specformer.shapes import HeadShape, TargetShape
-from vllm_specformer.training.settings import MARKOV_RANK
+from vllm_specformer.shapes import MARKOV_RANK, HeadShape, TargetShape
 
 # Published configurations: layers, hidden, heads, K/V heads, head size, inner width, vocabulary.
 TARGETS = {

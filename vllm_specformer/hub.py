@@ -16,6 +16,11 @@ class HubError(SpecFormerError):
     """A model cannot be had; the message says why, its reader knows which model."""
 
 
+def is_path(name: str) -> bool:
+    """Whether a name can only be a path: a repository's is "name" or "owner/name"."""
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+
+
 def download(name: str, revision: str | None = None) -> Path:
     """Directory with the files of a repository, named by its commit.
 
@@ -27,7 +32,7 @@ def download(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+    if is_path(name):
         raise HubError("no such directory", "check the path")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))

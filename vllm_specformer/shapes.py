@@ -8,6 +8,8 @@ from typing import Any
 
 from vllm_specformer.errors import SpecFormerError
 
+MARKOV_RANK = 64  # of the Markov term that `specformer train` gives a head by default
+
 
 @dataclass(frozen=True)
 class TargetShape:
@@ -111,7 +113,7 @@ class HeadShape:
 
     @classmethod
     def default_for(cls, target: TargetShape, slots: int = 8) -> HeadShape:
-        """The default shape of `specformer train` for a target, without the Markov term."""
+        """The default shape of `specformer train` for a target, its gated Markov term included."""
         return cls(
             hidden=target.hidden,
             heads=target.heads,
@@ -120,6 +122,8 @@ class HeadShape:
             intermediate=target.intermediate * max(1, target.experts_per_token),
             slots=slots,
             scored=target.vocab,
+            markov_rank=MARKOV_RANK,
+            markov_gate=True,
         )
 
     @property

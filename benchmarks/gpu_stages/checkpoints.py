@@ -61,6 +61,7 @@ def _write_specformer(folder: Path, target: TargetShape, target_path: Path, prun
 
     from vllm_specformer.config import SpecFormerConfig
     from vllm_specformer.head import SpecFormerHead
+    from vllm_specformer.shapes import MARKOV_RANK
 
     scored = min(SCORED_TOKENS, target.vocab_size // 2) if pruned else 0
     config = SpecFormerConfig.preset(
@@ -69,6 +70,8 @@ def _write_specformer(folder: Path, target: TargetShape, target_path: Path, prun
         str(target_path),
         num_draft_slots=SLOTS,
         draft_vocab_size=scored,
+        markov_rank=MARKOV_RANK,  # as `specformer train` makes it
+        markov_gate=True,
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         head = SpecFormerHead(config)

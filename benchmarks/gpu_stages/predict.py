@@ -27,7 +27,6 @@ from vllm_specformer.planning.roofline import (
 )
 from vllm_specformer.planning.trees import Trees
 from vllm_specformer.shapes import HeadShape, TargetShape
-from vllm_specformer.training.settings import MARKOV_RANK as OUR_RANK
 
 CHIP = Chip("NVIDIA H200", 4.3e12, 770e12, "ceilings measured on one: copy, bf16 matrix products")
 # Between kernels of a replayed graph; `benchmarks/kernels.py` assumes the same.
@@ -113,9 +112,8 @@ def _best(rows: int, vocabulary: int, scored: int) -> Work:
 
 def _specformer(scored: int | None) -> Callable[[TargetShape, int, int, int], tuple[Step, int]]:
     def work(target: TargetShape, batch: int, drafts: int, context: int) -> tuple[Step, int]:
-        shape = HeadShape.default_for(target)
         tokens = scored or target.vocab
-        head = HeadShape(**(vars(shape) | {"scored": tokens}))
+        head = replace(HeadShape.default_for(target), scored=tokens)
         step = draft_step(head, batch, drafts, context)
         # Our head takes the best of the scored tokens and maps it, without spreading.
         parts = step.parts | {"best": Work(batch * drafts * tokens * 2, 0)}
@@ -209,7 +207,7 @@ _DRAFTS: dict[str, Callable[[TargetShape, int, int, int], tuple[Step, int]]] = {
 def predict_trees(chip: str, temperature: float, batch: int) -> Trees:
     """Chains and trees of the default head on the 8B target, at one batch; no launches."""
     target = TargetShape.from_config(TARGETS["8b"].config())
-    head = replace(HeadShape.default_for(target), markov_rank=OUR_RANK)
+    head = HeadShape.default_for(target)
     # The shares of its peaks that `CHIP` was measured at.
     sheet = CHIPS["h200"]
     shares = (

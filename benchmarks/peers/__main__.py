@@ -27,7 +27,7 @@ import psutil
 from tqdm import tqdm
 
 from peers import answers, report
-from peers.plan import BUDGETS, KINDS, RESULTS, WORK, Head, heads
+from peers.plan import BUDGETS, KINDS, RATE, RESULTS, WORK, Head, heads
 from peers.served import LOADS, ROUNDS, SERVED, Store, compare
 from vllm_specformer.data.files import write_atomic
 
@@ -44,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=[1], help="times the library's learning rates"
+        "--rates", type=float, nargs="+", default=[RATE], help="times the library's learning rates"
     )
     parser.add_argument("--again", nargs="+", default=[], choices=KINDS, help="train these anew")
     parser.add_argument("--serve", action="store_true", help="let vLLM draft with the heads, too")
@@ -92,8 +92,7 @@ def make(asked: Sequence[Head], args: argparse.Namespace) -> None:
 def serve(asked: Sequence[Head], args: argparse.Namespace) -> None:
     """Heads of the longest budget and the first seed, as far as the V1 runner has their kind."""
     last = max(asked, key=lambda head: (head.budget, -head.seed))
-    at = (last.budget, last.seed, 1)
-    chosen = [head for head in asked if (head.budget, head.seed, head.rate) == at]
+    chosen = [head for head in asked if (head.budget, head.seed) == (last.budget, last.seed)]
     places = {h.kind: args.work / "heads" / h.name for h in chosen if h.kind in SERVED}
     held = answers.read(args.work, answers.held_out(0.0))
     texts = [text.input_ids[: text.spans[0][0]].tolist() for text in held.each()]

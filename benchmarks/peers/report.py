@@ -69,8 +69,9 @@ def tables(rows: Sequence[Row]) -> list[str]:
         text += table(title, [greedy_line(rows_of_arm) for rows_of_arm in found])
         title = ["sampled, greedy drafts", *[f"T={t}, {n}" for t in ("0.7", "1") for n in names]]
         text += table(title, [sampled_line(rows_of_arm) for rows_of_arm in found])
-    known = {(row["kind"], row["budget"], row["seed"], row["rate"]) for row in rows}
-    missing = [head for head in heads(BUDGETS, None, KINDS) if head.key not in known]
+    known = {(row["kind"], row["budget"], row["seed"]) for row in rows}
+    wanted = heads(BUDGETS, None, KINDS)
+    missing = [head for head in wanted if (head.kind, head.budget, head.seed) not in known]
     if missing:
         text += [f"Not run: {not_run(missing)}.", ""]
     return text

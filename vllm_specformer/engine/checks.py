@@ -22,6 +22,7 @@ from vllm_specformer.engine.speculative_config import (
 )
 from vllm_specformer.errors import SpeculativeConfigError
 from vllm_specformer.head_files import files_at_hand, names_head
+from vllm_specformer.hub import is_path
 from vllm_specformer.names import SPECULATORS_TYPE
 from vllm_specformer.pairing import WEIGHTS_FILE, check_pair, check_weights
 
@@ -149,6 +150,8 @@ def checked(
     return speculative | method | {"method": "dflash", "num_speculative_tokens": tokens}
 
 
+_SHOWN = 200  # letters of a name, which `reprlib.repr` would cut after 30
+
 # Ways of spreading a model over devices that the head cannot follow, and why.
 _NOT_SPREAD = {
     # See docs/one-step.md, "What is refused".
@@ -186,13 +189,18 @@ def _read_head(speculative: dict[str, Any]) -> SpecFormerConfig:
     try:
         if Path(str(model)).exists():
             return read_head_config(Path(str(model)))
+        if is_path(str(model)):
+            raise SpeculativeConfigError(
+                f"speculative config: 'model' is {str(model)!r}: there is no such directory",
+                "check the path",
+            )
         content, _ = PreTrainedConfig.get_config_dict(
             str(model), revision=speculative.get("revision")
         )
     except OSError as error:
         raise SpeculativeConfigError(
-            f"speculative config: 'model' is {reprlib.repr(model)}, which is neither a directory "
-            f"nor a repository that can be read ({str(error).splitlines()[0][:200]})"
+            f"speculative config: 'model' is {str(model)[:_SHOWN]!r}, which is neither a directory "
+            f"nor a repository that can be read ({str(error).splitlines()[0][:_SHOWN]})"
         ) from None
     return SpecFormerConfig.from_dict(content, _source=f" {model}")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_specformer.batch_ranges import closed, is_count, ranges_problem
@@ -29,6 +30,9 @@ _LOSSY = {
     "see docs/verification.md)",
     "fly": "accepts drafts that the target would not have chosen",
 }
+
+# Our own fields, which vLLM does not know.
+_OWN = ("verification", CONFIDENCE, TREE, TREE_SCHEDULE)
 
 # Ranges of batch sizes with a threshold each: (first, last, threshold), without gaps.
 Thresholds = tuple[tuple[int, int, float], ...]
@@ -93,8 +97,7 @@ def split_own_fields(speculative: dict[str, Any]) -> tuple[dict[str, Any], OwnFi
         nodes,
         None if nodes is None else _tree_schedule(speculative.get(TREE_SCHEDULE), nodes),
     )
-    names = ("verification", CONFIDENCE, TREE, TREE_SCHEDULE)
-    return {key: value for key, value in speculative.items() if key not in names}, own
+    return {key: value for key, value in speculative.items() if key not in _OWN}, own
 
 
 def _tree_nodes(speculative: dict[str, Any]) -> int | None:
@@ -239,7 +242,7 @@ def with_tree(speculative: dict[str, Any], own: OwnFields) -> dict[str, Any]:
 
 
 def check_fields(speculative: dict[str, Any]) -> None:
-    """Refuse fields that cannot work with a head, and a schedule that vLLM would refuse too late.
+    """Refuse fields that nobody knows or that cannot work with a head, and a bad schedule.
 
     vLLM reads the schedule when the scheduler is built, after the weights are loaded, and looks
     for what `use_local_argmax_reduction` needs in the loaded head.
@@ -247,6 +250,7 @@ def check_fields(speculative: dict[str, Any]) -> None:
     Raises:
         SpeculativeConfigError: names field, value and remedy.
     """
+    _check_names(speculative)
     for field, (harmless, reason) in _WITHOUT_EFFECT.items():
         value = speculative.get(field)
         if value not in harmless:
@@ -261,6 +265,20 @@ def check_fields(speculative: dict[str, Any]) -> None:
             f"speculative config: {ADAPTIVE}={reprlib.repr(adaptive)} must be true or false"
         )
     _check_schedule(speculative.get(SCHEDULE))
+
+
+def _check_names(speculative: dict[str, Any]) -> None:
+    """Of the fields that are left when our own are taken out."""
+    from vllm.config import SpeculativeConfig
+
+    known = [field.name for field in fields(SpeculativeConfig)]
+    for name, value in speculative.items():
+        if name not in known:
+            similar = difflib.get_close_matches(name, [*known, *_OWN], 1)
+            raise SpeculativeConfigError(
+                f"speculative config: field {name!r} with value {reprlib.repr(value)} is unknown",
+                f"did you mean {similar[0]!r}?" if similar else "remove it",
+            )
 
 
 def _check_schedule(schedule: Any) -> None:

@@ -147,7 +147,9 @@ def draft_step(
         parts["slot attention"] = seen.times(head.slot_layers)
     parts["logits"] = linear(drafted, size, head.scored)
     if head.markov_rank:
-        parts["markov"] = linear(batch * beam, head.markov_rank, head.scored).times(slots)
+        # The first slot of a gated head has no such term.
+        each = linear(batch * beam, head.markov_rank, head.scored)
+        parts["markov"] = each.times(slots - head.markov_gate)
         if head.markov_gate:
-            parts["markov"] += linear(drafted, size, head.markov_rank)
+            parts["markov"] += linear(drafted - batch, size, head.markov_rank)
     return Step(parts)

@@ -23,6 +23,7 @@ from vllm_specformer.settings import (
     Spelling,
     refuse_own,
 )
+from vllm_specformer.shapes import MARKOV_RANK
 from vllm_specformer.training.slot_loss import Mix
 
 # They may move between the beginning of a run and its continuation; a run remembers what is there.
@@ -33,8 +34,7 @@ SLOT_DECAY = 0.85
 REACH = "reach"  # as --slot-weights
 COSINE_FLOOR = 0.02  # of the highest rate: 5e-4 falls to 1e-5, as in the paper
 DECAY_SHARE = 0.5  # of the steps of a trapezoid
-# Of the default head; docs/ablation.md has the measurements.
-MARKOV_RANK, KL_WEIGHT = 64, 0.5
+KL_WEIGHT = 0.5  # of the default head; docs/ablation.md has the measurements
 LEARNING_RATES = {"adamw": 5e-4, "muon": 0.02}
 # Per text. A CPU spends most of a step on the target's pass, so it makes more of each.
 GPU_ANCHORS, CPU_ANCHORS = 32, 128

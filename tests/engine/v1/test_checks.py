@@ -6,6 +6,7 @@ No engine starts here: vLLM's own configuration code runs, up to where workers w
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -95,8 +96,12 @@ def test_head_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_path_that_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(SpeculativeConfigError, match=r"'model' is '.*gone', which is neither"):
-        configured(asking(tmp_path / "gone"))
+    gone = tmp_path / "with a name that is longer than what is shown of other values" / "gone"
+    message = re.escape(f"'model' is '{gone}': there is no such directory; check the path")
+    with pytest.raises(SpeculativeConfigError, match=message):
+        configured(asking(gone))
+    with pytest.raises(SpeculativeConfigError, match="'heads/for/this': there is no"):
+        configured(asking("heads/for/this"))
 
 
 def test_path_too_long_for_a_file_system() -> None:
