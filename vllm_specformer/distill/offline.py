@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from vllm_specformer.distill.backend import EngineError, Progress
 from vllm_specformer.distill.dialogue import Answer, Dialogue, Request
+from vllm_specformer.serving.cpu_memory import with_memory
 
 # Arguments of vLLM that have an option of their own -> that option.
 _OWN = {
@@ -53,7 +54,10 @@ class OfflineEngine:
         check_engine_args(engine_args, {f.name for f in dataclasses.fields(vllm.EngineArgs)})
         try:
             self._llm = vllm.LLM(
-                model=str(target), dtype=dtype, max_model_len=max_model_len, **engine_args
+                model=str(target),
+                dtype=dtype,
+                max_model_len=max_model_len,
+                **with_memory(engine_args),
             )
         except Exception as error:  # there are many ways not to start, and few have a class
             if not isinstance(error, ValueError):

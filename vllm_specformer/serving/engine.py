@@ -6,12 +6,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vllm_specformer.serving.cpu_memory import with_memory
+
 
 class Engine:
     """One engine.
 
     Args:
-        arguments: of `vllm.LLM`.
+        arguments: of `vllm.LLM`; on a CPU memory that fits is added where they say nothing of it.
 
     Attributes:
         llm: vLLM's own object.
@@ -20,7 +22,7 @@ class Engine:
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         import vllm
 
-        self.llm: Any = vllm.LLM(**arguments)
+        self.llm: Any = vllm.LLM(**with_memory(arguments))
         self._numbers = itertools.count()
 
     @property
