@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
+from support.paths import TARGET
 from support.training_runs import command, refusal, train
 from support.training_texts import make_texts
+from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.data.manifest import read_manifest
 from vllm_specformer.data.shards import read_shards
 from vllm_specformer.errors import SpecFormerError
-from vllm_specformer.training.draft_vocabulary import choose_tokens, coverage
+from vllm_specformer.training.draft_vocabulary import choose_tokens, coverage, suggestion
 from vllm_specformer.training.texts import Text, Texts, read_texts, split
 
 
@@ -91,3 +94,16 @@ def test_training_chooses_from_what_it_trains_on(pair: Path, tmp_path: Path) -> 
 def test_too_many_tokens(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, command(pair, tmp_path / "out", draft_vocab=41))
     assert "draft_vocab_size=41 must be at most vocab_size=40" in message
+
+
+@pytest.mark.parametrize(("number", "proposed"), [(4, None), (400, 512)])
+def test_a_size_is_proposed_where_the_texts_tell(number: int, proposed: int | None) -> None:
+    """All texts draw from the same 400 tokens; four of them show too few."""
+    config = SpecFormerConfig.preset(
+        "default", AutoConfig.from_pretrained(TARGET), "t", vocab_size=32_768
+    )
+    draw = np.random.default_rng(0)
+    written = draw.integers(1000, 1400, (number, 50), dtype=np.int32)
+    texts = Texts.collect([Text(n, row, ((1, 50),), 0) for n, row in enumerate(written)], 50)
+    lines = suggestion(texts, np.arange(number), config)
+    assert [f"--draft-vocab {proposed} " in line for line in lines] == [True] * bool(proposed)

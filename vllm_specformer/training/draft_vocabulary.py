@@ -52,22 +52,27 @@ def coverage(texts: Texts, indices: np.ndarray, token_ids: np.ndarray, vocab_siz
 def suggestion(texts: Texts, indices: np.ndarray, config: SpecFormerConfig) -> list[str]:
     """A line that proposes a draft vocabulary, where scoring all tokens dominates a slot's work.
 
-    The smallest power of two that covers `ENOUGH` of the answers; none where it would save little.
+    The smallest power of two whose tokens, chosen by one half of the texts, cover `ENOUGH` of the
+    other half's answers; none where it would save little, or where the texts are too few to tell.
     """
     size = config.hidden_size
     layer = 4 * size * size + 3 * size * config.intermediate_size
     scoring = size * config.vocab_size
     share = scoring / (scoring + config.num_slot_layers * layer)
-    counts = np.sort(_counts(texts, indices, config.vocab_size))[::-1]
+    chosen_by, judged_by = (
+        _counts(texts, indices[first::2], config.vocab_size) for first in (0, 1)
+    )
+    counts = judged_by[np.argsort(-chosen_by, kind="stable")]
     covered = np.cumsum(counts) / max(1, counts.sum())
     needed = int(np.searchsorted(covered, ENOUGH)) + 1
     proposed = 1 << (needed - 1).bit_length()
-    if share < DOMINANT or proposed > config.vocab_size // 2:
+    too_few = needed > np.count_nonzero(chosen_by)  # the rest of them is in no order
+    if share < DOMINANT or too_few or proposed > config.vocab_size // 2:
         return []
     return [
         f"note: scoring all {config.vocab_size:,} tokens is {share:.0%} of a slot's work; "
         f"--draft-vocab {proposed} would score a part that makes up "
-        f"{covered[proposed - 1]:.1%} of these answers"
+        f"{covered[proposed - 1]:.1%} of answers like these"
     ]
 
 

@@ -192,6 +192,7 @@ def _train(
         "read": inputs.counts.conversations,
         **texts.skipped,
         "trained_on": len(trained),
+        "held_out": len(texts) - len(trained),
         "evaluated": len(held_out),
         "evaluated_greedy": bool(len(held_out)) and not texts.temperatures[held_out].any(),
     }
@@ -359,7 +360,8 @@ def _introduce(
 ) -> None:
     _say(
         f"{counts['read']:,} conversations: {counts['trained_on']:,} to train on, "
-        f"{counts['evaluated']:,} evaluated, {counts['cut']:,} cut at {settings.max_length:,} "
+        f"{counts['held_out']:,} held out ({counts['evaluated']:,} of them evaluated), "
+        f"{counts['cut']:,} cut at {settings.max_length:,} "
         f"tokens, {counts['without_anchor']:,} left out (no answer to learn from)"
     )
     if counts["evaluated"] and not counts["evaluated_greedy"]:
