@@ -44,3 +44,13 @@ def test_earlier_rows_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ]
     table = (tmp_path / "ablation.md").read_text()
     assert "| half KL | 2 | 7 | 1.5 | 1.50 ± 0.00 | 3.00 ± 1.00 |" in table
+
+
+def test_losses_have_a_table_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "training" / "bundled_pair"))
+    import ablation
+
+    args = argparse.Namespace(results=tmp_path)
+    ablation.write_results([row("defaults", 0, 2.0), row("base", 0, 2.5)], args)
+    assert "| defaults | 1 |" in (tmp_path / "losses.md").read_text()
+    assert "defaults" not in (tmp_path / "ablation.md").read_text()

@@ -99,10 +99,10 @@ def build_optimizer(
 
     Args:
         rate: highest learning rate; with Muon that of the matrices.
-        vector_rate: with Muon that of the rest, a tenth of `rate` when not given.
+        vector_rate: with Muon that of the rest, a fifth of `rate` when not given.
     """
     if kind == "muon":
-        return MuonAdamW(model, rate, vector_rate or rate / 10, weight_decay)
+        return MuonAdamW(model, rate, vector_rate or rate / 5, weight_decay)
     matrices, rest = split_parameters(model)
     groups = [
         {"params": matrices, "weight_decay": weight_decay},

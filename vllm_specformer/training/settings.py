@@ -35,7 +35,7 @@ REACH = "reach"  # as --slot-weights
 COSINE_FLOOR = 0.02  # of the highest rate: 5e-4 falls to 1e-5, as in the paper
 DECAY_SHARE = 0.5  # of the steps of a trapezoid
 KL_WEIGHT = 0.5  # of the default head; docs/ablation.md has the measurements
-LEARNING_RATES = {"adamw": 5e-4, "muon": 0.02}
+LEARNING_RATES = {"adamw": 5e-4, "muon": 0.01}
 # Per text. A CPU spends most of a step on the target's pass, so it makes more of each.
 GPU_ANCHORS, CPU_ANCHORS = 32, 128
 # Tokens scored in a step. A GPU has arithmetic to spare, and was not measured.
@@ -173,10 +173,10 @@ class TrainSettings(CommandSettings):
         "muon", description="Muon for matrices with AdamW for the rest, or AdamW (the paper)."
     )
     learning_rate: float | None = Field(
-        None, gt=0, description="Highest rate; default: 0.02 for muon, 5e-4 for adamw."
+        None, gt=0, description="Highest rate; default: 0.01 for muon, 5e-4 for adamw."
     )
     vector_learning_rate: float | None = Field(
-        None, gt=0, description="With muon, of vectors and tables; default: a tenth of the other."
+        None, gt=0, description="With muon, of vectors and tables; default: a fifth of the other."
     )
     weight_decay: float = Field(0.01, ge=0, description="Of matrices.")
     scheduler: Literal["trapezoid", "cosine", "linear", "constant"] | None = Field(

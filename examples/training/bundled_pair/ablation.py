@@ -7,8 +7,8 @@
 All heads see the same texts in the same number of steps. What is missing of the data is made first,
 by the recipe of the bundled pair. A head that is complete is not trained again, so the command may
 be interrupted at any time; it runs seed by seed, so that a first seed of all arms is there early.
-Results: benchmarks/results/ablation.csv, one row per head, ablation.png and ablation.md. Rows of
-heads that were not asked for stay.
+Results: benchmarks/results/ablation.csv, one row per head, ablation.png and ablation.md, and
+losses.csv and so on for the ways of training. Rows of heads that were not asked for stay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from ablation_report import BASE, write_plot, write_table
+from ablation_report import BASE, DEFAULTS, write_plot, write_table
 from safetensors import safe_open
 from tqdm import tqdm
 
@@ -37,8 +37,9 @@ BUDGETS = (2, 4, 8)
 KINDS = ("greedy", "sampled")  # of the held-out answers
 
 _ALL = ("--preset", "paper", "--bonus-embedding", "--slot-mask", "mixed", "--markov-rank", "64")
-# Arm -> options of `specformer train`, in the order of the table. Later options win.
-ARMS: dict[str, tuple[str, ...]] = {
+# Arm -> options of `specformer train`, in the order of the table. Later options win. All of these
+# have the rates that were the default when the first of them were trained.
+PARTS: dict[str, tuple[str, ...]] = {
     # Parts of the head, each alone on top of the paper's, then together.
     "paper": _ALL[:2],
     "paper + bonus": _ALL[:3],
@@ -59,22 +60,28 @@ ARMS: dict[str, tuple[str, ...]] = {
     "slots weigh 0.7^i": ("--slot-weights", ",".join(f"{0.7**i:.4f}" for i in range(8))),
     "half KL": ("--kl-weight", "0.5"),
     "all KL": ("--kl-weight", "1"),
-    "half KL, gated Markov": ("--kl-weight", "0.5", "--markov-gate"),
-    "half TV, gated Markov": ("--tv-weight", "0.5", "--markov-gate"),
-    "0.9 TV, gated Markov": ("--tv-weight", "0.9", "--markov-gate"),
-    "0.3 KL, 0.3 TV, gated Markov": ("--kl-weight", "0.3", "--tv-weight", "0.3", "--markov-gate"),
-    "0.9 LK, gated Markov": ("--lk-weight", "0.9", "--kl-weight", "0", "--markov-gate"),
-    "half LK, gated Markov": ("--lk-weight", "0.5", "--kl-weight", "0", "--markov-gate"),
-    "half KL, by reach, gated Markov": (
-        *("--kl-weight", "0.5", "--slot-weights", "reach"),
-        "--markov-gate",
-    ),
     "2 slot layers": ("--slot-layers", "2"),
     "draft vocabulary 1,024": ("--draft-vocab", "1024"),
     "draft vocabulary 512": ("--draft-vocab", "512"),
     "AdamW": ("--optimizer", "adamw"),
     "feed-forward twice as wide": ("--intermediate-size", "1536"),
 }
+_OLD_RATES = ("--learning-rate", "0.02", "--vector-learning-rate", "0.002")
+# Losses and rates, each beside the defaults of `specformer train`. The heads are of one shape.
+LOSSES: dict[str, tuple[str, ...]] = {
+    DEFAULTS: (),
+    "all cross entropy": ("--kl-weight", "0"),
+    "half TV": ("--tv-weight", "0.5"),
+    "0.9 TV": ("--tv-weight", "0.9"),
+    "0.3 KL, 0.3 TV": ("--kl-weight", "0.3", "--tv-weight", "0.3"),
+    "half LK": ("--lk-weight", "0.5"),
+    "0.9 LK": ("--lk-weight", "0.9"),
+    "by reach": ("--slot-weights", "reach"),
+    "twice the rate": _OLD_RATES,
+    "half the rate": ("--learning-rate", "0.005", "--vector-learning-rate", "0.002"),
+}
+ARMS = PARTS | LOSSES
+TABLES = {"ablation": PARTS, "losses": LOSSES}  # files of results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,8 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 write_results([rows[head] for head in heads if head in rows], args)
         finally:
             pool.shutdown(cancel_futures=True)
-    # Times are taken last, when no other head is being trained, once per arm.
-    for arm in tqdm(list(dict.fromkeys(arm for _, arm in heads)), desc="draft steps", unit="arm"):
+    # Times are taken last, when no other head is being trained, once per shape of a head.
+    arms = [arm for arm in dict.fromkeys(arm for _, arm in heads) if arm in PARTS]
+    for arm in tqdm(arms, desc="draft steps", unit="arm"):
         seeds = [seed for seed, other in heads if other == arm]
         milliseconds = draft_milliseconds(place(arm, seeds[0], args))
         for seed in seeds:
@@ -167,10 +175,12 @@ def train(head: Path, arm: str, seed: int, args: argparse.Namespace) -> None:
         "--dtype": "bfloat16",
         "--seed": seed,
     }
-    if not arm.startswith("paper"):
+    if arm in PARTS and not arm.startswith("paper"):
         options |= {"--markov-rank": 64, "--kl-weight": 0}
     given = [str(part) for item in options.items() for part in item]
-    run("train", *given, "--no-markov-gate", *ARMS[arm])
+    if arm in PARTS:
+        given += ["--no-markov-gate", *(() if arm == "AdamW" else _OLD_RATES)]
+    run("train", *given, *ARMS[arm])
 
 
 def measure(head: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -236,14 +246,18 @@ def draft_milliseconds(head: Path) -> float:
 
 def write_results(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
-    table = args.results / "ablation.csv"
-    rows = beside_earlier(rows, table)
-    with table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    write_table(rows, args.results / "ablation.md")
-    write_plot(rows, args.results / "ablation.png")
+    for name, arms in TABLES.items():
+        own = [row for row in rows if row["arm"] in arms]
+        if not own:
+            continue
+        table = args.results / f"{name}.csv"
+        own = beside_earlier(own, table)
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, own[0].keys())
+            writer.writeheader()
+            writer.writerows(own)
+        write_table(own, args.results / f"{name}.md")
+        write_plot(own, args.results / f"{name}.png")
 
 
 def beside_earlier(rows: Sequence[dict[str, Any]], table: Path) -> list[dict[str, Any]]:

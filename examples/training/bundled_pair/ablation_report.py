@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Rows = Sequence[dict[str, Any]]
-BASE = "base"
+BASE, DEFAULTS = "base", "defaults"
 # Column of the table -> field of a row, digits.
 COLUMNS = {
     "seeds": ("seed", 0),
@@ -67,11 +67,11 @@ def write_plot(rows: Rows, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 0.32 * len(arms) + 1.2), layout="constrained")
     for place, (arm, heads) in enumerate(arms.items()):
         values = [head["tokens_per_step_k4"] for head in heads]
-        colour = "tab:orange" if arm == BASE else "tab:blue"
+        colour = "tab:orange" if arm in (BASE, DEFAULTS) else "tab:blue"
         axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.5, markersize=5)
         axes.plot(statistics.mean(values), place, "|", color=colour, markersize=16)
-    if BASE in arms:
-        middle = statistics.mean(head["tokens_per_step_k4"] for head in arms[BASE])
+    for name in {BASE, DEFAULTS} & arms.keys():
+        middle = statistics.mean(head["tokens_per_step_k4"] for head in arms[name])
         axes.axvline(middle, color="tab:orange", linewidth=0.8)
     axes.set_yticks(range(len(arms)), list(arms))
     axes.invert_yaxis()
