@@ -19,6 +19,7 @@ from support.heads import make_head
 from support.v2.engines import TEXTS, K, engine
 from support.v2.triton_ops import use_triton
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
+from vllm_specformer.training.settings import MARKOV_RANK
 
 # They make a tensor's place in memory, not its content.
 NO_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
@@ -49,7 +50,7 @@ class Launches(TorchDispatchMode):
 
 
 def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of a default head; the largest number of all steps."""
+    """Of a head as `specformer train` makes it by default; the largest number of all steps."""
     kernels = use_triton(monkeypatch, _disable_current_modes)
     found: dict[str, Counter[str]] = {}
 
@@ -69,7 +70,8 @@ def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     watch("_stage")
     watch("_draft")
     watch("propose")
-    head = make_head(tmp_path / "head", "default")
+    markov = {"markov_rank": MARKOV_RANK, "markov_gate": True}
+    head = make_head(tmp_path / "head", "default", **markov)
     with engine(drafting(K, head)) as llm:
         llm.generate(TEXTS[:3], greedy(6), use_tqdm=False)
     for phase, launches in found.items():
