@@ -29,6 +29,8 @@ NO_LAUNCH |= {"promote_types"}
 TARGET_NORM = {"pow", "mean", "rsqrt"}
 # Of all that a draft step does, the monitor of accepted drafts included.
 MOST_LAUNCHES = 42
+# More with a gated Markov term: the gates, and slots that are chosen one by one.
+MARKOV_LAUNCHES = 18
 # Attention splits its context over programs on a GPU and joins the parts, in two launches.
 JOINED = "_block_attention_kernel"
 
@@ -49,8 +51,14 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of a head as `specformer train` makes it by default; the largest number of all steps."""
+@pytest.mark.parametrize("has_markov", [False, True], ids=["plain", "markov"])
+def test_launches_of_a_step(
+    has_markov: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of the default head, with the Markov term that `specformer train` gives it and without.
+
+    The largest number of all steps.
+    """
     kernels = use_triton(monkeypatch, _disable_current_modes)
     found: dict[str, Counter[str]] = {}
 
@@ -70,12 +78,14 @@ def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     watch("_stage")
     watch("_draft")
     watch("propose")
-    markov = {"markov_rank": MARKOV_RANK, "markov_gate": True}
+    markov = {"markov_rank": MARKOV_RANK, "markov_gate": True} if has_markov else {}
     head = make_head(tmp_path / "head", "default", **markov)
     with engine(drafting(K, head)) as llm:
         llm.generate(TEXTS[:3], greedy(6), use_tqdm=False)
     for phase, launches in found.items():
         print(f"{phase}: {launches.total()}: {dict(launches)}")
     assert found["_stage"].total() <= STAGE_LAUNCHES
-    assert found["_draft"].total() + found["_draft"][JOINED] <= DRAFT_LAUNCHES
-    assert found["propose"].total() + found["propose"][JOINED] <= MOST_LAUNCHES
+    more = MARKOV_LAUNCHES if has_markov else 0
+    assert found["_draft"].total() + found["_draft"][JOINED] <= DRAFT_LAUNCHES + more
+    assert found["propose"].total() + found["propose"][JOINED] <= MOST_LAUNCHES + more
+    assert found["_draft"]["_markov_bias_kernel"] == (K - 1 if has_markov else 0)
