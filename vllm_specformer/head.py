@@ -41,9 +41,10 @@ def slot_by_slot(logits: Tensor, gates: Tensor | None) -> Iterator[tuple[Tensor,
 def is_fused(logits: Tensor) -> bool:
     """Whether these logits get their Markov term in one launch.
 
-    On a CPU the module multiplies: vLLM has packed its weights there.
+    On a CPU the module multiplies: vLLM has packed its weights there. So it does under autocast,
+    where a training evaluates a float32 head: its gates are not of the tables' dtype.
     """
-    return logits.is_cuda
+    return logits.is_cuda and not torch.is_autocast_enabled("cuda")
 
 
 class SpecFormerHead(PreTrainedModel):
