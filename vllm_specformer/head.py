@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from specformer_kernels.grouped_rms_norm import grouped_rms_norm
 from specformer_kernels.kv_store import rotate
+from specformer_kernels.markov_bias import markov_bias
 from specformer_kernels.rotate_slots import rotate_slots
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -35,6 +36,15 @@ def slot_by_slot(logits: Tensor, gates: Tensor | None) -> Iterator[tuple[Tensor,
     """Each slot's logits [..., N] and gates [..., rank], of [..., K, N] and [..., K, rank]."""
     of_gates = (None,) * logits.shape[-2] if gates is None else gates.unbind(-2)
     return zip(logits.unbind(-2), of_gates, strict=True)
+
+
+def is_fused(logits: Tensor) -> bool:
+    """Whether these logits get their Markov term in one launch.
+
+    On a CPU the module multiplies: vLLM has packed its weights there. So it does under autocast,
+    where a training evaluates a float32 head: its gates are not of the tables' dtype.
+    """
+    return logits.is_cuda and not torch.is_autocast_enabled("cuda")
 
 
 class SpecFormerHead(PreTrainedModel):
@@ -223,6 +233,9 @@ class SpecFormerHead(PreTrainedModel):
         """A slot's logits [..., N] with the term of the tokens before it; gates [..., rank]."""
         if self.config.markov_gate and slot == 0:
             return logits.contiguous()  # its gates are 0
+        if is_fused(logits):
+            tables = self.markov_embed.weight, self.markov_lm_head.weight
+            return markov_bias(logits, previous_tokens, *tables, gates)
         return logits + self.markov_logits(previous_tokens, gates)
 
     def markov_scores(self, earlier: Tensor, indices: Tensor | None = None) -> Tensor:

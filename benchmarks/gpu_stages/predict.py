@@ -37,6 +37,8 @@ LAYER_LAUNCHES = 10
 PASS_LAUNCHES = 8
 # Ours, as tests/engine/v2/test_launches.py counts them: before the graph, and in it.
 STAGE_LAUNCHES, DRAFT_LAUNCHES = 4, 36
+# More with a gated Markov term: the gates, and every further slot, as each is chosen by itself.
+GATE_LAUNCHES, SLOT_LAUNCHES = 3, 5
 # vLLM's V2 sampler copies logits to float32 and reads the copy.
 SAMPLED_BYTES = 2 + 4 + 4
 
@@ -117,7 +119,8 @@ def _specformer(scored: int | None) -> Callable[[TargetShape, int, int, int], tu
         step = draft_step(head, batch, drafts, context)
         # Our head takes the best of the scored tokens and maps it, without spreading.
         parts = step.parts | {"best": Work(batch * drafts * tokens * 2, 0)}
-        return Step(parts), STAGE_LAUNCHES + DRAFT_LAUNCHES
+        markov = GATE_LAUNCHES + (drafts - 1) * SLOT_LAUNCHES
+        return Step(parts), STAGE_LAUNCHES + DRAFT_LAUNCHES + markov
 
     return work
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from specformer_kernels.markov_bias import markov_bias
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from vllm_specformer import head as head_module
 from vllm_specformer.config import SpecFormerConfig
 from vllm_specformer.head import Attend, SpecFormerHead, rotate
 from vllm_specformer.head_layers import rotary_table
@@ -365,6 +368,43 @@ def test_gates_scale_the_markov_term_slot_by_slot() -> None:
             previous = max(range(VOCAB), key=scores.__getitem__)
             assert int(drafts[row, slot]) == previous
     assert drafts.tolist() != head.draft(logits, bonus).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("markov_gate", [False, True])
+def test_the_term_in_one_launch_is_the_same(
+    markov_gate: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, by the reference of the kernel; and with any leading dimensions."""
+    head = make(markov_rank=2, markov_gate=markov_gate).to(dtype)
+    logits = torch.randn(2, 4, 3, VOCAB, dtype=dtype)
+    gates = head.markov_gates(torch.randn(2, 4, 3, SIZE, dtype=dtype))
+    tokens = torch.randint(VOCAB, (2, 4))
+    of_slots = list(head_module.slot_by_slot(logits, gates))
+    apart = [head.biased(own, slot, tokens, gate) for slot, (own, gate) in enumerate(of_slots)]
+    launched: list[Tensor] = []
+
+    def noted(own: Tensor, *others: Any) -> Tensor:
+        launched.append(own)
+        return markov_bias(own, *others)
+
+    monkeypatch.setattr(head_module, "is_fused", lambda logits: True)
+    monkeypatch.setattr(head_module, "markov_bias", noted)
+    for slot, (own, gate) in enumerate(of_slots):
+        assert torch.equal(head.biased(own, slot, tokens, gate), apart[slot])
+    assert len(launched) == 3 - markov_gate
+
+
+def test_the_term_is_one_launch_on_a_gpu() -> None:
+    with FakeTensorMode():
+        logits = torch.ones(2, device="cuda")
+        assert head_module.is_fused(logits)
+        assert not head_module.is_fused(torch.ones(2))
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            assert not head_module.is_fused(logits)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
 
 
 def test_markov_term_starts_at_zero() -> None:

@@ -28,6 +28,7 @@ OPS = {
         "verify",
         "rotate_slots",
         "swiglu",
+        "markov_bias",
         "draft_inputs",
         "place_trees",
         "tree_paths",
@@ -98,7 +99,7 @@ def test_signatures_agree(op: str) -> None:
     assert inspect.signature(function_of(op, f".{launcher(op)}")) == public
 
 
-@pytest.mark.parametrize("op", ["rotate_slots", "swiglu"])
+@pytest.mark.parametrize("op", ["rotate_slots", "swiglu", "markov_bias"])
 def test_gradients_take_the_reference(op: str, taken: list[str]) -> None:
     with FakeTensorMode():
         call = make_call(op, "cuda")

@@ -18,6 +18,7 @@ from specformer_kernels.grouped_rms_norm.triton_kernel import grouped_rms_norm
 from specformer_kernels.kv_compact import cache_addresses
 from specformer_kernels.kv_compact.triton_kernel import kv_compact
 from specformer_kernels.kv_store.triton_kernel import kv_store
+from specformer_kernels.markov_bias.triton_kernel import markov_bias
 from specformer_kernels.place_trees.triton_kernel import place_trees
 from specformer_kernels.rotate_slots.triton_kernel import rotate_slots
 from specformer_kernels.select_tree.triton_kernel import extend_beam, select_tree
@@ -135,6 +136,29 @@ def test_slots() -> None:
     for slots in (1, 2, 4, 7, 16):
         launches = aot.launches_of(functools.partial(all_batches, slots))
         assert len(variants(launches)) == 2  # of two kernels
+
+
+@pytest.mark.parametrize("scored", [96, 99])
+@pytest.mark.parametrize("is_gated", [True, False], ids=["gates", "no gates"])
+def test_markov_term(is_gated: bool, scored: int) -> None:
+    """One variant for few requests and one for many, whatever the slot.
+
+    Unless the number of tokens is odd: slots' logits are then aligned or not.
+    """
+    rank, half = 64, torch.bfloat16
+    tables = torch.zeros(scored, rank, dtype=half), torch.zeros(scored, rank, dtype=half)
+    tokens = torch.zeros(MOST + 1, dtype=torch.int64)
+
+    def all_batches() -> None:
+        for requests in BATCHES:
+            logits = torch.zeros(requests, 4, scored, dtype=half)
+            gates = torch.zeros(requests, 4, rank, dtype=half)
+            for slot in range(4):
+                previous = tokens[slot % 2 :][:requests]  # somewhere in a larger tensor
+                gate = gates[:, slot] if is_gated else None
+                markov_bias(logits[:, slot], previous, *tables, gate)
+
+    assert len(variants(aot.launches_of(all_batches))) == 2 * (1 + scored % 2)
 
 
 def test_trees() -> None:

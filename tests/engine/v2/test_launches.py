@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_stages.predict import DRAFT_LAUNCHES, STAGE_LAUNCHES
+from gpu_stages.predict import DRAFT_LAUNCHES, GATE_LAUNCHES, SLOT_LAUNCHES, STAGE_LAUNCHES
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from support.engines import drafting, greedy
@@ -19,7 +19,7 @@ from support.heads import make_head
 from support.v2.engines import TEXTS, K, engine
 from support.v2.triton_ops import use_triton
 from vllm_specformer.engine.speculator_v2 import SpecFormerSpeculator
-from vllm_specformer.shapes import MARKOV_RANK
+from vllm_specformer.training.settings import MARKOV_RANK
 
 # They make a tensor's place in memory, not its content.
 NO_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
@@ -49,8 +49,14 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of a head as `specformer train` makes it; the largest number of all steps."""
+@pytest.mark.parametrize("has_markov", [False, True], ids=["plain", "markov"])
+def test_launches_of_a_step(
+    has_markov: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of the default head, with the Markov term that `specformer train` gives it and without.
+
+    The largest number of all steps.
+    """
     kernels = use_triton(monkeypatch, _disable_current_modes)
     found: dict[str, Counter[str]] = {}
 
@@ -70,11 +76,14 @@ def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     watch("_stage")
     watch("_draft")
     watch("propose")
-    head = make_head(tmp_path / "head", "default", markov_rank=MARKOV_RANK, markov_gate=True)
+    markov = {"markov_rank": MARKOV_RANK, "markov_gate": True} if has_markov else {}
+    head = make_head(tmp_path / "head", "default", **markov)
     with engine(drafting(K, head)) as llm:
         llm.generate(TEXTS[:3], greedy(6), use_tqdm=False)
     for phase, launches in found.items():
         print(f"{phase}: {launches.total()}: {dict(launches)}")
     assert found["_stage"].total() <= STAGE_LAUNCHES
-    assert found["_draft"].total() + found["_draft"][JOINED] <= DRAFT_LAUNCHES
-    assert found["propose"].total() + found["propose"][JOINED] <= MOST_LAUNCHES
+    more = GATE_LAUNCHES + (K - 1) * SLOT_LAUNCHES if has_markov else 0
+    assert found["_draft"].total() + found["_draft"][JOINED] <= DRAFT_LAUNCHES + more
+    assert found["propose"].total() + found["propose"][JOINED] <= MOST_LAUNCHES + more
+    assert found["_draft"]["_markov_bias_kernel"] == (K - 1 if has_markov else 0)

@@ -70,6 +70,8 @@ def use_triton(
     use(attention, "kv_store", "kv_store.triton_kernel")
     use(head_module, "grouped_rms_norm", "grouped_rms_norm.triton_kernel")
     use(head_module, "rotate_slots", "rotate_slots.triton_kernel")
+    use(head_module, "markov_bias", "markov_bias.triton_kernel")
+    monkeypatch.setattr(head_module, "is_fused", lambda logits: True)
     use(head_layers, "swiglu", "swiglu.triton_kernel")
     use(speculator_v2, "draft_inputs", "draft_inputs.triton_kernel")
     gumbel = import_module("vllm.v1.worker.gpu.sample.gumbel")
@@ -130,4 +132,5 @@ OUR_KERNELS = {
     "_rotate_slots_kernel",
     "_swiglu_kernel",
     "_draft_inputs_kernel",
+    "_markov_bias_kernel",
 }

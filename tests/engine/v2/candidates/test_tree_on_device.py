@@ -70,7 +70,8 @@ def test_no_step_waits_for_the_device(
     assert counted.tokens_per_step > 1.5
     assert min(calls.values()) > 3
     assert len(calls) == 7
-    assert launches.keys() >= OUR_KERNELS | TREE_KERNELS
+    # A tree's candidates take the Markov term as they are chosen.
+    assert launches.keys() >= OUR_KERNELS - {"_markov_bias_kernel"} | TREE_KERNELS
     assert reads.operators > 100
     assert reads.found == Counter()
 
