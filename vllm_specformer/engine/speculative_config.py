@@ -268,13 +268,13 @@ def check_fields(speculative: dict[str, Any]) -> None:
 
 
 def _check_names(speculative: dict[str, Any]) -> None:
-    """Of the fields that are left when our own are taken out."""
+    """vLLM's fields, and our own where they are still among them."""
     from vllm.config import SpeculativeConfig
 
-    known = [field.name for field in fields(SpeculativeConfig)]
+    known = [*(field.name for field in fields(SpeculativeConfig)), *_OWN]
     for name, value in speculative.items():
         if name not in known:
-            similar = difflib.get_close_matches(name, [*known, *_OWN], 1)
+            similar = difflib.get_close_matches(name, known, 1)
             raise SpeculativeConfigError(
                 f"speculative config: field {name!r} with value {reprlib.repr(value)} is unknown",
                 f"did you mean {similar[0]!r}?" if similar else "remove it",
