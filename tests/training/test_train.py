@@ -178,6 +178,16 @@ def test_several_directories_are_one_set_of_texts(
     assert provenance["result"]["weights"] != one["result"]["weights"]
 
 
+def test_few_steps_are_told(pair: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a few answers in large batches, and how many epochs would do."""
+    train(pair, tmp_path / "few", max_steps=None, epochs=1, batch_tokens=2048)
+    (told,) = [row for row in capsys.readouterr().out.splitlines() if "so few steps" in row]
+    steps = json.loads((tmp_path / "few" / "provenance.json").read_text())["result"]["steps"]
+    assert f"--epochs {-(-300 // steps)} makes 300 of them" in told
+    train(pair, tmp_path / "asked", max_steps=2)
+    assert "so few steps" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("able", [True, False])
 def test_arithmetic_of_a_cpu(
     pair: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -51,6 +52,7 @@ from vllm_specformer.training.trainer import (
 
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 _GPU_MEMORY, _CPU_MEMORY = 2048, 256
+_FEW_STEPS = 300
 _COUNTED = 500  # texts whose anchors tell how many a text has
 
 
@@ -389,6 +391,12 @@ def _introduce(
             "longer answers)"
         )
     _say(f"{steps:,} steps on {device.type}, {config.num_draft_slots} slots, {settings.optimizer}")
+    if settings.max_steps is None and steps < _FEW_STEPS:
+        epochs = math.ceil(settings.epochs * _FEW_STEPS / steps)
+        _say(
+            f"note: a head learns little in so few steps; --epochs {epochs} makes {_FEW_STEPS} of "
+            "them, and so do a smaller --batch-tokens or more answers"
+        )
 
 
 def _say(line: str) -> None:
