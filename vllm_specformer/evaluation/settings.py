@@ -61,7 +61,9 @@ class EvalSettings(CommandSettings):
         "engine 4 and all.",
     )
     temperature: tuple[Temperature, ...] | None = Field(
-        None, description="Temperatures of the answers; default: 0, with --data those it has."
+        None,
+        description="Temperatures of the answers; default: 0, with --data and without --serve those "
+        "it has.",
     )
     tree_nodes: tuple[Nodes, ...] | None = Field(
         None,
