@@ -1,7 +1,9 @@
-"""From results to the tables of docs/peers.md and the curves."""
+"""From results to the tables of docs/peers.md, the curves, and one flat table of all figures."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import statistics
@@ -11,12 +13,12 @@ from typing import Any
 
 from peers import curves
 from peers.figures import Row, of, speed
-from peers.plan import BUDGETS, DRAFTED, KINDS, ROOT, TITLES, heads
+from peers.plan import BUDGETS, DRAFTED, KINDS, ROOT, TARGET, TITLES, heads
 from peers.served import LOADS, NONE
 from vllm_specformer.data.files import write_atomic
 from vllm_specformer.evaluation.metrics import ALL, HALF
 
-HEADS, SERVED, PLOT = "heads.json", "served.json", "tokens-per-step.png"
+HEADS, SERVED, PLOT, FLAT = "heads.json", "served.json", "tokens-per-step.png", "peers.csv"
 DOCUMENT = ROOT / "docs" / "peers.md"
 BEGIN, END = "<!-- made by `make peers`: begin -->", "<!-- end -->"
 
@@ -33,12 +35,29 @@ def write(results: Path, document: Path) -> None:
     rows, lines = read(results), []
     if rows:
         curves.draw(rows, results / PLOT)
+        write_atomic(results / FLAT, flat(rows).encode())
         place = os.path.relpath(results / PLOT, document.parent)
         lines = [f"![tokens per step by cpu-seconds and K]({place})", ""]
     text = "\n".join([*tables(rows), *lines, *served_table(results / SERVED)])
     before, _, rest = document.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     write_atomic(document, f"{before}{BEGIN}\n\n{text}\n{END}{after}".encode())
+
+
+def flat(rows: Sequence[Row]) -> str:
+    """A line per head, temperature and K, as CSV; `rate` is times the library's own."""
+    names = ("head", "target", "cpu_seconds", "seed", "rate", "temperature", "k")
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow([*names, "tokens_per_step", "stderr", "parameters"])
+    for row in rows:
+        about = (row["kind"], TARGET.name, row["budget"], row["seed"], row["rate"])
+        for temperature, groups in row["replay"].items():
+            for k in DRAFTED:
+                found = groups[ALL][f"K={k}"]
+                figures = (found["tokens_per_step"], found["stderr"], row["training"]["parameters"])
+                writer.writerow([*about, temperature, k, *figures])
+    return table.getvalue()
 
 
 def cell(found: Sequence[Row], value: Callable[[Row], float], digits: int = 2) -> str:

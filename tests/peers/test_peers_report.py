@@ -14,7 +14,7 @@ from peers.served import prompts_of
 
 
 def row(kind: str, budget: int, seed: int, speed: float, rate: float = 1) -> dict[str, Any]:
-    group = {f"K={k}": {"tokens_per_step": speed + k / 10} for k in DRAFTED}
+    group = {f"K={k}": {"tokens_per_step": speed + k / 10, "stderr": 0.1} for k in DRAFTED}
     both = {"all": group, "less_repetitive_half": group}
     return {
         "kind": kind,
@@ -53,6 +53,10 @@ def test_seeds_are_averaged_and_what_is_missing_is_told(tmp_path: Path) -> None:
     assert "all heads at 4,000 cpu-seconds with seed 0" in text
     assert f"({report.PLOT})" in text
     assert (tmp_path / report.PLOT).stat().st_size > 1000
+    lines = (tmp_path / report.FLAT).read_text().splitlines()
+    assert lines[0].startswith("head,target,cpu_seconds,seed,rate,temperature,k,tokens_per_step")
+    assert "eagle3,python-target,240,1,1,0.7,4,1.9,0.1,1234567" in lines
+    assert len(lines) == 1 + 4 * 3 * len(DRAFTED)
 
 
 def test_before_the_first_result_everything_is_missing(tmp_path: Path) -> None:
