@@ -62,8 +62,8 @@ class EvalSettings(CommandSettings):
     )
     temperature: tuple[Temperature, ...] | None = Field(
         None,
-        description="Temperatures of the answers; default: 0, with --data and without --serve those "
-        "it has.",
+        description="Temperatures of the answers; default: 0, with --data those it has, unless "
+        "--serve makes new ones.",
     )
     tree_nodes: tuple[Nodes, ...] | None = Field(
         None,
