@@ -77,4 +77,4 @@ def test_only_matrices_decay(kind: str) -> None:
     assert (first["weight_decay"], second["weight_decay"]) == (0.3, 0.0)
     assert {p.ndim for p in first["params"]} == {2}
     assert {p.ndim for p in second["params"]} == {1}
-    assert (first["lr"], second["lr"]) == (0.1, pytest.approx(0.01 if kind == "muon" else 0.1))
+    assert (first["lr"], second["lr"]) == (0.1, pytest.approx(0.02 if kind == "muon" else 0.1))

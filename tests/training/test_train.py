@@ -20,6 +20,7 @@ from vllm_specformer.data.files import sha256_of
 from vllm_specformer.head import SpecFormerHead
 from vllm_specformer.pairing import check_weights
 from vllm_specformer.training import draft_vocabulary, pace, report
+from vllm_specformer.training.settings import LEARNING_RATES
 from vllm_specformer.training.trainer import HeadTrainer
 
 # Weights are stored in bfloat16, and sums over two processes are rounded in another order.
@@ -278,10 +279,11 @@ def test_a_limit_on_the_hours_ends_the_run_in_time(
     assert (result["steps"], result["planned_steps"]) == (15, 40)
     rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     rates = [row["learning_rate"] for row in rows if "loss" in row]
-    assert rates[6] == 0.02  # the first half of the time
+    highest = LEARNING_RATES["muon"]
+    assert rates[6] == highest  # the first half of the time
     # A step's rate is that of the time before it.
     for step in (11, 14):
-        expected = 0.02 * pace.factor("trapezoid", step / 15, 0.05)
+        expected = highest * pace.factor("trapezoid", step / 15, 0.05)
         assert rates[step] == pytest.approx(expected, abs=1e-4)
     assert rates[14] < 0.001
     assert [row["hours"] for row in rows if "loss" in row][-1] == pytest.approx(0.25)
