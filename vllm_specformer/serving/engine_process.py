@@ -122,6 +122,5 @@ class EngineProcess:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
         finally:
-            # Not until standard output closes: vLLM's workers have it open as well.
             end_group(self._process, _END_NOW_S if now else _END_S)
             self._process.stdout.close()
