@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import pytest
 from pydantic import Field, ValidationError
@@ -21,6 +21,7 @@ from vllm_specformer.settings import (
     SettingsError,
     Share,
     Spelling,
+    spelling_of,
 )
 
 OWN = [name for name in COMMANDS if name != SERVE]
@@ -85,6 +86,14 @@ def test_every_setting_is_described_with_its_default(
         assert typed == parsed(settings, least(settings))
 
 
+@pytest.mark.parametrize(("command", "name", "field"), FIELDS)
+def test_what_takes_words_or_numbers_says_so(command: str, name: str, field: FieldInfo) -> None:
+    """From its type alone --help would show the words, as if nothing else were allowed."""
+    kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    literal = any(get_origin(kind) is Literal for kind in kinds)
+    assert len(kinds) < 2 or not literal or spelling_of(field).metavar
+
+
 @pytest.mark.parametrize("command", OWN)
 def test_help_is_printed(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     settings = import_module(COMMANDS[command][0]).SETTINGS
@@ -113,6 +122,9 @@ class MadeUp(CommandSettings):
     loud: Annotated[bool, Flag(formerly="--noisy")] = Field(False, description="Loudly.")
     either: bool | None = Field(None, description="Decided by itself.")
     kind: Literal["a", "b"] = Field("a", description="Kind.")
+    some: Annotated[Literal["all"] | Positive | None, Spelling("N|all", "a number or 'all'")] = (
+        Field(None, description="Some.")
+    )
     pair: tuple[int, int] | None = Field(None, description="Two.")
     as_text: Annotated[str, Flag(name="--text")] | None = Field(None, description="Text.")
     named: Annotated[tuple[str, ...], Spelling("NAME", repeated=True)] = Field(
@@ -154,7 +166,7 @@ def test_usage_names_what_may_be_typed() -> None:
     usage = " ".join(parser.format_usage().split())
     assert usage == (
         "usage: x [-h] [--size N] [--shares SHARE [SHARE ...]] [--loud] [--either | --no-either] "
-        "[--kind {a,b}] [--pair PAIR PAIR] [--text AS_TEXT] [--named NAME] PLACE"
+        "[--kind {a,b}] [--some N|all] [--pair PAIR PAIR] [--text AS_TEXT] [--named NAME] PLACE"
     )
     assert "100% of it (default: 3)." in parser.format_help()
 
@@ -202,6 +214,7 @@ def test_former_names_are_not_advertised_and_the_new_one_counts(
         (("--length", "0"), "--size: expected a whole number above 0, found '0'"),
         (("--shares", "1", "2"), "--shares: expected a number from 0 to 1, found '2'"),
         (("--kind", "c"), "--kind c: Input should be 'a' or 'b'"),
+        (("--some", "none"), "--some: expected a number or 'all', found 'none'"),
     ],
 )
 def test_one_line_names_flag_value_and_remedy(arguments: tuple[str, ...], message: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support.distill.fakes import FakeEngine, mixed_records, write_lines
+from support.distill.fakes import FakeEngine, mixed_records, rows_of, write_lines
 from vllm_specformer.cli import distill as command
 from vllm_specformer.cli.main import main
 from vllm_specformer.data.manifest import read_manifest
@@ -59,6 +59,37 @@ def test_summary(
     assert "tokens/s" in shown.err
     assert main([*arguments, "--max-tokens", "16", "--shard-size", "3"]) == 0
     assert capsys.readouterr().out == shown.out
+
+
+def test_the_last_lines_count_cut_answers(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of earlier runs too; where there are none, there is no such line."""
+
+    class Stopping(FakeEngine):
+        def answer(self, dialogues: Sequence[Dialogue], progress: Progress) -> None:
+            if dialogues[0].prompt.id == 3:
+                raise KeyboardInterrupt
+            super().answer(dialogues, progress)
+
+    use(monkeypatch, Stopping())
+    options = [*arguments, "--max-tokens", "4", "--shard-size", "3"]
+    assert main(options) == command.INTERRUPTED
+    assert "1 of 3 shards are finished" in capsys.readouterr().err
+    use(monkeypatch, FakeEngine())
+    assert main(options) == 0
+    rows = rows_of(tmp_path / "out")
+    cut = [row.id for row in rows if row.finish_reason == "length"]
+    assert min(cut) < 3 <= max(cut)
+    answers = sum(len(row.answer_starts) for row in rows)
+    shown = capsys.readouterr().out
+    assert f"\n{len(cut)} of {answers} answers reached --max-tokens 4\n" in shown
+    assert "filled the context" not in shown
+    assert main([*arguments, "--max-tokens", "16", "--out", str(tmp_path / "other")]) == 0
+    assert "reached --max-tokens" not in capsys.readouterr().out
 
 
 @pytest.fixture

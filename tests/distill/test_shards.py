@@ -30,7 +30,9 @@ from vllm_specformer.data.manifest import DistilledDataError, Manifest, Settings
 from vllm_specformer.data.shards import (
     SCHEMA,
     Conversation,
+    CutAnswers,
     ShardWriter,
+    cut_answers,
     read_manifest,
     read_rows,
     read_shards,
@@ -97,6 +99,18 @@ def test_round_trip_and_counts(tmp_path: Path) -> None:
         "skipped": {"too long": 2},
         "cut": {"x": 2},
     }
+
+
+def test_cut_answers_are_counted(tmp_path: Path) -> None:
+    """By where the last answer of a conversation ended, over all shards."""
+    assert cut_answers(tmp_path, write_all(tmp_path)) == CutAnswers(0, 1)
+    sampling = GREEDY.model_copy(update={"max_tokens": 2})
+    chosen = settings_for(sampling=sampling)
+    longer = Conversation(1, [1, 2, 3, 4], [1], [4], 0.0, "stop")
+    whole = Conversation(2, [1, 2, 3], [1], [3], 0.0, "length")
+    writer = ShardWriter(tmp_path, chosen)
+    shards = [writer.write(0, ROWS), writer.write(1, [longer, whole, ROWS[1]])]
+    assert cut_answers(tmp_path, Manifest.of(chosen, shards, {})) == CutAnswers(1, 2)
 
 
 def test_the_manifest_comes_back_from_the_shards(tmp_path: Path) -> None:

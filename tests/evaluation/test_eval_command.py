@@ -78,12 +78,19 @@ def test_prompts_to_metrics(
             share = head["K=4"]["tokens_per_step"] / bound["K=4"]["tokens_per_step"]
             assert group["share_of_bound"]["K=4"] == pytest.approx(share, abs=1e-3)
     assert plot.read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "drafts at temperature 0:" in shown.err
+    assert "drafts at temperature 1:" in shown.err
+    printed = shown.out
     assert "greedy: tokens per step, 6 texts" in printed
     assert "greedy, by kind: tokens per step" in printed
     assert "mean of kinds" in printed
     assert "of bound" in printed
-    assert "drawn" in printed
+    # Under the table that has such a column, and under no other.
+    greedy, _, sampled = printed.partition("temperature 1: tokens per step")
+    assert "lookup: n-grams of the text itself" in greedy
+    assert "drawn" not in greedy
+    assert "drawn drafts are what sampled requests get" in " ".join(sampled.split())
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial")]
 
 

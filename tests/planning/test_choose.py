@@ -168,7 +168,37 @@ def test_a_plan_names_where_it_loses(capsys: pytest.CaptureFixture[str]) -> None
     plan = Plan.of([row(1, 0, 0.9), row(1, 4, 1.5), row(8, 0, 0.9), row(8, 4, 0.5)], {}, 0.02)
     assert plan.gains() == {1: 1.5, 8: 0.9}
     print_plan(plan, "HEAD")
-    assert "At 8 requests even the best K loses a little" in capsys.readouterr().out
+    assert "At 8 requests even the best K loses 10%: a server" in capsys.readouterr().out
+    more = [row(16, 0, 0.996), row(16, 4, 0.5)]
+    print_plan(Plan.of([*plan.rows, *more], {}, 0.02), "HEAD")
+    assert "At 8, 16 requests even the best K loses 10%, 0.4%: a server" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"cycles": 1}, "Costs come from 1 cycle, a single reading, and may be noise"),
+        ({"cycles": 2}, "Costs come from 2 cycles and may be noise; the default is --cycles 3."),
+        ({"cycles": 3}, ""),
+        ({}, ""),  # on paper, or under load
+    ],
+)
+def test_a_plan_of_few_readings_says_so(
+    about: dict[str, int], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_plan(Plan.of(rows(), about, 0.02), "HEAD")
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert ("may be noise" in printed) == bool(said)
+
+
+def test_what_is_printed_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(Plan.of([row(1, 0, 0.9), row(1, 4, 1.5)], {"costs": "made up"}, 0.02), "HEAD")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1.50 (1e+02 ms)" in printed
+    assert "in brackets the time of a step that drafting takes" in printed
+    assert "; made up" in printed
+    assert "`specformer bench --schedule` measures both" in printed
 
 
 def test_the_printed_line_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:

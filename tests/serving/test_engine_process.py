@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -11,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from support.processes import is_alive
 from vllm_specformer.serving import engine_process
 from vllm_specformer.serving.engine_process import EngineProcess, EngineProcessError
 from vllm_specformer.serving.server import server_environment
 
 # As a module, for `python -m`: the worker as it is, with another engine.
 STAND_IN = """
-import os, sys, time
+import multiprocessing, os, signal, sys, time
+from pathlib import Path
 from vllm_specformer.serving import engine_worker
 
 class Engine:
@@ -41,6 +45,18 @@ def die(engine):
 
 def sleep(engine, seconds):
     time.sleep(seconds)
+
+def work(place):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path(place).write_text(str(os.getpid()))
+    time.sleep(600)
+
+def start_worker(engine, place):
+    # As vLLM's, but it minds neither SIGTERM nor the end of its parent.
+    multiprocessing.get_context("spawn").Process(target=work, args=[place]).start()
+    while not Path(place).exists() or not Path(place).read_text():
+        time.sleep(0.01)
+    return {}
 
 if __name__ == "__main__":
     engine_worker.Engine = Engine
@@ -92,8 +108,51 @@ def test_it_is_killed_at_work(worker: str, tmp_path: Path) -> None:
         answer = executor.submit(engine.call, f"{worker}:sleep", seconds=60)
         time.sleep(0.2)
         engine.kill()
-        with pytest.raises(EngineProcessError, match="ended with code -9"):
+        with pytest.raises(EngineProcessError, match="ended with code 1"):
             answer.result(10)
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_an_interruption_ends_the_workers_too(worker: str, busy: bool, tmp_path: Path) -> None:
+    """At once, and without the farewell; nothing is left when the block is."""
+    place, farewell = tmp_path / "pid", tmp_path / "farewell"
+    times: list[float] = []
+
+    def interrupted() -> None:
+        with EngineProcess({"farewell": str(farewell)}, tmp_path / "log") as engine:
+            engine.call(f"{worker}:start_worker", place=str(place))
+            if busy:
+                order = {"function": f"{worker}:sleep", "arguments": {"seconds": 600}}
+                engine._tell(json.dumps(order))
+                time.sleep(0.2)
+            times.append(time.monotonic())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not is_alive(int(place.read_text()))
+    assert time.monotonic() - times[0] < 10
+    assert not farewell.exists()
+
+
+@pytest.mark.parametrize("end", ["of itself", "killed", "left"])
+def test_no_worker_is_left_behind(
+    worker: str, end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "_END_S", 1.0)  # Python itself waits for such a worker
+    place, farewell = tmp_path / "pid", tmp_path / "farewell"
+    with (
+        contextlib.suppress(EngineProcessError),
+        EngineProcess({"farewell": str(farewell)}, tmp_path / "log") as engine,
+    ):
+        engine.call(f"{worker}:start_worker", place=str(place))
+        if end == "of itself":
+            engine.call(f"{worker}:die")
+        if end == "killed":
+            engine.kill()
+            assert not is_alive(int(place.read_text()))
+    assert not is_alive(int(place.read_text()))
+    assert farewell.exists() == (end == "left")
 
 
 @pytest.mark.parametrize("busy", ["loading", "answering", "waiting"])

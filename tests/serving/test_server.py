@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from support.processes import is_alive
 from vllm_specformer.cli import serve
 from vllm_specformer.serving.server import (
     HOST,
@@ -44,14 +45,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 port = int(sys.argv[sys.argv.index("--port") + 1])
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits to be reaped does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:

@@ -39,6 +39,7 @@ def run(settings: DistillSettings) -> int:
 
 def summary(settings: DistillSettings, manifest: Manifest) -> str:
     """What the directory holds and what to do with it."""
+    from vllm_specformer.data.shards import cut_answers
     from vllm_specformer.distill.distill import in_words
 
     counts = manifest.counts
@@ -47,6 +48,13 @@ def summary(settings: DistillSettings, manifest: Manifest) -> str:
         f"{counts.answer_tokens:,} of them in {counts.answers:,} answers of the target; "
         f"{counts.sampled:,} conversations drawn at a temperature above 0"
     ]
+    cut = cut_answers(settings.out, manifest)
+    of_all = f"of {counts.answers:,} answers"
+    if cut.at_max_tokens:
+        longest = manifest.sampling.max_tokens
+        lines.append(f"{cut.at_max_tokens:,} {of_all} reached --max-tokens {longest}")
+    if cut.at_context:
+        lines.append(f"{cut.at_context:,} {of_all} filled the context of {manifest.context} tokens")
     if counts.skipped:
         lines.append(f"warning: left out: {in_words(counts.skipped)}")
     if counts.cut:

@@ -63,9 +63,9 @@ def _arguments(name: str, field: FieldInfo) -> dict[str, Any]:
         action = argparse.BooleanOptionalAction if either else "store_true"
         return {"action": action, "default": argparse.SUPPRESS}
     spelling = spelling_of(field)
-    choices = ",".join(map(str, get_args(kind))) if get_origin(kind) is Literal else ""
+    choices = f"{{{','.join(map(str, get_args(kind)))}}}" if get_origin(kind) is Literal else ""
     arguments: dict[str, Any] = {
-        "metavar": f"{{{choices}}}" if choices else spelling.metavar or name.upper(),
+        "metavar": spelling.metavar or choices or name.upper(),
         "default": argparse.SUPPRESS,
     }
     if spelling.repeated:

@@ -29,8 +29,10 @@ from vllm_specformer.data.manifest import (
 __all__ = [
     "SCHEMA",
     "Conversation",
+    "CutAnswers",
     "Manifest",
     "ShardWriter",
+    "cut_answers",
     "read_manifest",
     "read_rows",
     "read_shards",
@@ -146,6 +148,27 @@ def read_shards(directory: Path, manifest: Manifest) -> Iterator[pa.Table]:
     """
     for record in manifest.shards:
         yield _read(directory / record.file, record.sha256)
+
+
+@dataclass(frozen=True)
+class CutAnswers:
+    """Answers that ended before the target ended them: at the longest length, at the context."""
+
+    at_max_tokens: int = 0
+    at_context: int = 0
+
+
+def cut_answers(directory: Path, manifest: Manifest) -> CutAnswers:
+    """Count them over all shards; of a conversation only the last answer can be one."""
+    columns = ["finish_reason", "answer_starts", "answer_ends"]
+    longest, lengths = manifest.sampling.max_tokens, []
+    for record in manifest.shards:
+        table = pq.read_table(directory / record.file, columns=columns)
+        for row in table.to_pylist():
+            if row["finish_reason"] == "length" and row["answer_ends"]:
+                lengths.append(row["answer_ends"][-1] - row["answer_starts"][-1])
+    whole = sum(length == longest for length in lengths)
+    return CutAnswers(whole, len(lengths) - whole)
 
 
 def read_rows(directory: Path, manifest: Manifest) -> Iterator[Conversation]:

@@ -16,8 +16,8 @@ class EngineError(SpecFormerError):
 class Progress(Protocol):
     """Who wants to know how far an engine has come."""
 
-    def answered(self, answers: int, tokens: int, speed: str | None = None) -> None:
-        """So many more answers and tokens; `speed` where tokens are counted later."""
+    def answered(self, answers: int, tokens: int) -> None:
+        """So many more answers and tokens."""
 
 
 class Engine(Protocol):

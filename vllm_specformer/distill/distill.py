@@ -270,10 +270,7 @@ class _Run:
             raise type(error)(f"{error}. {safe(self.directory)}") from None
         finally:
             bar.close()
-        self.report(
-            f"{bar.tokens:,} tokens in {bar.seconds:,.0f} s "
-            f"({bar.tokens / max(bar.seconds, 1e-6):,.0f} tokens/s)"
-        )
+        self.report(f"{bar.tokens:,} tokens in {bar.seconds:,.0f} s ({bar.speed})")
         return manifest
 
     def _settle_context(self, context: int) -> None:

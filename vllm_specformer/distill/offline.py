@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from vllm_specformer.distill.backend import EngineError, Progress
 from vllm_specformer.distill.dialogue import Answer, Dialogue, Request
@@ -79,7 +76,6 @@ class OfflineEngine:
             requests = [dialogue.request() for dialogue in waiting]
             for dialogue, answer in zip(waiting, self._complete(requests, progress), strict=True):
                 dialogue.accept(answer)
-                progress.answered(0, len(answer.token_ids))
             waiting = [dialogue for dialogue in waiting if dialogue.is_open]
 
     def _complete(self, requests: Sequence[Request], progress: Progress) -> list[Answer]:
@@ -94,9 +90,12 @@ class OfflineEngine:
             )
             for request in requests
         ]
-        outputs = self._llm.generate(prompts, params, use_tqdm=_forward_to(progress))
+        outputs = []
+        for output in _finished(self._llm, prompts, params):
+            progress.answered(1, len(output.outputs[0].token_ids))
+            outputs.append(output)
         answers = []
-        for output in outputs:
+        for output in sorted(outputs, key=lambda output: int(output.request_id)):
             completion = output.outputs[0]
             if completion.finish_reason not in ("stop", "length"):
                 raise EngineError(
@@ -123,19 +122,11 @@ def check_engine_args(given: dict[str, Any], known: set[str]) -> None:
             )
 
 
-def _forward_to(progress: Progress) -> Callable[..., tqdm]:
-    """A bar for vLLM to update that shows nothing and passes on what it learns."""
+def _finished(llm: Any, prompts: Sequence[Any], params: Sequence[Any]) -> Iterator[Any]:
+    """vLLM's outputs of whole answers as they come, to be counted; as `LLM.generate`, in any order.
 
-    class _Silent(tqdm):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **(options | {"file": io.StringIO()}))
-
-        def update(self, n: float | None = 1) -> bool | None:
-            # A bar over the prompts, with something to iterate, tells how far rendering is.
-            if self.iterable is None:
-                # vLLM writes "... output: 123.45 toks/s" before it updates.
-                speed = str(self.postfix).rpartition("output: ")[2].replace("toks", "tokens")
-                progress.answered(int(n or 0), 0, speed)
-            return super().update(n)
-
-    return _Silent
+    `generate` itself tells a bar of answers only, and of tokens in words.
+    """
+    llm.enqueue(prompts, params, use_tqdm=False)
+    while llm.llm_engine.has_unfinished_requests():
+        yield from (output for output in llm.llm_engine.step() if output.finished)

@@ -11,7 +11,7 @@ _SECONDS_BETWEEN_LOG_LINES = 30.0
 
 
 class ProgressBar:
-    """Counts answers on a bar and tokens beside it.
+    """Counts answers on a bar and tokens beside it; speeds are those of this run from its start.
 
     Args:
         total: answers of the whole run.
@@ -36,11 +36,14 @@ class ProgressBar:
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
-    def answered(self, answers: int, tokens: int, speed: str | None = None) -> None:
-        """So many more answers and tokens; `speed` where tokens are counted later."""
+    @property
+    def speed(self) -> str:
+        return f"{self.tokens / max(self.seconds, 1e-6):,.0f} tokens/s"
+
+    def answered(self, answers: int, tokens: int) -> None:
+        """So many more answers and tokens."""
         self.tokens += tokens
-        shown = speed or f"{self.tokens / max(self.seconds, 1e-6):,.0f} tokens/s"
-        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.set_postfix_str(self.speed, refresh=False)
         self._bar.update(answers)
 
     def close(self) -> None:

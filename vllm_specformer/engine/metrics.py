@@ -233,7 +233,7 @@ class AcceptanceMonitor:
         if accepted < LOW_ACCEPTANCE:
             logger.warning(
                 "SpecFormer: only %.1f%% of the last drafted tokens were accepted, so speculation "
-                "slows this server down. Output is not affected; %s.",
+                "costs more than it brings here. Output is not affected; %s.",
                 100 * accepted,
                 LOW_ACCEPTANCE_CAUSES,
             )

@@ -72,12 +72,13 @@ class _Loaded:
         return _MEMORY[self.target.target.device.type]
 
     def draft(
-        self, texts: Texts, budgets: Sequence[int], trees: TreeReplay | None = None
+        self, what: str, texts: Texts, budgets: Sequence[int], trees: TreeReplay | None = None
     ) -> list[DraftedText]:
+        """Of every text; `what` stands beside the bar."""
         made = draft_texts(
             self.head, self.target, texts, budgets, self.packed, self.memory, trees=trees
         )
-        return list(tqdm(made, desc="drafts", total=len(texts), unit="text"))
+        return list(tqdm(made, desc=what, total=len(texts), unit="text"))
 
 
 class _Evaluation:
@@ -132,7 +133,9 @@ class _Evaluation:
             nodes = tuple(sorted(set(self.options.tree_nodes)))
             trees = TreeReplay(nodes, self.options.seed, ranking)
         drafted = {
-            temperature: loaded.draft(texts, self.budgets, trees)
+            temperature: loaded.draft(
+                f"drafts at temperature {temperature:g}", texts, self.budgets, trees
+            )
             for temperature, texts in collected.items()
         }
         slots = self.config.num_draft_slots
@@ -307,7 +310,9 @@ class _Evaluation:
         """One engine run against the replay of its answers, which may have drafts already."""
         texts = self._collect(served.texts)
         if drafted is None:
-            drafted = loaded.draft(texts, [served.num_tokens])
+            what = f"drafts of the engine's K={served.num_tokens}, "
+            what += f"temperature {served.temperature:g}"
+            drafted = loaded.draft(what, texts, [served.num_tokens])
         agreement = compare(served, {text.id: text for text in drafted})
         causes: list[str] = []
         if not agreement.is_clean(self.dtype):

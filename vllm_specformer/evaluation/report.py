@@ -55,17 +55,19 @@ def print_report(report: Metrics) -> None:
 
 
 def _offline_table(name: str, metrics: Metrics) -> Table:
+    methods = list(metrics[ALL])
+    caption = "lookup: n-grams of the text itself; half: the texts that repeat themselves least"
+    if DRAWN in methods:
+        caption += "; drawn drafts are what sampled requests get, head the greedy ones"
     table = Table(
         title=f"{name.replace('_', ' ')}: tokens per step, {metrics['texts']} texts of "
         f"{metrics['mean_answer_tokens']} tokens on average, {metrics['repeated_4grams']:.0%} "
         "repeated 4-grams",
-        caption="lookup: n-grams of the text itself; half: the texts that repeat themselves least; "
-        "drawn drafts are what sampled requests get, head the greedy ones",
+        caption=caption,
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("K", justify="right")
-    methods = list(metrics[ALL])
     for method in methods:
         table.add_column(_TITLES[method], justify="right")
     table.add_column("head / lookup", justify="right")

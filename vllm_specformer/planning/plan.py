@@ -191,6 +191,7 @@ def _measured(
         "head": lasting(options.head or head),
         "versions": versions(),
         "costs": f"measured on this machine; acceptance: {source}",
+        "cycles": options.cycles,
         "hardware": hardware(),
         "engine_args": dict(options.engine_args),
     }

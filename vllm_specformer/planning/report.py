@@ -13,11 +13,22 @@ from vllm_specformer.planning.choose import PlanRow
 from vllm_specformer.planning.plan_file import Plan
 
 _WIDTH = 110
+_ENOUGH_CYCLES = 3  # the least whose median is not moved by one odd reading
+_CELLS = "in brackets the time of a step that drafting takes (K=0: storing the head's K/V)"
+_WHICH = (
+    "Which of the two is faster depends on how well the head knows when it is wrong: `specformer "
+    "bench --schedule` measures both. The second verifies only drafts that are likely enough; it "
+    "needs --no-async-scheduling on the V1 runner, full CUDA graphs and no LoRA on V2."
+)
 
 
 def print_plan(plan: Plan, head: str) -> None:
     console = Console(width=_WIDTH, highlight=False)
     console.print(_table(plan))
+    cycles = plan.about.get("cycles", _ENOUGH_CYCLES)
+    if cycles < _ENOUGH_CYCLES:
+        readings = "1 cycle, a single reading," if cycles == 1 else f"{cycles} cycles"
+        console.print(f"Costs come from {readings} and may be noise; the default is --cycles 3.")
     if plan.pays:
         _print_chains(plan, head, console)
     else:
@@ -54,11 +65,15 @@ def _print_mechanisms(plan: Plan, head: str, console: Console) -> None:
 
 
 def _print_chains(plan: Plan, head: str, console: Console) -> None:
-    losing = [str(batch) for batch, gain in plan.gains().items() if gain < 1]
-    if losing:
+    losses = {batch: 1 - gain for batch, gain in plan.gains().items() if gain < 1}
+    if losses:
+        sizes = ", ".join(map(str, losses))
+        shares = ", ".join(
+            f"{loss:.1%}" if loss < 0.01 else f"{loss:.0%}" for loss in losses.values()
+        )
         console.print(
-            f"At {', '.join(losing)} requests even the best K loses a little: a server without a "
-            "speculative config is faster there."
+            f"At {sizes} requests even the best K loses {shares}: a server without a speculative "
+            "config is faster there."
         )
     config = json.dumps(plan.speculative_config(head))
     console.print("\nServe with", style="bold")
@@ -66,6 +81,7 @@ def _print_chains(plan: Plan, head: str, console: Console) -> None:
     console.print("or with drafts cut where the head is not sure", style="bold")
     config = json.dumps(plan.confident_config(head))
     console.print(f"--speculative-config {shlex.quote(config)}", markup=False, soft_wrap=True)
+    console.print(_WHICH)
 
 
 def _print_trees(plan: Plan, head: str, console: Console) -> None:
@@ -105,7 +121,7 @@ def _table(plan: Plan) -> Table:
     counts = sorted({row.count for row in plan.rows})
     table = Table(
         title="expected tokens/s over no speculation, by drafted tokens K",
-        caption=str(plan.about.get("costs", "")),
+        caption="; ".join(filter(None, [_CELLS, str(plan.about.get("costs", ""))])),
         title_justify="left",
         caption_justify="left",
     )

@@ -77,7 +77,7 @@ class PlanSettings(CommandSettings):
     prompts: tuple[File, ...] = Field(
         (),
         description="Texts to measure with, in any form that `distill` takes; without --eval also "
-        "the source of the acceptance.",
+        "the source of the acceptance: give some that the head was not trained on.",
     )
     max_prompts: Positive = Field(64, description="Texts in use.")
     max_tokens: Positive = Field(128, description="Longest answer, in tokens.")

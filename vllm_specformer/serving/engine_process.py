@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.serving.engine_worker import END_NOW
+from vllm_specformer.serving.process_groups import end_group
 from vllm_specformer.serving.server import server_environment
 
 WORKER = "vllm_specformer.serving.engine_worker"
 _TAIL_LINES = 30
-_END_S = 20.0
+_END_S, _END_NOW_S = 20.0, 3.0
 
 
 class EngineProcessError(SpecFormerError):
@@ -61,12 +63,12 @@ class EngineProcess:
         try:
             self._answer(self._engine)
         except BaseException:
-            self._end()
+            self._end(now=True)
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._end()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._end(now=error is not None)
 
     def call(self, function: str, **arguments: Any) -> dict[str, Any]:
         """What `function` ("module:name") returns in there for the engine and `arguments`.
@@ -80,13 +82,12 @@ class EngineProcess:
 
     def kill(self) -> None:
         """End it at once; a `call` under way in another thread raises EngineProcessError."""
-        self._process.kill()
+        self._tell(END_NOW)
+        end_group(self._process, _END_NOW_S)
 
     def _answer(self, order: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(order), file=self._process.stdin, flush=True)
+        self._tell(json.dumps(order))
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
@@ -96,15 +97,30 @@ class EngineProcess:
             raise EngineProcessError(f"vLLM does not start: {content['error']}")
         return content
 
+    def _tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which its answer shows
+            print(line, file=self._process.stdin, flush=True)
+
     def _messages(self) -> str:
         if self._log is None:
             return "its messages stand above, VLLM_LOGGING_LEVEL=INFO shows more"
         tail = self._log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
         return "\n".join(["the last of its messages:", *tail])
 
-    def _end(self) -> None:
-        """Let it end its own processes too; by force if that takes long."""
-        with contextlib.suppress(subprocess.TimeoutExpired, BrokenPipeError):
-            self._process.communicate(timeout=_END_S)
-        self._process.kill()
-        self._process.communicate()
+    def _end(self, now: bool) -> None:
+        """Let it end its own processes too; by force if that takes long.
+
+        Args:
+            now: without vLLM's farewell, because somebody waits behind a Ctrl-C.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            if now:
+                self._tell(END_NOW)
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        finally:
+            end_group(self._process, _END_NOW_S if now else _END_S)
+            self._process.stdout.close()

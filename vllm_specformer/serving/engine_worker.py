@@ -5,20 +5,23 @@
 The first line holds the engine's arguments, each further one a function, as "module:name", with its
 keyword arguments; the engine is passed first. The engine runs inside this process, so a step is
 what the engine itself takes. The process ends when its standard input closes, at work too: it does
-not outlive who started it.
+not outlive who started it. On a line `END_NOW` it ends at once, without vLLM's own farewell.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import sys
 import threading
 from queue import Queue
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from vllm_specformer.serving.engine import Engine
+
+END_NOW = "end now"
 
 
 def main() -> None:
@@ -48,10 +51,19 @@ def main() -> None:
 
 def _read(orders: Queue[str]) -> None:
     for line in sys.stdin:
+        if line.strip() == END_NOW:
+            _end_now()
         orders.put(line)
     if orders.unfinished_tasks:
-        os._exit(1)
+        _end_now()
     orders.put("")
+
+
+def _end_now() -> NoReturn:
+    """End with vLLM's workers, which go on for many seconds when they are only left alone."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(1)
 
 
 def _answers_on_stdout() -> TextIO:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm_specformer.errors import SpecFormerError
+from vllm_specformer.serving.process_groups import end_group, signal_group
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 300.0
@@ -128,23 +129,10 @@ def process_group(
     try:
         yield process
     finally:
-        _end_group(process, stop_timeout_s)
-
-
-def _end_group(process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """SIGTERM, some time, then SIGKILL for whatever is left, also after the leader has ended."""
-    try:
-        _signal_group(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout_s)
-    finally:  # a second Ctrl-C during the wait must not leave the engine running
-        _signal_group(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _signal_group(group: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
+        try:
+            signal_group(process, signal.SIGTERM)
+        finally:
+            end_group(process, stop_timeout_s)
 
 
 def _wait_until_healthy(

@@ -163,7 +163,10 @@ class TrainSettings(CommandSettings):
     )
     max_length: int = Field(2048, ge=4, description="Longer texts are cut.")
     accumulate: int = Field(1, ge=1, description="Batches per process and step.")
-    anchors_per_text: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
+    anchors_per_text: Annotated[
+        Literal["all"] | Annotated[int, Field(ge=1)] | None,
+        Spelling("N|all", "a whole number above 0, or 'all'"),
+    ] = Field(
         None,
         description="Positions drawn from a text at which the head drafts; or 'all'; default: 32 "
         "on a GPU, 128 on a CPU.",
