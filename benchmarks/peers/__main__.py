@@ -27,7 +27,7 @@ import psutil
 from tqdm import tqdm
 
 from peers import answers, report
-from peers.plan import BUDGETS, KINDS, RATE, RESULTS, WORK, Head, heads
+from peers.plan import BUDGETS, KINDS, RESULTS, WORK, Head, heads
 from peers.served import LOADS, ROUNDS, SERVED, Store, compare
 from vllm_specformer.data.files import write_atomic
 
@@ -44,7 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=[RATE], help="times the library's learning rates"
+        "--rates", type=float, nargs="+", help="times the library's; default: see peers/plan.py"
     )
     parser.add_argument("--again", nargs="+", default=[], choices=KINDS, help="train these anew")
     parser.add_argument("--serve", action="store_true", help="let vLLM draft with the heads, too")
@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not args.collect:
         answers.make(args.work, args.prompts, args.held_out)
         seeds = args.seeds and tuple(args.seeds)
-        asked = heads(tuple(args.budgets), seeds, tuple(args.kinds), tuple(args.rates))
+        rates = args.rates and tuple(args.rates)
+        asked = heads(tuple(args.budgets), seeds, tuple(args.kinds), rates)
         make(asked, args)
         if args.serve:
             serve(asked, args)
