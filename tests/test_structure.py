@@ -116,6 +116,7 @@ def test_only_engine_imports_vllm() -> None:
         "vllm_specformer.cli.serve",  # vLLM's own command line
         "vllm_specformer.bench.client",  # vLLM's own benchmark client
         "vllm_specformer.distill.offline",  # the LLM class
+        "vllm_specformer.serving.cpu_memory",  # which platform it runs on
         "vllm_specformer.serving.engine",  # the LLM class, stepped by hand
         "vllm_specformer.evaluation.stepwise",  # vLLM's version
     }
