@@ -67,10 +67,11 @@ def test_tables_that_scripts_write_are_those_of_their_results() -> None:
     assert table_of(ROOT / "docs" / "kv-groups.md", "<!-- table: make kv-groups -->") == groups
 
 
-def test_the_ablation_is_the_recorded_one() -> None:
-    begin = "<!-- made by examples/training/bundled_pair/ablation.py: begin -->"
+@pytest.mark.parametrize(("part", "file"), [("", "ablation.md"), (", losses", "losses.md")])
+def test_the_ablation_is_the_recorded_one(part: str, file: str) -> None:
+    begin = f"<!-- made by examples/training/bundled_pair/ablation.py{part}: begin -->"
     made = table_of(ROOT / "docs" / "ablation.md", begin)
-    assert made in (RESULTS / "ablation.md").read_text()
+    assert made in (RESULTS / file).read_text()
 
 
 def test_mechanisms_are_the_recorded_ones() -> None:

@@ -18,6 +18,8 @@ class HubError(SpecFormerError):
 
 def is_path(name: str) -> bool:
     """Whether a name can only be a path: a repository's is "name" or "owner/name"."""
+    if "://" in name:  # storage that vLLM reads by itself
+        return False
     return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
 
 

@@ -56,7 +56,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--document", type=Path, default=report.DOCUMENT, help="gets the tables")
     parser.add_argument("--collect", action="store_true", help="train nothing")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.serve and len(args.rates or ()) > 1:
+        parser.error("--serve: give one of --rates")
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

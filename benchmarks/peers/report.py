@@ -45,18 +45,26 @@ def write(results: Path, document: Path) -> None:
 
 
 def flat(rows: Sequence[Row]) -> str:
-    """A line per head, temperature and K, as CSV; `rate` is times the library's own."""
+    """A line per head, temperature and K, as CSV.
+
+    `rate` is times the library's own, `half` is of the texts that repeat themselves least.
+    """
     names = ("head", "target", "cpu_seconds", "seed", "rate", "temperature", "k")
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow([*names, "tokens_per_step", "stderr", "parameters"])
+    writer.writerow([*names, "tokens_per_step", "stderr", "half", "parameters"])
     for row in rows:
         about = (row["kind"], TARGET.name, row["budget"], row["seed"], row["rate"])
         for temperature, groups in row["replay"].items():
             for k in DRAFTED:
                 found = groups[ALL][f"K={k}"]
-                figures = (found["tokens_per_step"], found["stderr"], row["training"]["parameters"])
-                writer.writerow([*about, temperature, k, *figures])
+                figures = (
+                    found["tokens_per_step"],
+                    found["stderr"],
+                    speed(row, temperature, HALF, k),
+                )
+                parameters = row["training"]["parameters"]
+                writer.writerow([*about, temperature, k, *figures, parameters])
     return table.getvalue()
 
 

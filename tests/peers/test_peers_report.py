@@ -55,7 +55,7 @@ def test_seeds_are_averaged_and_what_is_missing_is_told(tmp_path: Path) -> None:
     assert (tmp_path / report.PLOT).stat().st_size > 1000
     lines = (tmp_path / report.FLAT).read_text().splitlines()
     assert lines[0].startswith("head,target,cpu_seconds,seed,rate,temperature,k,tokens_per_step")
-    assert "eagle3,python-target,240,1,1,0.7,4,1.9,0.1,1234567" in lines
+    assert "eagle3,python-target,240,1,1,0.7,4,1.9,0.1,1.9,1234567" in lines
     assert len(lines) == 1 + 4 * 3 * len(DRAFTED)
 
 

@@ -72,7 +72,7 @@ def test_what_is_a_matrix(target_model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
 def test_only_matrices_decay(kind: str) -> None:
-    optimizer = build_optimizer(model(), kind, 0.1, None, 0.3)
+    optimizer = build_optimizer(model(), kind, 0.1, 0.02, 0.3)
     first, second = optimizer.param_groups
     assert (first["weight_decay"], second["weight_decay"]) == (0.3, 0.0)
     assert {p.ndim for p in first["params"]} == {2}

@@ -5,7 +5,8 @@ arguments it asks for the version of a distribution called "vllm", and this whee
 This file answers that one question as vLLM answers it itself in `vllm/platforms/__init__.py`, then
 runs vLLM's own command line with the arguments it was given. On a CPU it adds how much memory to
 reserve, if they do not say (see serving/cpu_memory.py), and loads Intel's OpenMP into the engine's
-processes, without which vLLM speculates slowly. Elsewhere it changes nothing.
+processes, without which vLLM speculates slowly. Everywhere, what SpecFormer refuses is told in one
+line.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ def serve(arguments: Sequence[str]) -> int:
     importlib.metadata.version = version
     from vllm.entrypoints.cli.main import main as vllm_main
 
-    sys.argv = ["vllm", "serve", *arguments, *_for_cpu(arguments)]
+    # vLLM looks for the model in the first place; of an option given twice the last one counts.
+    first = 0 if arguments[:1] and arguments[0].startswith("-") else 1
+    given = [*arguments[:first], *_for_cpu(arguments), *arguments[first:]]
+    sys.argv = ["vllm", "serve", *given]
     try:
         vllm_main()
     except SpecFormerError as error:
@@ -45,10 +49,10 @@ def serve(arguments: Sequence[str]) -> int:
 
 
 def _for_cpu(arguments: Sequence[str]) -> list[str]:
-    """Options to append on a CPU; sets what the engine's processes are to load."""
+    """Options to add on a CPU; sets what the engine's processes are to load."""
     from vllm.platforms import current_platform
 
-    from vllm_specformer.serving.cpu_memory import memory_options
+    from vllm_specformer.serving.cpu_memory import SHARE, memory_options
     from vllm_specformer.serving.server import openmp_preload
 
     if not current_platform.is_cpu():
@@ -56,5 +60,5 @@ def _for_cpu(arguments: Sequence[str]) -> list[str]:
     os.environ.update(openmp_preload(os.environ.get("LD_PRELOAD", "")))
     added = memory_options(arguments)
     if added:
-        print(f"note: {' '.join(added)}, 70% of the memory that is free", file=sys.stderr)
+        print(f"note: {' '.join(added)}, {SHARE:.0%} of the memory that is free", file=sys.stderr)
     return added

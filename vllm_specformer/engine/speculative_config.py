@@ -268,7 +268,7 @@ def check_fields(speculative: dict[str, Any]) -> None:
 
 
 def _check_names(speculative: dict[str, Any]) -> None:
-    """vLLM's fields, and our own where they are still among them."""
+    """vLLM's fields, and our own, which `split_own_fields` may not have taken out yet."""
     from vllm.config import SpeculativeConfig
 
     known = [*(field.name for field in fields(SpeculativeConfig)), *_OWN]

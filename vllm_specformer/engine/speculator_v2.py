@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from specformer_kernels.draft_inputs import DraftBuffers, StepInputs, draft_inputs
+from specformer_kernels.markov_bias import FEW_ROWS
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
@@ -193,12 +194,15 @@ class SpecFormerSpeculator(DraftSampling):
     def warm_up(self) -> None:
         """Compile every kernel that serving may launch outside of a graph.
 
-        Drafts once for every number of drafts, and stores without drafting, with inert rows.
+        Drafts once for every number of drafts, and stores without drafting, with inert rows. The
+        Markov term has another variant for more rows.
         """
         self._make_inert()
         self._store_context_and_query(0, 1)
         for wanted in sorted({*self._scheduled_drafts, self.num_speculative_steps} - {0}):
             self._draft(1, 1, wanted)
+        if self.model.config.markov_rank and self.max_num_reqs > FEW_ROWS:
+            self._draft(FEW_ROWS + 1, 1, self.num_speculative_steps)
 
     def _prepare_graph_forward(self, num_reqs: int, attn_metadata: Any = None) -> None:
         """Nothing: the draft pass stores the context as it rotates its queries."""

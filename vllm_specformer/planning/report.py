@@ -67,13 +67,13 @@ def _print_mechanisms(plan: Plan, head: str, console: Console) -> None:
 def _print_chains(plan: Plan, head: str, console: Console) -> None:
     losses = {batch: 1 - gain for batch, gain in plan.gains().items() if gain < 1}
     if losses:
-        sizes = ", ".join(map(str, losses))
         shares = ", ".join(
-            f"{loss:.1%}" if loss < 0.01 else f"{loss:.0%}" for loss in losses.values()
+            f"{max(loss, 0.001):{'.1%' if loss < 0.01 else '.0%'}} at {batch} requests"
+            for batch, loss in losses.items()
         )
         console.print(
-            f"At {sizes} requests even the best K loses {shares}: a server without a speculative "
-            "config is faster there."
+            f"Even the best K loses {shares}: a server without a speculative config is faster "
+            "there."
         )
     config = json.dumps(plan.speculative_config(head))
     console.print("\nServe with", style="bold")

@@ -60,10 +60,12 @@ def _read(orders: Queue[str]) -> None:
 
 
 def _end_now() -> NoReturn:
-    """End with vLLM's workers, which go on for many seconds when they are only left alone."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(1)
+    """End with vLLM's workers, which go on for many seconds if nobody ends them."""
+    try:
+        for child in multiprocessing.active_children():
+            child.kill()
+    finally:
+        os._exit(1)
 
 
 def _answers_on_stdout() -> TextIO:

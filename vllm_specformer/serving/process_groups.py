@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# For what a leader leaves behind: multiprocessing's tracker removes shared memory only now.
+# For what a leader leaves behind: multiprocessing's tracker removes shared memory after its end.
 _REST_S = 2.0
 _POLL_S = 0.05
 
@@ -48,8 +48,9 @@ def _wait_for_rest(group: int) -> None:
 def _is_running(group: int) -> bool:
     """Whether a member runs; those that wait to be reaped, perhaps for ever, do not count."""
     for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            state, _, its_group = file.read_text().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state != "Z":
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            # Bytes: the name of a process need not be text.
+            state, _, its_group = file.read_bytes().rpartition(b")")[2].split()[:3]
+            if int(its_group) == group and state != b"Z":
                 return True
     return False

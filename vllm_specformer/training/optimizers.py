@@ -92,17 +92,17 @@ def build_optimizer(
     model: nn.Module,
     kind: str,
     rate: float,
-    vector_rate: float | None,
+    vector_rate: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
     """`"muon"` (with AdamW for all but matrices) or `"adamw"`; only matrices decay.
 
     Args:
         rate: highest learning rate; with Muon that of the matrices.
-        vector_rate: with Muon that of the rest, a fifth of `rate` when not given.
+        vector_rate: with Muon that of the rest.
     """
     if kind == "muon":
-        return MuonAdamW(model, rate, vector_rate or rate / 5, weight_decay)
+        return MuonAdamW(model, rate, vector_rate, weight_decay)
     matrices, rest = split_parameters(model)
     groups = [
         {"params": matrices, "weight_decay": weight_decay},

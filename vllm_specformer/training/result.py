@@ -198,6 +198,7 @@ def about(
         | places
         | {"states": settings.source}
         | {"anchors_per_text": settings.anchors(inputs.device) or "all"}
+        | {"learning_rate": settings.rate, "vector_learning_rate": settings.vector_rate}
         | {"sample_vocab": settings.sample(inputs.device)},
         "head": head.config.to_dict(),
         "texts": counts,

@@ -36,6 +36,7 @@ COSINE_FLOOR = 0.02  # of the highest rate: 5e-4 falls to 1e-5, as in the paper
 DECAY_SHARE = 0.5  # of the steps of a trapezoid
 KL_WEIGHT = 0.5  # of the default head; docs/ablation.md has the measurements
 LEARNING_RATES = {"adamw": 5e-4, "muon": 0.01}
+VECTOR_SHARE = 0.2  # of the rate of the matrices
 # Per text. A CPU spends most of a step on the target's pass, so it makes more of each.
 GPU_ANCHORS, CPU_ANCHORS = 32, 128
 # Tokens scored in a step. A GPU has arithmetic to spare, and was not measured.
@@ -401,6 +402,13 @@ class TrainSettings(CommandSettings):
     def rate(self) -> float:
         """The highest learning rate."""
         return self.learning_rate or LEARNING_RATES[self.optimizer]
+
+    @property
+    def vector_rate(self) -> float:
+        """The highest learning rate of vectors and tables."""
+        if self.optimizer == "adamw":
+            return self.rate
+        return self.vector_learning_rate or self.rate * VECTOR_SHARE
 
     @property
     def shape(self) -> str:

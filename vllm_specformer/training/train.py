@@ -391,11 +391,11 @@ def _introduce(
             "longer answers)"
         )
     _say(f"{steps:,} steps on {device.type}, {config.num_draft_slots} slots, {settings.optimizer}")
-    if settings.max_steps is None and steps < _FEW_STEPS:
+    if settings.max_steps is None and settings.init is None and steps < _FEW_STEPS:
         epochs = math.ceil(settings.epochs * _FEW_STEPS / steps)
         _say(
-            f"note: a head learns little in so few steps; --epochs {epochs} makes {_FEW_STEPS} of "
-            "them, and so do a smaller --batch-tokens or more answers"
+            f"note: a new head learns little in so few steps; --epochs {epochs} makes {_FEW_STEPS} "
+            "of them, smaller batches or more answers help, too"
         )
 
 

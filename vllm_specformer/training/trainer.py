@@ -151,7 +151,7 @@ class HeadTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         s = self.settings
-        rates = (s.rate, s.vector_learning_rate)
+        rates = (s.rate, s.vector_rate)
         optimizer = build_optimizer(model or self.model, s.optimizer, *rates, s.weight_decay)
         self.optimizer = optimizer
         return optimizer

@@ -18,6 +18,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def place(arm: str, seed: int, args: argparse.Namespace) -> Path:
     work: Path = args.work
-    return work / f"{list(ARMS).index(arm):02d}-seed{seed}"
+    return work / f"{re.sub(r'[^a-z0-9.^]+', '-', arm.lower())}-seed{seed}"
 
 
 def figures(head: Path) -> Path:

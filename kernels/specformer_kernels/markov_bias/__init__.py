@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from specformer_kernels.markov_bias import reference
+from specformer_kernels.markov_bias.reference import FEW_ROWS
 
-__all__ = ["markov_bias"]
+__all__ = ["FEW_ROWS", "markov_bias"]
 
 
 def markov_bias(

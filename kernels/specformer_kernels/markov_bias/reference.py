@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FEW_ROWS = 16  # more of them run in larger tiles, another variant of the kernel
+
 
 def check_arguments(
     logits: Tensor, previous: Tensor, embed: Tensor, lm_head: Tensor, gates: Tensor | None

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specformer_kernels.markov_bias.reference import check_arguments
+from specformer_kernels.markov_bias.reference import FEW_ROWS, check_arguments
 
 
 # Logits and gates of a slot are aligned or not whatever the number of requests; tokens need not be.
@@ -83,7 +83,7 @@ def tile_sizes(rows: int, rank: int, dtype: torch.dtype) -> dict[str, int]:
     # float32 multiplies without tensor cores, all of a product's rank in one thread.
     if dtype == torch.float32:
         return {"BLOCK_R": 16, "BLOCK_N": 64, "BLOCK_K": 16}
-    block_r, block_n = (16, 128) if rows <= 16 else (64, 64)
+    block_r, block_n = (16, 128) if rows <= FEW_ROWS else (64, 64)
     block_k = min(64, max(16, triton.next_power_of_2(rank)))
     return {"BLOCK_R": block_r, "BLOCK_N": block_n, "BLOCK_K": block_k}
 
