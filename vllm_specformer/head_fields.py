@@ -150,11 +150,12 @@ class HeadFields(BaseModel):
         if self.context_sinks and not self.context_window:
             raise ValueError(
                 f"context_sinks={self.context_sinks} needs a context_window: without one the whole "
-                "context is seen"
+                "context is seen; set one, or context_sinks=0"
             )
         if self.markov_gate and not self.markov_rank:
             raise ValueError(
-                "markov_gate=true needs a markov_rank above 0: it scales the entries of that term"
+                "markov_gate=true needs a markov_rank above 0: it scales the entries of that term; "
+                "set one, or markov_gate=false"
             )
         for name in ("tree_ranking", "tree_ranking_sampled"):
             taus = getattr(self, name)

@@ -66,12 +66,17 @@ def test_verification_of_many_rows_by_hand() -> None:
 
 
 def test_a_draft_by_hand() -> None:
-    """SpecFormer at batch 1 with four drafts: its own weights, half the slots, the lm_head."""
+    """SpecFormer at batch 1 with four drafts: its own weights, half the slots, the lm_head.
+
+    And the Markov term of three slots: a table of rank 64, and the gates.
+    """
     size, inner = 4096, 12_288
     attention = 2 * size * 4096 + 2 * size * 1024
     head = 4 * size * size + 2 * attention + (1 + 4) * size * size + 3 * size * inner
-    moved = 2 * (head + size * 151_936) + 2 * 2 * CONTEXT * 2 * 1024
+    markov = 3 * 64 * 151_936 + 64 * size
+    moved = 2 * (head + markov + size * 151_936) + 2 * 2 * CONTEXT * 2 * 1024
     launches = predict.STAGE_LAUNCHES + predict.DRAFT_LAUNCHES
+    launches += predict.GATE_LAUNCHES + 3 * predict.SLOT_LAUNCHES
     by_hand = 1e3 * (moved / 4.3e12 + launches * 2e-6)
     assert predict.predict("8b", find("specformer-k4"), 1).draft == pytest.approx(by_hand, rel=0.01)
 

@@ -74,7 +74,10 @@ def judge(target: ModelConfig, speculative: dict[str, Any]) -> Any:
         return arguments.create_speculative_config(target, ParallelConfig())
     except SpecFormerError as error:
         message = str(error)
-        named = any(f"{name}=" in message or f"'{name}'" in message for name in SLIPS)
+        # An unknown name may be any text, also one with quotes.
+        named = "is unknown; " in message or any(
+            f"{name}=" in message or f"'{name}'" in message for name in SLIPS
+        )
         if not named or "\n" in message or len(message) > 800:
             raise
     except ValidationError as error:
