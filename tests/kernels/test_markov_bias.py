@@ -136,7 +136,7 @@ def test_nothing_to_do(shape: tuple[int, int], kernel_device: str) -> None:
     assert triton_kernel.markov_bias(**inputs).shape == shape
 
 
-def test_a_row_does_not_depend_on_its_tile(kernel_device: str) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(kernel_device: str) -> None:
     inputs = changed(make_inputs(16, 70, 8), lambda given: given.to(kernel_device))
     together = triton_kernel.markov_bias(**inputs)
     for name in ("logits", "previous", "gates"):
