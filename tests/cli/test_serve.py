@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from support.paths import TARGET
+from vllm_specformer.cli.serve import serve
 
 
 def test_a_wrong_head_is_told_without_a_traceback(tmp_path: Path) -> None:
@@ -23,3 +27,16 @@ def test_a_wrong_head_is_told_without_a_traceback(tmp_path: Path) -> None:
         "check the path"
     )
     assert "note: --gpu-memory-utilization 0." in done.stderr
+
+
+def test_what_is_added_stands_before_the_users_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an option given twice, abbreviated even, vLLM takes the last; the model comes first."""
+    monkeypatch.setattr("vllm.entrypoints.cli.main.main", lambda: None)
+    monkeypatch.setattr("importlib.metadata.version", importlib.metadata.version)
+    monkeypatch.setattr("sys.argv", [])
+    monkeypatch.setenv("LD_PRELOAD", "libgomp.so")  # restored behind the test
+    own = ["--gpu-memory-util", "0.3"]
+    for first in (["model"], []):
+        assert serve([*first, *own]) == 0
+        assert sys.argv[: 3 + len(first)] == ["vllm", "serve", *first, "--gpu-memory-utilization"]
+        assert sys.argv[-2:] == own
